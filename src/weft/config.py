@@ -1,0 +1,153 @@
+"""Every setting of weft, as frozen dataclasses. The command-line flags, the WEFT_* variables and the YAML keys come from the
+fields (cli/flags.py), so a setting is added here and nowhere else.
+
+Names are vLLM's where vLLM has one. A value that is derived from a setting lives elsewhere: nothing writes back here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from weft.errors import ConfigError
+
+BUILTIN_MODEL = "builtin"
+
+
+def setting(
+    default: Any = None, *, help: str, factory: Callable[[], Any] | None = None, **metadata: Any
+) -> Any:  # a dataclass field takes the annotated type
+    """A field with its help text. metadata: choices, metavar, short (a one-letter or abbreviated flag), unit."""
+    if factory is not None:
+        return field(default_factory=factory, metadata={"help": help, **metadata})
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs to know."""
+
+    model: str = setting(
+        BUILTIN_MODEL,
+        help="a Hugging Face folder, a hub id, or 'builtin' for the model in the package",
+        positional=True,
+    )
+    revision: str | None = setting(None, help="branch, tag or commit of a hub id")
+    device: str = setting("auto", help="what executes the model", choices=("auto", "cpu", "simulated"))
+    dtype: str = setting(
+        "auto",
+        help="precision of weights and activations; auto takes the checkpoint's",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    load_format: str = setting(
+        "auto", help="dummy draws random weights of the config's shapes", choices=("auto", "safetensors", "dummy")
+    )
+    max_model_len: int | None = setting(
+        None, help="longest sequence in tokens, prompt and output; default: the model's own"
+    )
+    block_size: int = setting(16, help="KV slots in one block", choices=(16, 32, 64, 128))
+    kv_cache_memory_bytes: int | None = setting(
+        None,
+        help="memory for the KV pool; default: what max_num_seqs full-length sequences need, within a quarter of free memory",
+    )
+    num_blocks: int | None = setting(None, help="KV blocks in the pool; overrides kv_cache_memory_bytes")
+    max_num_seqs: int = setting(64, help="most sequences in one step")
+    max_num_batched_tokens: int = setting(512, help="most tokens in one step; a longer prompt is prefilled in chunks")
+    enable_prefix_caching: bool = setting(True, help="reuse the KV of prompt prefixes seen before")
+    partition: str = setting(
+        "off",
+        help="off: one mixed lane. P:D: prefill and decode lanes side by side on P and D parts of the cores",
+        metavar="off|P:D",
+    )
+    cores: str | None = setting(
+        None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST"
+    )
+    kernels: str = setting(
+        "auto",
+        help="CPU kernels; auto takes the C++ extension at the best level of this CPU, or the reference without it",
+        choices=("auto", "avx512", "avx2", "portable", "reference"),
+    )
+    max_num_queued_reqs: int = setting(1024, help="most requests waiting for their first step; one more gets 429")
+    max_num_queued_tokens: int | None = setting(
+        None, help="most prompt tokens waiting for their first step; default: no limit"
+    )
+    seed: int = setting(0, help="seed for requests that bring none, and for dummy weights")
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings by themselves, one sentence each."""
+        found = []
+        for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks", "max_num_queued_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                found.append(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        for name in ("max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs"):
+            value = getattr(self, name)
+            if value < 1:
+                found.append(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
+        if self.max_num_batched_tokens < self.max_num_seqs:
+            found.append(
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs {self.max_num_seqs}; "
+                "a step of that many sequences would not fit"
+            )
+        return found + _choice_problems(self)
+
+    def validate(self) -> None:
+        """Raise ConfigError naming every problem at once."""
+        _raise(self.problems())
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the front-end process needs to know."""
+
+    host: str = setting("127.0.0.1", help="address to listen on")
+    port: int = setting(8000, help="port to listen on")
+    served_model_name: tuple[str, ...] = setting(
+        (), help="names the model answers to; the first is the one in responses; default: the model as given"
+    )
+    api_key: tuple[str, ...] = setting(
+        (), help="keys that clients must send as 'Authorization: Bearer KEY'", secret=True
+    )
+    api_key_file: Path | None = setting(None, help="file with one key a line")
+    chat_template: Path | None = setting(None, help="file with a Jinja chat template, instead of the checkpoint's")
+    max_body_bytes: int = setting(8 * 2**20, help="largest request body; a larger one gets 413")
+    shutdown_timeout: float = setting(30.0, help="seconds that running requests get to finish after SIGTERM")
+    sse_keep_alive: float = setting(15.0, help="seconds of silence after which a stream sends a comment line; 0: never")
+    allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may call from (CORS); default: none")
+    enable_metrics: bool = setting(True, help="serve /metrics")
+    log_level: str = setting("info", help="how much is logged", choices=("debug", "info", "warning", "error"))
+
+    def problems(self) -> list[str]:
+        """Everything that is wrong with the settings by themselves, one sentence each."""
+        found = []
+        if not 0 <= self.port <= 65535:
+            found.append(f"--port is {self.port}; it must be between 0 and 65535")
+        if self.max_body_bytes < 1024:
+            found.append(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1024")
+        for name in ("shutdown_timeout", "sse_keep_alive"):
+            value = getattr(self, name)
+            if not 0 <= value < 86400:
+                found.append(f"--{name.replace('_', '-')} is {value}; it must be between 0 and 86400 seconds")
+        return found + _choice_problems(self)
+
+    def validate(self) -> None:
+        """Raise ConfigError naming every problem at once."""
+        _raise(self.problems())
+
+
+def _choice_problems(config: Any) -> list[str]:
+    found = []
+    for spec in config.__dataclass_fields__.values():
+        choices = spec.metadata.get("choices")
+        value = getattr(config, spec.name)
+        if choices is not None and value not in choices:
+            allowed = ", ".join(str(choice) for choice in choices)
+            found.append(f"--{spec.name.replace('_', '-')} is {value!r}; it must be one of {allowed}")
+    return found
+
+
+def _raise(problems: list[str]) -> None:
+    if problems:
+        raise ConfigError("\n".join(problems))

@@ -1,0 +1,146 @@
+"""The seam between policy and device: plain frozen data that can be logged, replayed, sent to ranks, compared in a test.
+
+The scheduler turns sequences into a `Plan`; a device turns a `Plan` into a `Result`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+from weft.core.sampling import SamplingParams
+
+
+class Lane(str, Enum):
+    """An independent, ordered stream of steps on a share of a device."""
+
+    MIXED = "mixed"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How to draw the token that follows the last token of a slice.
+
+    seed: 64-bit seed of the sequence. position: index of the drawn token in the sequence, prompt included.
+    The pair keys the counter-based random number, so a draw does not depend on the batch it is made in.
+    prompt, output: the tokens so far; empty unless `params.penalised`.
+    forbidden: ids that must not be drawn (stop ids while fewer than `min_tokens` were generated).
+    """
+
+    params: SamplingParams
+    seed: int
+    position: int
+    prompt: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    forbidden: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Tokens [start, start + len(tokens)) of one sequence, to compute now.
+
+    blocks: the block table of the sequence, in order, long enough for start + len(tokens) positions. Position p
+    lives in slot p % block_size of blocks[p // block_size].
+    sample: how to draw the next token; None when the slice does not reach the end of what is known.
+    prompt_logprobs: k to score the prompt: each row scores the token that follows it, with the k most probable ones.
+    next_token: the token at position start + len(tokens) while the prompt goes on (chunked prefill), so that the last
+    row has something to score; None at the prompt's end.
+    """
+
+    sequence: int
+    start: int
+    tokens: tuple[int, ...]
+    blocks: tuple[int, ...]
+    sample: Sampling | None = None
+    prompt_logprobs: int | None = None
+    next_token: int | None = None
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step of one lane. `step` is unique within an engine and grows."""
+
+    step: int
+    lane: Lane
+    slices: tuple[Slice, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(piece.tokens) for piece in self.slices)
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """A plan that a device has accepted and not finished."""
+
+    step: int
+    lane: Lane
+
+
+@dataclass(frozen=True, slots=True)
+class TokenScore:
+    """Natural-log probability of `token`, its rank (1 = most probable), and the most probable (token, logprob)."""
+
+    token: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """The token drawn for one slice. `score` where logprobs were asked for."""
+
+    sequence: int
+    token: int
+    score: TokenScore | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a finished ticket produced.
+
+    sampled: one entry for each slice with `sample`, unless it is named in `failed`.
+    prompt_scores: (sequence, scores of consecutive prompt tokens) for slices with prompt_logprobs.
+    failed: (sequence, message) for slices that failed alone, such as NaN logits; the others are good.
+    error: set when the whole step failed; nothing else is then to be trusted.
+    seconds: device time of the step.
+    """
+
+    ticket: Ticket
+    sampled: tuple[Sampled, ...] = ()
+    prompt_scores: tuple[tuple[int, tuple[TokenScore, ...]], ...] = ()
+    failed: tuple[tuple[int, str], ...] = ()
+    error: str | None = None
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """The share of the device that each lane has, in units of `Capacity.shares` (cores on a CPU)."""
+
+    prefill: int
+    decode: int
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What a device offers; fixed once it is open.
+
+    blocks x block_size KV slots; max_tokens and max_slices bound one plan; shares: units that a Partition divides;
+    max_model_len: longest sequence in tokens; vocabulary: number of token ids.
+    """
+
+    blocks: int
+    block_size: int
+    max_tokens: int
+    max_slices: int
+    shares: int
+    max_model_len: int
+    vocabulary: int

@@ -1,0 +1,105 @@
+"""The kernels that a decoder is made of: one contract, several backends (reference, cpu; triton later).
+
+plan/run: a `Batch` is built once per step on the host and reused by every layer. Weights and KV are opaque to the models:
+each backend keeps the layout its kernels stream best (`pack_linear`, `make_kv`).
+
+Invariant: every row of every output depends only on that row's own inputs, in a fixed order of operations. It does
+not depend on the other rows of the batch, on the chunk a token was computed in, or on the number of threads. So a
+sequence gives the same bits through prefix hits, chunk boundaries, preemption and either lane mode.
+(The reference backend keeps this only as far as torch's matrix product does.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The layout of one step: S slices with T tokens in all, rows ordered slice by slice.
+
+    tokens: int64 [T] token ids. positions: int32 [T] position of each row in its sequence.
+    slots: int64 [T] KV slot of each row, block * block_size + offset.
+    starts: int32 [S + 1] first row of each slice, and T.
+    contexts: int32 [S] KV length of each slice's sequence after this step (its last row attends to all of it).
+    tables: int32 [S, W] block tables, padded with -1 (padding is never read).
+    """
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    starts: torch.Tensor
+    contexts: torch.Tensor
+    tables: torch.Tensor
+    block_size: int
+
+
+class Kernels(Protocol):
+    """One backend bound to one lane's cores. Packed weights and KV may be shared by the instances of two lanes.
+
+    dtype of activations: float32 or bfloat16, as the model; all activations are contiguous [T, ...].
+    """
+
+    name: str
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+        """Repack weight [out, in] (and bias [out]) into the backend's own storage; the tensors may be freed after."""
+        ...
+
+    def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
+        """[T, in] -> [T, out] in x's dtype, accumulated in float32."""
+        ...
+
+    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
+        """Storage of one layer's keys and values."""
+        ...
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """[T, D] -> [T, D], mean of squares in float32."""
+        ...
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """residual += x (rounded to the dtype), in place; returns (RMSNorm(residual) * weight, residual)."""
+        ...
+
+    def rotary_write(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: Any,
+        batch: Batch,
+        heads: int,
+        kv_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        """Split qkv [T, (heads + 2 kv_heads) * head_dim]; RMS-normalise q and k per head where weights are given;
+        rotate q and k (half-split convention, cos/sin float32 [max_model_len, head_dim / 2] indexed by position);
+        write k and v to the slots. Returns q [T, heads * head_dim]."""
+        ...
+
+    def attention(
+        self, q: torch.Tensor, kv: Any, batch: Batch, heads: int, kv_heads: int, scale: float, window: int | None = None
+    ) -> torch.Tensor:
+        """Causal paged attention with grouped queries: [T, heads * head_dim] -> same.
+
+        window: attend to the last `window` positions only (the row's own included); None for all.
+        """
+        ...
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """[T, 2 F] -> [T, F]: silu(first half) * second half, in float32."""
+        ...
+
+    def set_cores(self, cores: tuple[int, ...]) -> None:
+        """Use these cores from the next call on."""
+        ...
+
+    def close(self) -> None: ...

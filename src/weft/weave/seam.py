@@ -1,0 +1,42 @@
+"""A seam: the point between two compute stages where tensor-parallel ranks must be joined.
+
+A decoder is a generator (a *strand*) that yields a `Seam` and is sent back `(hidden, residual)`. It knows nothing of ranks
+or overlap; who drives it decides how a seam is carried out. `run` is the plain driver of one rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """residual := residual + sum over ranks of `partial`; hidden := RMSNorm(residual) * weight.
+
+    partial: [tokens, hidden] this rank's part of the stage's output.
+    residual: [tokens, hidden], or None at the first seam (then residual := the sum itself).
+    weight: [hidden] of the norm that follows; eps: its epsilon.
+    """
+
+    partial: torch.Tensor
+    residual: torch.Tensor | None
+    weight: torch.Tensor
+    eps: float
+
+
+Joined = tuple[torch.Tensor, torch.Tensor]
+Strand = Generator[Seam, Joined, torch.Tensor]
+
+
+def run(strand: Strand, join: Callable[[Seam], Joined]) -> torch.Tensor:
+    """Drive one strand to its end, carrying out each seam with `join` at once. Returns the strand's value."""
+    try:
+        seam = next(strand)
+        while True:
+            seam = strand.send(join(seam))
+    except StopIteration as end:
+        value: torch.Tensor = end.value
+        return value
