@@ -39,25 +39,24 @@ SPLIT = (
     r"\n+|(?<=\n) +| +(?= \S)|[ ._]?[^\W\d_]+| ?\d| ?_+| ?[^\s\w]+|[^\S\n]+"  # every character matches one alternative
 )
 
-# The model has only ever seen Python files. So a chat is written as one: what the system says is a comment, what the
-# user says is a docstring, and what the assistant says is the code below it.
+# The model has only seen Python files, so a chat is written as one: what the system says is a comment; what the user
+# says is code to continue if it begins like code, and else a docstring; what the assistant says is the code below it.
 CHAT_TEMPLATE = """\
 {{- bos_token }}
 {%- for message in messages %}
     {%- set text = message['content'] | trim %}
     {%- if message['role'] == 'system' %}
         {{- '# ' + (text | replace('\\n', '\\n# ')) + '\\n\\n' }}
+    {%- elif message['role'] == 'user' and text.startswith(('def ', 'async def ', 'class ', 'import ', '@', '#')) %}
+        {{- text + '\\n' }}
     {%- elif message['role'] == 'user' %}
-        {{- '\"\"\"' + (text | replace('\"\"\"', \"'''\")) + '\\n\"\"\"\\n' }}
+        {{- '\"\"\"' + (text | replace('\"\"\"', "'''")) + '\\n\"\"\"\\n\\n' }}
     {%- elif message['role'] == 'assistant' %}
-        {{- '\\n' + text + '\\n\\n\\n' }}
+        {{- message['content'].rstrip() + '\\n\\n\\n' }}
     {%- else %}
         {{- raise_exception('unknown role ' + message['role'] + ': use system, user or assistant') }}
     {%- endif %}
 {%- endfor %}
-{%- if add_generation_prompt %}
-    {{- '\\n' }}
-{%- endif %}
 """
 
 

@@ -174,10 +174,14 @@ def test_chat_is_a_python_file(messages: list[dict[str, str]]) -> None:
     assert text.startswith("<|endoftext|>")
     for message in messages:
         if message["role"] == "user" and '"""' not in message["content"]:
-            assert f'"""{message["content"].strip()}\n"""\n' in text
+            assert f'"""{message["content"].strip()}\n"""\n\n' in text
     assert text.count('"""') == 2 * sum(message["role"] == "user" for message in messages) + sum(
         message["content"].count('"""') for message in messages if message["role"] != "user"
     )
+
+
+def test_chat_continues_code_that_the_user_began() -> None:
+    assert render([{"role": "user", "content": "def read(path):\n"}]) == "<|endoftext|>def read(path):\n"
 
 
 def test_chat_template_in_transformers_is_the_same() -> None:
