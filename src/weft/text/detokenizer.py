@@ -12,7 +12,7 @@ REPLACEMENT = "\ufffd"
 # character; without a bound, a model that emits lone continuation bytes for ever would cost quadratic time.
 HOLD_LIMIT = 32
 # Prompt tokens that are decoded before the first generated one: enough for a character that the prompt's end splits.
-PROMPT_CONTEXT = 8
+PROMPT_CONTEXT = 12
 
 
 class Detokenizer:
@@ -33,7 +33,7 @@ class Detokenizer:
         self._context: list[int] = []
         self._before = ""
         self._held: list[int] = []
-        for token in prompt[-PROMPT_CONTEXT:]:
+        for token in self._prompt_end(list(prompt[-PROMPT_CONTEXT:])):
             self.push(token)
 
     def push(self, token: int) -> str:
@@ -48,6 +48,11 @@ class Detokenizer:
     def flush(self) -> str:
         """The rest, at the end of the sequence: U+FFFD for a character that was never completed."""
         return self._release(len(self._held)) if self._held else ""
+
+    def _prompt_end(self, ids: list[int]) -> list[int]:
+        """The tail of the prompt, from a place that is not within a character: one of any four tokens is."""
+        tails = [ids[start:] for start in range(4)]
+        return next((tail for tail in tails if not self._decode(tail).startswith(REPLACEMENT)), ids)
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip)

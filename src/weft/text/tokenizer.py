@@ -1,7 +1,8 @@
 """The tokenizer of a checkpoint folder: text to token ids and back, and what a single token stands for.
 
-Reads tokenizer.json, and from tokenizer_config.json what that file leaves open: the special tokens and whether
-beginning and end of text are added. Agrees with transformers' AutoTokenizer on both directions.
+Reads tokenizer.json, and from tokenizer_config.json what that file leaves open: which special tokens there are, and
+what each is for. Whether beginning and end of text are added is tokenizer.json's word (its post-processor), and
+`add_bos_token` in the other file is a note of how it was made: so transformers has it, with which this agrees.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import Any
 
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
-from tokenizers.processors import TemplateProcessing
 
 from weft.errors import CheckpointError
 
@@ -36,8 +36,6 @@ class Tokenizer:
         self.backend = backend
         self.special_tokens = special_tokens(config)
         _add_missing(backend, config, self.special_tokens)
-        if "add_bos_token" in config or "add_eos_token" in config:
-            _frame(backend, config, self.special_tokens)
         added = backend.get_added_tokens_decoder()
         self._added = {index: token.content for index, token in added.items()}
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
@@ -159,15 +157,6 @@ def _add_missing(backend: Backend, config: dict[str, Any], named: dict[str, str]
 def _added_token(entry: dict[str, Any]) -> AddedToken:
     flags = {name: bool(entry[name]) for name in ("lstrip", "rstrip", "single_word", "normalized") if name in entry}
     return AddedToken(entry["content"], special=bool(entry.get("special", False)), **flags)
-
-
-def _frame(backend: Backend, config: dict[str, Any], named: dict[str, str]) -> None:
-    """Add beginning and end of text as tokenizer_config.json says, instead of as tokenizer.json says."""
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    pieces = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    tokens = [(content, backend.token_to_id(content)) for content in (bos, eos) if content]
-    backend.post_processor = TemplateProcessing(single=pieces, pair=[*pieces, "$B"], special_tokens=tokens)
 
 
 def _decoder_steps(decoder: dict[str, Any]) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,105 @@
+"""The tokenizer agrees with transformers, and knows the bytes of each token."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoTokenizer
+
+from weft.errors import CheckpointError
+from weft.text.tokenizer import Tokenizer, read_json, special_tokens
+
+KINDS = ("builtin", "byte_level", "byte_fallback", "unigram")
+TEXTS = st.text(st.sampled_from("aethlqu  \n.,x_()日語你😀é\u0301\u200d\ufffd<s|>") | st.characters(codec="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def oracles(folders: dict[str, Path]) -> dict[str, Any]:
+    return {name: AutoTokenizer.from_pretrained(folder) for name, folder in folders.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(text=TEXTS | st.sampled_from(["<s>the</s> the", "<tool>x", "<|tool|>", "<|begin|>", "<|extra|> a", "<|pad|>"]))
+@settings(max_examples=60, deadline=None)
+def test_encodes_and_decodes_as_transformers(
+    kind: str, text: str, tokenizers: dict[str, Tokenizer], oracles: dict[str, Any]
+) -> None:
+    ours, oracle = tokenizers[kind], oracles[kind]
+    for add in (True, False):
+        ids = oracle.encode(text, add_special_tokens=add)
+        assert ours.encode(text, add_special_tokens=add) == ids
+        for skip in (True, False):
+            assert ours.decode(ids, skip_special_tokens=skip) == oracle.decode(ids, skip_special_tokens=skip)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_knows_the_ids_that_transformers_knows(
+    kind: str, tokenizers: dict[str, Tokenizer], oracles: dict[str, Any]
+) -> None:
+    ours, oracle = tokenizers[kind], oracles[kind]
+    assert ours.bos_id == oracle.bos_token_id
+    assert ours.eos_ids == (oracle.eos_token_id,)
+    assert ours.vocabulary == len(oracle)
+    assert ours.special_ids == set(oracle.all_special_ids) | {
+        index for index, token in oracle.added_tokens_decoder.items() if token.special
+    }
+
+
+@pytest.mark.parametrize("kind", ["builtin", "byte_level", "byte_fallback"])
+@given(text=TEXTS)
+@settings(max_examples=60, deadline=None)
+def test_the_bytes_of_the_tokens_are_the_bytes_of_the_text(
+    kind: str, text: str, tokenizers: dict[str, Tokenizer]
+) -> None:
+    tokenizer = tokenizers[kind]
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    whole = b"".join(map(tokenizer.token_bytes, ids))
+    if kind == "byte_fallback":
+        # Each stretch between special tokens begins with the space that sentencepiece puts before a word.
+        assert whole.replace(b" ", b"") == text.encode().replace(b" ", b"")
+    else:
+        assert whole == text.encode()
+
+
+def test_the_text_of_a_single_token(tokenizers: dict[str, Tokenizer]) -> None:
+    tokenizer = tokenizers["byte_fallback"]
+    by_text = tokenizer.backend.token_to_id
+    assert tokenizer.token_text(by_text("▁the")) == " the"
+    assert tokenizer.token_text(by_text("<0x41>")) == "A"
+    assert tokenizer.token_bytes(by_text("<0xE4>")) == b"\xe4"
+    assert tokenizer.token_text(by_text("<0xE4>")) == "\ufffd"
+    assert tokenizer.token_text(by_text("</s>")) == "</s>"
+    assert tokenizers["unigram"].token_text(tokenizers["unigram"].encode("the", False)[0]).startswith(" ")
+    for beyond in (tokenizer.vocabulary, 10**9):
+        assert tokenizer.token_text(beyond) == "" and tokenizer.token_bytes(beyond) == b""
+
+
+def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        Tokenizer.from_folder(tmp_path)
+    (tmp_path / "list.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="must hold an object"):
+        read_json(tmp_path / "list.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(CheckpointError, match="is not JSON"):
+        read_json(tmp_path / "bad.json")
+
+
+def test_special_tokens_in_the_older_file(tmp_path: Path, folders: dict[str, Path]) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_fallback"] / "tokenizer.json").read_bytes())
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "</s>"}, "bos_token": None}))
+    tokenizer = Tokenizer.from_folder(tmp_path)
+    assert tokenizer.eos_ids == (2,)
+    assert tokenizer.bos_id is None
+    assert special_tokens({"eos_token": 3}) == {}
