@@ -1,28 +1,47 @@
-"""Every setting of weft, as frozen dataclasses. The command-line flags, the WEFT_* variables and the YAML keys come from the
-fields (cli/flags.py), so a setting is added here and nowhere else.
+"""Every setting of weft, as frozen dataclasses. The command-line flags, the WEFT_* variables and the YAML keys come
+from the fields (cli/flags.py), so a setting is added here and nowhere else.
 
 Names are vLLM's where vLLM has one. A value that is derived from a setting lives elsewhere: nothing writes back here.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from weft.errors import ConfigError
 
 BUILTIN_MODEL = "builtin"
+MAX_CORE = 4095
 
 
-def setting(
-    default: Any = None, *, help: str, factory: Callable[[], Any] | None = None, **metadata: Any
-) -> Any:  # a dataclass field takes the annotated type
-    """A field with its help text. metadata: choices, metavar, short (a one-letter or abbreviated flag), unit."""
-    if factory is not None:
-        return field(default_factory=factory, metadata={"help": help, **metadata})
+def setting(default: Any = None, *, help: str, **metadata: Any) -> Any:  # a dataclass field takes the annotated type
+    """A field with its help text. metadata: choices, metavar, positional, secret, unit ("bytes": 512MiB is understood),
+    parse (checks a text that has a form of its own; raises ValueError with the reason)."""
     return field(default=default, metadata={"help": help, **metadata})
+
+
+def parse_partition(text: str) -> tuple[int, int] | None:
+    """(prefill, decode) shares of the cores, or None for 'off': one mixed lane. Raises ValueError."""
+    if text == "off":
+        return None
+    prefill, colon, decode = text.partition(":")
+    if not (colon and prefill.isdecimal() and decode.isdecimal() and int(prefill) > 0 and int(decode) > 0):
+        raise ValueError("it must be off or two positive numbers P:D, such as 1:1")
+    return int(prefill), int(decode)
+
+
+def parse_cores(text: str) -> tuple[int, ...]:
+    """The core numbers of a list such as 0-3,8, in order and without repetition. Raises ValueError."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        ends = (first, last) if dash else (first, first)
+        if not all(end.isdecimal() and int(end) <= MAX_CORE for end in ends) or int(ends[0]) > int(ends[1]):
+            raise ValueError(f"{part!r} is not a core number up to {MAX_CORE} or a range of them, such as 0-3,8")
+        found.update(range(int(ends[0]), int(ends[1]) + 1))
+    return tuple(sorted(found))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +69,9 @@ class EngineConfig:
     block_size: int = setting(16, help="KV slots in one block", choices=(16, 32, 64, 128))
     kv_cache_memory_bytes: int | None = setting(
         None,
-        help="memory for the KV pool; default: what max_num_seqs full-length sequences need, within a quarter of free memory",
+        help="memory for the KV pool, such as 2GiB; default: what max_num_seqs sequences of full length need, "
+        "within a quarter of free memory",
+        unit="bytes",
     )
     num_blocks: int | None = setting(None, help="KV blocks in the pool; overrides kv_cache_memory_bytes")
     max_num_seqs: int = setting(64, help="most sequences in one step")
@@ -60,9 +81,10 @@ class EngineConfig:
         "off",
         help="off: one mixed lane. P:D: prefill and decode lanes side by side on P and D parts of the cores",
         metavar="off|P:D",
+        parse=parse_partition,
     )
     cores: str | None = setting(
-        None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST"
+        None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST", parse=parse_cores
     )
     kernels: str = setting(
         "auto",
@@ -88,10 +110,10 @@ class EngineConfig:
                 found.append(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
         if self.max_num_batched_tokens < self.max_num_seqs:
             found.append(
-                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs {self.max_num_seqs}; "
-                "a step of that many sequences would not fit"
+                f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
+                f"{self.max_num_seqs}; a step of that many sequences would not fit"
             )
-        return found + _choice_problems(self)
+        return found + _form_problems(self)
 
     def validate(self) -> None:
         """Raise ConfigError naming every problem at once."""
@@ -112,7 +134,7 @@ class ServerConfig:
     )
     api_key_file: Path | None = setting(None, help="file with one key a line")
     chat_template: Path | None = setting(None, help="file with a Jinja chat template, instead of the checkpoint's")
-    max_body_bytes: int = setting(8 * 2**20, help="largest request body; a larger one gets 413")
+    max_body_bytes: int = setting(8 * 2**20, help="largest request body; a larger one gets 413", unit="bytes")
     shutdown_timeout: float = setting(30.0, help="seconds that running requests get to finish after SIGTERM")
     sse_keep_alive: float = setting(15.0, help="seconds of silence after which a stream sends a comment line; 0: never")
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may call from (CORS); default: none")
@@ -130,21 +152,26 @@ class ServerConfig:
             value = getattr(self, name)
             if not 0 <= value < 86400:
                 found.append(f"--{name.replace('_', '-')} is {value}; it must be between 0 and 86400 seconds")
-        return found + _choice_problems(self)
+        return found + _form_problems(self)
 
     def validate(self) -> None:
         """Raise ConfigError naming every problem at once."""
         _raise(self.problems())
 
 
-def _choice_problems(config: Any) -> list[str]:
+def _form_problems(config: Any) -> list[str]:
+    """Values that are none of the choices, or that the setting's own parser refuses."""
     found = []
-    for spec in config.__dataclass_fields__.values():
-        choices = spec.metadata.get("choices")
-        value = getattr(config, spec.name)
+    for spec in fields(config):
+        flag, value = f"--{spec.name.replace('_', '-')}", getattr(config, spec.name)
+        choices, parse = spec.metadata.get("choices"), spec.metadata.get("parse")
         if choices is not None and value not in choices:
-            allowed = ", ".join(str(choice) for choice in choices)
-            found.append(f"--{spec.name.replace('_', '-')} is {value!r}; it must be one of {allowed}")
+            found.append(f"{flag} is {value!r}; it must be one of {', '.join(map(str, choices))}")
+        if parse is not None and value is not None:
+            try:
+                parse(value)
+            except ValueError as error:
+                found.append(f"{flag} is {value!r}; {error}")
     return found
 
 
