@@ -21,7 +21,10 @@ from weft.errors import ConfigError
 
 BOTH = (EngineConfig, ServerConfig)
 SETTINGS = {item.name: item for config in BOTH for item in settings_of(config)}
-WORDS = st.text("abcXYZ019 ./:-_é日#'\"[]{}%@!&*", min_size=1, max_size=8).map(str.strip).filter(bool)
+# Not "--": argparse drops it even from --flag=--.
+WORDS = (
+    st.text("abcXYZ019 ./:-_é日#'\"[]{}%@!&*", max_size=8).map(str.strip).filter(lambda word: word not in ("", "--"))
+)
 
 
 def values_of(name: str) -> st.SearchStrategy[Any]:
@@ -29,7 +32,9 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     if "choices" in item.metadata:
         return st.sampled_from(item.metadata["choices"])
     if name == "partition":
-        return st.just("off") | st.tuples(st.integers(1, 99), st.integers(1, 99)).map(lambda pair: f"{pair[0]}:{pair[1]}")
+        return st.just("off") | st.tuples(st.integers(1, 99), st.integers(1, 99)).map(
+            lambda pair: f"{pair[0]}:{pair[1]}"
+        )
     if name == "cores":
         return st.sampled_from(["0", "0-3", "1,3-5", "7-7"])
     one: st.SearchStrategy[Any] = {

@@ -83,14 +83,17 @@ def gentle_interrupt() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def converse(answer: Answer, start: list[Message], interrupt: Callable[[], Any], read: Any = input) -> int:
-    """Questions from `read`, answers to standard output, until the end of input or /exit."""
+def converse(
+    answer: Answer, start: list[Message], interrupt: Callable[[], Any], read: Callable[[str], str] | None = None
+) -> int:
+    """Questions from `read` (the terminal), answers to standard output, until the end of input or /exit."""
+    ask = read or input
     with suppress(ImportError):
         import readline  # noqa: F401 (gives input() a history and editing keys)
     messages = list(start)
     while True:
         try:
-            line = read("> ").strip()
+            line = ask("> ").strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return 0
