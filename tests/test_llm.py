@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -9,6 +10,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
 from weft import LLM, SamplingParams
 from weft.config import EngineConfig
@@ -28,6 +31,7 @@ class Reciter:
     """An engine as the contract has it, one token of every sequence a step: sequence i recites `say(prompt, i)`."""
 
     say: Callable[[str, int], str] = lambda prompt, index: TEXT
+    tokenizer: Tokenizer = TOKENIZER
     room: int = 1000
     broken: str | None = None
     live: dict[str, Request] = field(default_factory=dict)
@@ -60,12 +64,12 @@ class Reciter:
     def speak(self, request: Request) -> Iterator[Event]:
         position = self.spoken[request.id]
         self.spoken[request.id] += 1
-        prompt, params = TOKENIZER.decode(request.prompt), request.params
+        prompt, params = self.tokenizer.decode(request.prompt), request.params
         if position == 0 and params.prompt_logprobs is not None:
             yield PromptScores(request.id, tuple(TokenScore(token, -1.0, 1) for token in request.prompt[1:]))
         open_sequences = 0
         for index in range(params.n):
-            tokens = [*TOKENIZER.encode(self.say(prompt, index), add_special_tokens=False), EOS]
+            tokens = [*self.tokenizer.encode(self.say(prompt, index), add_special_tokens=False), *request.eos[:1]]
             limit = min(len(tokens), params.max_tokens or len(tokens))
             if position < limit:
                 token, last = tokens[position], position + 1 == limit
@@ -166,7 +170,7 @@ def test_n_sequences_stop_one_by_one(llm: LLM, engine: Reciter) -> None:
         (2, "short", "stop"),
     ]
     assert [one.stop_reason for one in output.outputs] == [EOS, "here", EOS]
-    assert len(output.outputs[1].token_ids) < len(TOKENIZER.encode("stop here and go on for a while"))
+    assert TOKENIZER.decode(output.outputs[1].token_ids) == "stop here"
 
 
 def test_logprobs(llm: LLM) -> None:
@@ -261,6 +265,20 @@ def test_what_cannot_be_honoured(llm: LLM, engine: Reciter, prompts: object, par
     with pytest.raises(InvalidRequest, match=words):
         llm.generate(prompts, params)  # type: ignore[arg-type]
     assert engine.most == 0
+
+
+def test_a_text_goes_on_from_its_prompt_and_an_answer_begins(engine: Reciter, tmp_path: Path) -> None:
+    words = Backend(models.WordLevel({"▁one": 0, "▁two": 1, "</s>": 2}, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    words.save(str(tmp_path / "tokenizer.json"))
+    config = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }}"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    engine.say = lambda prompt, index: "two one"
+    with LLM(str(tmp_path)) as llm:
+        engine.tokenizer = llm.tokenizer
+        assert llm.generate("one", MANY)[0].text == " two one"
+        assert llm.chat([{"role": "user", "content": "one"}], MANY)[0].text == "two one"
 
 
 def test_no_prompts_no_outputs(llm: LLM) -> None:
