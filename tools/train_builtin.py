@@ -296,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=2048, help="window during the decay, in tokens")
     parser.add_argument("--short-window", type=int, default=512, help="window before the decay, in tokens")
     parser.add_argument("--batch-tokens", type=int, default=4096)
-    parser.add_argument("--steps", type=int, default=4600, help="all optimizer steps")
+    parser.add_argument("--steps", type=int, default=4001, help="all optimizer steps")
     parser.add_argument("--warmup", type=int, default=100, help="steps of linear warm-up")
     parser.add_argument("--decay", type=int, default=1400, help="how many of the steps, the last ones, are the decay")
     parser.add_argument("--muon-rate", type=float, default=0.007, help="peak learning rate of the matrices")
