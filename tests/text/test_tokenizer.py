@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, InvalidRequest
 from weft.text.tokenizer import Tokenizer, read_json, special_tokens
 
 KINDS = ("builtin", "byte_level", "byte_fallback", "unigram")
@@ -75,8 +75,18 @@ def test_the_text_of_a_single_token(tokenizers: dict[str, Tokenizer]) -> None:
     assert tokenizer.token_text(by_text("<0xE4>")) == "\ufffd"
     assert tokenizer.token_text(by_text("</s>")) == "</s>"
     assert tokenizers["unigram"].token_text(tokenizers["unigram"].encode("the", False)[0]).startswith(" ")
-    for beyond in (tokenizer.vocabulary, 10**9):
+    for beyond in (tokenizer.vocabulary, 2**63, -1):
         assert tokenizer.token_text(beyond) == "" and tokenizer.token_bytes(beyond) == b""
+
+
+def test_texts_and_ids_that_are_none(tokenizers: dict[str, Tokenizer]) -> None:
+    for tokenizer in tokenizers.values():
+        with pytest.raises(InvalidRequest, match="half of a surrogate pair"):
+            tokenizer.encode("a\ud800b")
+        for beyond in (-1, 2**63):
+            with pytest.raises(InvalidRequest, match="token ids must be between 0 and"):
+                tokenizer.decode([beyond])
+        assert tokenizer.decode([tokenizer.vocabulary + 1]) == ""
 
 
 def test_a_folder_without_tokenizer_json(tmp_path: Path) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, InvalidRequest
 
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_ID = 2**32 - 1
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -65,12 +66,22 @@ class Tokenizer:
         return cls(backend, read_config(folder))
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """Raises InvalidRequest for a text with half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
+        try:
+            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise InvalidRequest(
+                "the text holds half of a surrogate pair (\\ud800 to \\udfff), no character"
+            ) from error
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """Bytes that are no UTF-8 become U+FFFD; ids without a token give nothing."""
-        text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        """Bytes that are no UTF-8 become U+FFFD; ids without a token give nothing. Raises InvalidRequest for ids that
+        no tokenizer can have."""
+        try:
+            text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        except OverflowError as error:
+            raise InvalidRequest(f"token ids must be between 0 and {self.vocabulary - 1}", param="tokens") from error
         return text
 
     def visible(self, token: int, skip_special_tokens: bool) -> bool:
@@ -83,7 +94,7 @@ class Tokenizer:
         """The bytes that the token stands for, also where they are a part of a character; none for an unknown id."""
         if token in self._added:
             return self._added[token].encode()
-        text = self.backend.id_to_token(token)
+        text = self.backend.id_to_token(token) if 0 <= token <= MAX_ID else None
         if text is None:
             return b""
         if self._byte_level and all(char in BYTES_OF_CHARS for char in text):
