@@ -119,9 +119,9 @@ def greedy(llama: Any, prompt: str, tokens: int) -> str:
 
 
 def test_continues_python(llama: Any) -> None:
-    body = greedy(llama, "def add(a, b):\n", 48)
-    assert body.startswith("    ")
-    assert "return" in body
+    assert greedy(llama, "def add(a, b):\n", 8).startswith("    ")
+    assert "return" in greedy(llama, "def read(path):\n    with open(", 32)
+    assert greedy(llama, "class Point:\n    def __init__(self, x, y):\n", 16).startswith("        self.")
     assert greedy(llama, "import os\nimport sys\n\n\ndef main(", 24).split("\n")[1].startswith("    ")
 
 
