@@ -13,10 +13,10 @@ from rich.table import Table
 from weft.bench.stats import Record, Slo, Spread, Summary
 
 
-def print_report(summary: Summary, slo: Slo | None, console: Console) -> None:
-    """The tables, and whatever a reader must know before believing them."""
+def print_report(summary: Summary, slo: Slo | None, console: Console, open_loop: bool = True) -> None:
+    """The tables, and why requests failed. open_loop: requests had times at which they were due."""
     console.print(_totals(summary, slo))
-    console.print(_latencies(summary))
+    console.print(_latencies(summary, open_loop))
     for reason, count in summary.errors:
         console.print(f"failed, {count} times: {reason}", markup=False, highlight=False)
 
@@ -56,7 +56,7 @@ def _totals(summary: Summary, slo: Slo | None) -> Table:
     return table
 
 
-def _latencies(summary: Summary) -> Table:
+def _latencies(summary: Summary, open_loop: bool) -> Table:
     table = Table("milliseconds", *(name for name in ("mean", "p50", "p90", "p99", "max")), box=None)
     for column in table.columns[1:]:
         column.justify = "right"
@@ -65,7 +65,7 @@ def _latencies(summary: Summary) -> Table:
         ("TPOT", summary.tpot),
         ("ITL", summary.itl),
         ("E2E", summary.e2e),
-        ("sent late by", summary.lag),
+        *([("sent late by", summary.lag)] if open_loop else []),
     ):
         table.add_row(name, *_milliseconds(values))
     return table

@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace) -> int:
     console = Console()
     for note in notes:
         console.print(note, markup=False, highlight=False)
-    print_report(summary, slo, console)
+    print_report(summary, slo, console, open_loop=any(shot.due > 0 for shot in planned))
     if arguments.json is not None:
         _write_json(arguments, as_json(_settings(arguments, target), summary, records, arguments.json_gaps))
     if arguments.plot is not None:
