@@ -2,9 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a device is, for people: its name, the precision it computes in, its kernels, and what they should know."""
+
+    device: str
+    dtype: str
+    kernels: str
+    notes: tuple[str, ...] = ()
 
 
 class Device(Protocol):
@@ -15,6 +26,10 @@ class Device(Protocol):
 
     def capacity(self) -> Capacity:
         """What the device offers; constant."""
+        ...
+
+    def describe(self) -> Description:
+        """What the start-up table says of it."""
         ...
 
     def lanes(self) -> tuple[Lane, ...]:
@@ -34,6 +49,10 @@ class Device(Protocol):
 
     def wake(self) -> None:
         """Make a `poll` under way (or else the next one) return at once. May be called from any thread."""
+        ...
+
+    def partition(self) -> Partition | None:
+        """The shares now in force; None for one mixed lane."""
         ...
 
     def set_partition(self, partition: Partition) -> None:
