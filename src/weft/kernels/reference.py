@@ -1,0 +1,132 @@
+"""The truth: every kernel in a few lines of plain torch. Slow; other backends are compared with it.
+
+All arithmetic is float32 and is rounded once, to the dtype of the activations, at the end.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import linear, silu
+
+from weft.kernels.base import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class PlainLinear:
+    """weight [out, in] and bias [out], as given."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlainKv:
+    """keys and values [blocks, block_size, kv_heads, head_dim]."""
+
+    keys: torch.Tensor
+    values: torch.Tensor
+
+
+class ReferenceKernels:
+    """Kernels (see base.py) in plain torch, on torch's own threads."""
+
+    name = "reference"
+
+    def __init__(self, cores: tuple[int, ...]) -> None:
+        self.cores = cores
+
+    def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PlainLinear:
+        return PlainLinear(weight, bias)
+
+    def linear(self, x: torch.Tensor, packed: PlainLinear) -> torch.Tensor:
+        bias = None if packed.bias is None else packed.bias.float()
+        return linear(x.float(), packed.weight.float(), bias).to(x.dtype)
+
+    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PlainKv:
+        shape = (blocks, block_size, kv_heads, head_dim)
+        return PlainKv(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return _normalise(x.float(), weight, eps).to(x.dtype)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        residual.copy_(residual.float() + x.float())
+        return self.rms_norm(residual, weight, eps), residual
+
+    def rotary_write(
+        self,
+        qkv: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        kv: PlainKv,
+        batch: Batch,
+        heads: int,
+        kv_heads: int,
+        q_norm: torch.Tensor | None,
+        k_norm: torch.Tensor | None,
+        eps: float,
+    ) -> torch.Tensor:
+        rows, block_size, _, head_dim = len(qkv), *kv.keys.shape[1:]
+        parts = qkv.float().view(rows, heads + 2 * kv_heads, head_dim)
+        q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
+        q = q if q_norm is None else _normalise(q, q_norm, eps)
+        k = k if k_norm is None else _normalise(k, k_norm, eps)
+        positions = batch.positions.long()
+        q, k = (_rotate(part, cos[positions, None], sin[positions, None]) for part in (q, k))
+        blocks, offsets = batch.slots // block_size, batch.slots % block_size
+        kv.keys[blocks, offsets] = k.to(kv.keys.dtype)
+        kv.values[blocks, offsets] = v.to(kv.values.dtype)
+        return q.to(qkv.dtype).reshape(rows, heads * head_dim)
+
+    def attention(
+        self,
+        q: torch.Tensor,
+        kv: PlainKv,
+        batch: Batch,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int | None = None,
+    ) -> torch.Tensor:
+        block_size, _, head_dim = kv.keys.shape[1:]
+        out = torch.empty_like(q)
+        starts = batch.starts.tolist()
+        for first, end, context, table in zip(
+            starts[:-1], starts[1:], batch.contexts.tolist(), batch.tables, strict=True
+        ):
+            blocks = table[: -(-context // block_size)].long()
+            keys, values = (  # [heads, context, head_dim]: each kv head serves heads / kv_heads query heads in turn
+                part[blocks].flatten(0, 1)[:context].float().transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)
+                for part in (kv.keys, kv.values)
+            )
+            queries = q[first:end].float().view(end - first, heads, head_dim).transpose(0, 1)
+            distance = batch.positions[first:end, None] - torch.arange(context)
+            hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
+            weights = (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+            out[first:end] = (weights @ values).transpose(0, 1).reshape(end - first, heads * head_dim)
+        return out
+
+    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.float().chunk(2, dim=-1)
+        return (silu(gate) * up).to(gate_up.dtype)
+
+    def set_cores(self, cores: tuple[int, ...]) -> None:
+        self.cores = cores
+
+    def close(self) -> None:
+        pass
+
+
+def _normalise(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x float32 [..., D], weight [D]."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight.float()
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x [..., D]: the pair (x[i], x[i + D/2]) is turned by the i-th angle; cos and sin [..., D / 2]."""
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
