@@ -72,7 +72,7 @@ class ReferenceKernels:
     ) -> torch.Tensor:
         rows, block_size, _, head_dim = len(qkv), *kv.keys.shape[1:]
         parts = qkv.float().view(rows, heads + 2 * kv_heads, head_dim)
-        q, k, v = parts.split((heads, kv_heads, kv_heads), dim=1)
+        q, k, v = parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
         q = q if q_norm is None else _normalise(q, q_norm, eps)
         k = k if k_norm is None else _normalise(k, k_norm, eps)
         positions = batch.positions.long()
