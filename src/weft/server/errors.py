@@ -1,4 +1,4 @@
-"""Errors as OpenAI clients expect them: {"error": {"message", "type", "param", "code"}} and the headers that go with it."""
+"""Errors in OpenAI's shape, {"error": {"message", "type", "param", "code"}}, and the headers that go with them."""
 
 from __future__ import annotations
 
