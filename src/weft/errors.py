@@ -11,6 +11,7 @@ WeftError                    500
 ├── Unauthorized             401
 ├── NotFound                 404
 ├── BodyTooLarge             413
+├── UnsupportedMedia         415  a body that does not call itself JSON
 ├── QueueFull                429  with Retry-After
 └── Unavailable              503  draining, not ready, or the engine is dead
 """
@@ -77,6 +78,12 @@ class BodyTooLarge(WeftError):
     status = 413
     type = "invalid_request_error"
     code = "body_too_large"
+
+
+class UnsupportedMedia(WeftError):
+    status = 415
+    type = "invalid_request_error"
+    code = "unsupported_media_type"
 
 
 class QueueFull(WeftError):
