@@ -1,0 +1,42 @@
+// The kernels of one level, as a table of functions. Each level compiles csrc/kernels/*.cpp once and fills one table.
+//
+// Rules for a file in csrc/kernels (it is compiled for CPUs that may not be the one it runs on):
+//   - everything is in namespace weft::WEFT_LEVEL, helpers are static or in an unnamed namespace;
+//   - it includes C headers (cmath, cstring, cstdint) and weft's own only: an inline function of the C++ library
+//     compiled with AVX-512 here could be the copy that the linker keeps for everybody;
+//   - every row of an output depends on that row's inputs only, in a fixed order of operations.
+#pragma once
+
+#include <cstdint>
+
+#include "threads.h"
+
+namespace weft {
+
+using bf16 = uint16_t;  // the upper half of a float
+
+enum class Type : int { float32 = 0, bfloat16 = 1 };
+
+constexpr int PANEL = 64;  // columns (output features) in one panel of packed weights
+
+// A packed weight matrix [out, in], padded with zeros to whole panels.
+//   float32:  [panels][in][PANEL]
+//   bfloat16: [panels][(in + 1) / 2][PANEL][2], pairs along `in`, as vdpbf16ps takes them
+struct LinearWeights {
+  Type type;
+  int64_t in, out;
+  const void* panels;
+  const float* bias;  // [panels * PANEL], or null
+
+  int64_t panel_count() const { return (out + PANEL - 1) / PANEL; }
+  int64_t panel_bytes() const { return type == Type::float32 ? in * PANEL * 4 : (in + 1) / 2 * PANEL * 4; }
+};
+
+struct Kernels {
+  // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
+  void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
+  // x [rows, in] -> y [rows, out], both contiguous, of the weights' type.
+  void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+};
+
+}  // namespace weft
