@@ -1,0 +1,72 @@
+"""The one decoder of all families: a generator that stops at each seam and knows nothing of ranks or overlap."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weft.errors import ConfigError
+from weft.kernels.base import Batch, Kernels
+from weft.models.families import ModelConfig
+from weft.models.layers import Layer
+from weft.models.loader import Weights
+from weft.weave.seam import Joined, Seam, Strand, run
+
+
+class Decoder:
+    """The model on one lane's kernels. Cheap: the decoders of two lanes share weights, rotary tables and KV."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, kernels: Kernels, max_model_len: int) -> None:
+        """Raises ConfigError for a max_model_len beyond the checkpoint's context."""
+        if not 1 <= max_model_len <= config.context:
+            raise ConfigError(
+                f"--max-model-len is {max_model_len}; the checkpoint's context is {config.context} tokens, "
+                "so it must be from 1 to that"
+            )
+        self.config = config
+        self.max_model_len = max_model_len
+        self._weights = weights
+        self._kernels = kernels
+        cos, sin = weights.rotary.tables(max_model_len)
+        self._layers = [
+            Layer(config, layer, kernels, window, cos, sin)
+            for layer, window in zip(weights.layers, config.windows, strict=True)
+        ]
+        # The norm that follows each layer: the next one's input norm, and the final norm after the last.
+        self._next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
+
+    def make_kv(self, blocks: int, block_size: int) -> list[Any]:
+        """Storage for the keys and values of `blocks` blocks, one for each layer."""
+        config, dtype = self.config, self._weights.dtype
+        make = self._kernels.make_kv
+        return [make(blocks, block_size, config.kv_heads, config.head_dim, dtype) for _ in self._layers]
+
+    def strand(self, batch: Batch, kv: list[Any]) -> Strand:
+        """One strand through all layers. At the first seam the embedding enters the first norm. Returns the hidden
+        rows after the final norm, [T, hidden]."""
+        eps = self.config.eps
+        embedded = torch.index_select(self._weights.embedding, 0, batch.tokens)
+        hidden, residual = yield Seam(embedded, None, self._weights.layers[0].input_norm, eps)
+        for layer, storage, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
+            partial = layer.attend(hidden, storage, batch)
+            hidden, residual = yield Seam(partial, residual, layer.mlp_norm, eps)
+            partial = layer.feed(hidden)
+            hidden, residual = yield Seam(partial, residual, next_norm, eps)
+        return hidden
+
+    def join(self, seam: Seam) -> Joined:
+        """Carry out a seam for one rank: nothing to sum, so the residual and the norm only."""
+        if seam.residual is None:
+            return self._kernels.rms_norm(seam.partial, seam.weight, seam.eps), seam.partial
+        return self._kernels.add_rms_norm(seam.partial, seam.residual, seam.weight, seam.eps)
+
+    @torch.inference_mode()
+    def hidden(self, batch: Batch, kv: list[Any]) -> torch.Tensor:
+        """The hidden rows of all tokens after the final norm, [T, hidden]; their KV is in `kv` then."""
+        return run(self.strand(batch, kv), self.join)
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[R, hidden] -> float32 [R, vocabulary]."""
+        return self._kernels.linear(hidden, self._weights.head).float()

@@ -1,0 +1,57 @@
+"""One decoder layer, cut at its two seams: attend, then feed.
+
+    hidden ─▶ qkv ─▶ (norm) rotate, write KV ─▶ attention ─▶ output ─▶ partial      attend
+    hidden ─▶ gate_up ─▶ silu · mul ─▶ down ─▶ partial                              feed
+
+A partial is this rank's part of the stage's output; who drives the strand adds it to the residual and normalises.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from weft.kernels.base import Batch, Kernels
+from weft.models.families import ModelConfig
+from weft.models.loader import LayerWeights
+
+
+class Layer:
+    """One layer's weights bound to one lane's kernels. Everything constant is looked up here, once."""
+
+    __slots__ = ("_cos", "_eps", "_heads", "_kernels", "_kv_heads", "_scale", "_sin", "_weights", "_window", "mlp_norm")
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: LayerWeights,
+        kernels: Kernels,
+        window: int | None,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> None:
+        self.mlp_norm = weights.mlp_norm
+        self._weights = weights
+        self._kernels = kernels
+        self._window = window
+        self._cos, self._sin = cos, sin
+        self._heads, self._kv_heads = config.heads, config.kv_heads
+        self._scale = config.head_dim**-0.5
+        self._eps = config.eps
+
+    def attend(self, hidden: torch.Tensor, kv: Any, batch: Batch) -> torch.Tensor:
+        """[T, hidden] -> partial [T, hidden]; writes the rows' keys and values to their slots."""
+        kernels, weights = self._kernels, self._weights
+        heads, kv_heads = self._heads, self._kv_heads
+        qkv = kernels.linear(hidden, weights.qkv)
+        q = kernels.rotary_write(
+            qkv, self._cos, self._sin, kv, batch, heads, kv_heads, weights.q_norm, weights.k_norm, self._eps
+        )
+        mixed = kernels.attention(q, kv, batch, heads, kv_heads, self._scale, self._window)
+        return kernels.linear(mixed, weights.output)
+
+    def feed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[T, hidden] -> partial [T, hidden]."""
+        kernels, weights = self._kernels, self._weights
+        return kernels.linear(kernels.silu_mul(kernels.linear(hidden, weights.gate_up)), weights.down)

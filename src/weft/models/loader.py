@@ -1,0 +1,224 @@
+"""From a checkpoint to packed weights, layer by layer.
+
+A layer is mapped, converted, packed by the kernels and dropped again (its mapping too), so that loading takes one
+layer more memory than serving. Names and shapes are checked against the config before the first tensor is touched.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from weft.errors import CheckpointError
+from weft.kernels.base import Kernels
+from weft.models.checkpoint import Checkpoint, Shape
+from weft.models.families import ModelConfig
+from weft.models.rope import Rotary
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+OUTPUT, DOWN = "self_attn.o_proj", "mlp.down_proj"
+DUMMY_SPREAD = 0.035  # uniform in [-spread, spread): a standard deviation of 0.02, as at the start of training
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer: four packed linears (q, k and v joined, gate and up joined) and its norms."""
+
+    input_norm: torch.Tensor
+    mlp_norm: torch.Tensor
+    q_norm: torch.Tensor | None
+    k_norm: torch.Tensor | None
+    qkv: Any
+    output: Any
+    gate_up: Any
+    down: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """Everything that the decoders of one process share. embedding [vocabulary, hidden]; size: bytes of all."""
+
+    dtype: torch.dtype
+    embedding: torch.Tensor
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor
+    head: Any
+    rotary: Rotary
+    size: int
+
+
+class Source(Protocol):
+    """Where tensors come from."""
+
+    def __contains__(self, name: str) -> bool: ...
+    def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]: ...
+
+
+def compute_dtype(setting: str, config: ModelConfig) -> tuple[torch.dtype, str | None]:
+    """The dtype for --dtype `setting` (auto, float32, bfloat16), and a note where it is not the checkpoint's own."""
+    if setting != "auto":
+        return DTYPES[setting], None
+    if config.dtype == "float16":
+        return torch.bfloat16, (
+            "the checkpoint is float16, which weft does not compute in: --dtype auto takes bfloat16, "
+            "with 8 significant bits for its 11; --dtype float32 loses nothing"
+        )
+    return DTYPES[config.dtype or "bfloat16"], None
+
+
+def load_weights(
+    folder: Path,
+    config: ModelConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    *,
+    dummy_seed: int | None = None,
+    say: Callable[[str], None] | None = None,
+) -> Weights:
+    """The packed weights of `folder`, or random ones of the same shapes when there is a `dummy_seed`.
+
+    `say` is told when the phase begins. Raises CheckpointError naming the file and the tensor that is missing,
+    misshapen, unexpected or cut short.
+    """
+    if say is not None:
+        say("weights")
+    _check_memory(config, dtype)
+    source: Source
+    if dummy_seed is None:
+        source = checkpoint = Checkpoint(folder)
+        checkpoint.check(tensor_shapes(config), optional=[HEAD] if config.tied else [])
+    else:
+        source = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
+    with torch.no_grad():
+        embedding = _plain(source, EMBEDDING, dtype)
+        # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
+        head = source.take([HEAD])[HEAD].to(dtype, copy=True) if HEAD in source else embedding
+        packed_head = kernels.pack_linear(head)
+        del head
+        return Weights(
+            dtype=dtype,
+            embedding=embedding,
+            layers=tuple(_layer(source, config, index, kernels, dtype) for index in range(config.layers)),
+            norm=_plain(source, NORM, dtype),
+            head=packed_head,
+            rotary=Rotary(config.rope, config.head_dim),
+            size=weight_bytes(config, dtype),
+        )
+
+
+def _layer(source: Source, config: ModelConfig, index: int, kernels: Kernels, dtype: torch.dtype) -> LayerWeights:
+    prefix = f"model.layers.{index}."
+    tensors = source.take(list(layer_shapes(config, index)))
+
+    def pack(*names: str) -> Any:
+        """The linears of these names as one, their outputs one after the other."""
+        weight = torch.cat([tensors.pop(f"{prefix}{name}.weight").to(dtype) for name in names])
+        biased = f"{prefix}{names[0]}.bias" in tensors
+        bias = torch.cat([tensors.pop(f"{prefix}{name}.bias").to(dtype) for name in names]) if biased else None
+        return kernels.pack_linear(weight, bias)
+
+    def norm(name: str) -> torch.Tensor:
+        return tensors[f"{prefix}{name}.weight"].to(dtype, copy=True)
+
+    return LayerWeights(
+        input_norm=norm("input_layernorm"),
+        mlp_norm=norm("post_attention_layernorm"),
+        q_norm=norm("self_attn.q_norm") if config.qk_norm else None,
+        k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
+        qkv=pack(*QKV),
+        output=pack(OUTPUT),
+        gate_up=pack(*GATE_UP),
+        down=pack(DOWN),
+    )
+
+
+def _plain(source: Source, name: str, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of our own, not a view of a file."""
+    return source.take([name])[name].to(dtype, copy=True)
+
+
+def layer_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
+    """The tensors of layer `index`, as Hugging Face names them, and their shapes."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    q, k, v = QKV
+    gate, up = GATE_UP
+    linears = (
+        (q, queries, hidden, config.qkv_bias),
+        (k, keys, hidden, config.qkv_bias),
+        (v, keys, hidden, config.qkv_bias),
+        (OUTPUT, hidden, queries, config.output_bias),
+        (gate, inner, hidden, config.mlp_bias),
+        (up, inner, hidden, config.mlp_bias),
+        (DOWN, hidden, inner, config.mlp_bias),
+    )
+    prefix = f"model.layers.{index}."
+    shapes: dict[str, Shape] = {}
+    for name, rows, columns, bias in linears:
+        shapes[f"{prefix}{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{prefix}{name}.bias"] = (rows,)
+    shapes[f"{prefix}input_layernorm.weight"] = (hidden,)
+    shapes[f"{prefix}post_attention_layernorm.weight"] = (hidden,)
+    if config.qk_norm:
+        shapes[f"{prefix}self_attn.q_norm.weight"] = (config.head_dim,)
+        shapes[f"{prefix}self_attn.k_norm.weight"] = (config.head_dim,)
+    return shapes
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Every tensor of the model and its shape; the output layer too, which a tied checkpoint usually leaves out."""
+    shapes: dict[str, Shape] = {EMBEDDING: (config.vocabulary, config.hidden_size)}
+    for index in range(config.layers):
+        shapes |= layer_shapes(config, index)
+    return shapes | {NORM: (config.hidden_size,), HEAD: (config.vocabulary, config.hidden_size)}
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Memory of the loaded weights; a tied output layer counts, since it is packed beside the embedding."""
+    return sum(map(math.prod, tensor_shapes(config).values())) * dtype.itemsize
+
+
+class Dummy:
+    """Random weights: the numbers of a tensor depend on its name and the seed, so not on the order of reading."""
+
+    def __init__(self, shapes: Mapping[str, Shape], seed: int, absent: str | None = None) -> None:
+        self.shapes = {name: shape for name, shape in shapes.items() if name != absent}
+        self.seed = seed
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.shapes
+
+    def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        return {name: self._draw(name) for name in names}
+
+    def _draw(self, name: str) -> torch.Tensor:
+        shape = self.shapes[name]
+        if name.endswith("norm.weight"):
+            return torch.ones(shape)
+        random = np.random.Generator(np.random.SFC64([self.seed % 2**64, zlib.crc32(name.encode())]))
+        values = random.random(shape, dtype=np.float32)
+        values -= 0.5
+        values *= 2 * DUMMY_SPREAD
+        return torch.from_numpy(values)
+
+
+def _check_memory(config: ModelConfig, dtype: torch.dtype) -> None:
+    needed = weight_bytes(config, dtype)
+    there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise CheckpointError(
+            f"the weights in config.json take {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, "
+            f"and this machine has {there / 2**30:.1f} GiB of memory"
+        )
