@@ -1,0 +1,143 @@
+"""Which sequences wait, prefill and decode, and the blocks that they hold.
+
+Order: everything goes by `Sequence.rank`, which never changes. The most urgent waiting sequence starts first and nobody
+passes it for want of blocks; a sequence takes blocks only from less urgent ones. So the most urgent sequence is never
+preempted and always advances, then the next one, and no two sequences can preempt each other for ever.
+"""
+
+from __future__ import annotations
+
+from weft.core.blocks import BlockPool
+from weft.core.inflight import InFlight
+from weft.core.prefix import PrefixCache
+from weft.core.sequence import Line, Sequence, State
+
+
+class Running:
+    """Moves sequences between the lines, and blocks with them. most: sequences that may run (not wait) at one time.
+
+    caching: whether blocks enter the prefix cache, whose secret key is `key`.
+    """
+
+    def __init__(self, blocks: int, block_size: int, most: int, caching: bool, key: bytes) -> None:
+        self.block_size = block_size
+        self.most = most
+        self.caching = caching
+        self.prefix = PrefixCache(block_size, key)
+        self.pool = BlockPool(blocks, self.prefix.forget)
+        self.inflight = InFlight(self.pool)
+        self.waiting, self.prefilling, self.decoding = Line(), Line(), Line()
+        self.preemptions = 0
+        self.prefix_queries = 0
+        self.prefix_hits = 0
+
+    def __len__(self) -> int:
+        return len(self.prefilling) + len(self.decoding)
+
+    def start(self, sequence: Sequence) -> bool:
+        """WAITING to PREFILL, with blocks for all its tokens; False, and nothing done, when seats or blocks lack."""
+        if len(self) >= self.most:
+            return False
+        hits = self._match(sequence)
+        needed = -(-len(sequence.tokens) // self.block_size) - len(hits)
+        # One block for everybody's next growth, or this sequence would be preempted as soon as it decodes.
+        reserve = len(self) + 1 if len(self) else 0
+        if self.pool.available - self.pool.idle(hits) < needed + reserve:
+            return False
+        self.pool.share(hits)
+        sequence.table = (*hits, *self.pool.take(needed))
+        sequence.computed = len(hits) * self.block_size
+        sequence.published = len(hits)
+        if self.caching:
+            self.prefix_queries += len(sequence.tokens)
+            self.prefix_hits += sequence.computed
+        self._move(sequence, State.PREFILL)
+        return True
+
+    def decode(self, sequence: Sequence) -> None:
+        """PREFILL to DECODE: another list, the same blocks."""
+        self._move(sequence, State.DECODE)
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make room for its last token, at the cost of less urgent sequences; False when it cannot be computed now.
+
+        It may then have been preempted itself: when only more urgent sequences have blocks.
+        """
+        if len(sequence.tokens) <= len(sequence.table) * self.block_size:
+            return True
+        while not self.pool.available:
+            if self.pool.pinned:  # blocks are on their way back: the other lane's ticket brings them
+                return False
+            victim = self._least_urgent()
+            self.preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.table += self.pool.take(1)
+        return True
+
+    def preempt(self, sequence: Sequence) -> None:
+        """PREFILL or DECODE to WAITING. Its full blocks stay findable, so that a resume is mostly hits."""
+        self._give_up(sequence)
+        self._move(sequence, State.WAITING)
+        sequence.live.preemptions += 1
+        self.preemptions += 1
+        if sequence.scores_due:
+            sequence.live.scores.clear()
+
+    def end(self, sequence: Sequence) -> None:
+        """Any state to ENDED."""
+        self._give_up(sequence)
+        self._move(sequence, State.ENDED)
+
+    def add(self, sequence: Sequence) -> None:
+        """A new sequence waits."""
+        self.waiting.add(sequence)
+
+    def publish(self, sequence: Sequence) -> None:
+        """Offer what complete tickets have written, block by full block, to the prefix cache (rule 1)."""
+        full = sequence.computed // self.block_size
+        if not self.caching or full == sequence.published:
+            return
+        self.prefix.extend(sequence.digests, sequence.tokens, sequence.live.request.cache_salt)
+        for index in range(sequence.published, full):
+            block = sequence.table[index]
+            if self.prefix.insert(sequence.digests, index, sequence.tokens, block):
+                self.pool.publish(block)
+        sequence.published = full
+
+    def reset(self) -> None:
+        """After a broken invariant: nobody has any block but the tickets in flight. The sequences are lost."""
+        for line in (self.waiting, self.prefilling, self.decoding):
+            for sequence in line:
+                sequence.state = State.ENDED
+                sequence.table = ()
+            line.clear()
+        self.prefix.clear()
+        self.pool.reset(self.inflight.tables())
+        self.inflight.reset()
+
+    def _match(self, sequence: Sequence) -> list[int]:
+        # Scores of the prompt need every row, so whoever has to deliver them takes no hits.
+        if not self.caching or sequence.scores_due:
+            return []
+        self.prefix.extend(sequence.digests, sequence.tokens, sequence.live.request.cache_salt)
+        return self.prefix.match(sequence.digests, sequence.tokens)
+
+    def _least_urgent(self) -> Sequence:
+        """Of those that run. Asked for on behalf of one that decodes, so there is one."""
+        lasts = [line.last for line in (self.prefilling, self.decoding)]
+        return max((last for last in lasts if last is not None), key=lambda last: last.rank)
+
+    def _give_up(self, sequence: Sequence) -> None:
+        self.inflight.leave(sequence)
+        self.pool.release(sequence.table)
+        sequence.table = ()
+        sequence.computed = 0
+        sequence.published = 0
+
+    def _move(self, sequence: Sequence, state: State) -> None:
+        lines = {State.WAITING: self.waiting, State.PREFILL: self.prefilling, State.DECODE: self.decoding}
+        lines[sequence.state].remove(sequence)
+        sequence.state = state
+        if state is not State.ENDED:
+            lines[state].add(sequence)

@@ -1,0 +1,372 @@
+"""The scheduler: turns requests into plans, and results into events. Pure policy: no clock, no device, no thread.
+
+Continuous batching: a plan has one token of every decoding sequence, and parts of prompts in what is left of the token
+budget. The mixed lane gets both; with two lanes the decode lane gets the one, the prefill lane the other.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+
+from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sampling, Slice, TokenScore
+from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
+from weft.core.running import Running
+from weft.core.sequence import Live, Sequence, State, urgency
+from weft.errors import InvalidRequest, NeverFits, StepFailed
+
+__all__ = ["Scheduler", "SchedulerSettings"]
+
+STEP_FAILED = StepFailed.code or ""
+
+
+class Scheduler:
+    """One thread calls it. `now` is seconds on any monotonic clock. key: secret of the prefix cache; default: random.
+
+    Counters that grow from the start: prompt_tokens (of prompts that were prefilled), generation_tokens, and those of
+    `running` (preemptions, prefix_queries and prefix_hits in tokens).
+    """
+
+    def __init__(
+        self, capacity: Capacity, lanes: tuple[Lane, ...], settings: SchedulerSettings, *, key: bytes | None = None
+    ) -> None:
+        self.capacity = capacity
+        self.lanes = lanes
+        self.settings = settings
+        self.budget = min(settings.max_num_batched_tokens, capacity.max_tokens)
+        # Everybody who runs must fit into one plan, so that a decoding sequence advances with every step.
+        most = min(settings.max_num_seqs, capacity.max_slices, self.budget)
+        secret = os.urandom(32) if key is None else key
+        self.running = Running(capacity.blocks, capacity.block_size, most, settings.enable_prefix_caching, secret)
+        self.pool = self.running.pool
+        self.inflight = self.running.inflight
+        self.admission = Admission(capacity, settings)
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self._live: dict[str, Live] = {}
+        self._numbers = itertools.count()
+        self._sequence_ids = itertools.count()
+        self._steps = itertools.count(1)
+
+    # -- requests ------------------------------------------------------------------------------------------------
+
+    def submit(self, request: Request, now: float) -> None:
+        """Accept a request; from now on it ends in exactly one RequestEnd.
+
+        Raises InvalidRequest (also for an id that is live), ContextTooLong, NeverFits or QueueFull.
+        """
+        if request.id in self._live:
+            raise InvalidRequest(f"a request with id {request.id!r} is under way; ids must be unique", param="id")
+        self.admission.check(request, now)
+        params, number = request.params, next(self._numbers)
+        limit = self.capacity.max_model_len
+        ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *request.eos)
+        stop_ids = frozenset(token for token in ends if 0 <= token < self.capacity.vocabulary)
+        live = Live(
+            request=request,
+            number=number,
+            arrived=now,
+            seed=request_seed(params.seed, self.settings.seed, number),
+            max_len=limit if params.max_tokens is None else min(limit, len(request.prompt) + params.max_tokens),
+            stop_ids=stop_ids,
+            forbidden=tuple(sorted(stop_ids)),
+            open=set(range(params.n)),
+            parked=params.n > 1,
+            scores_due=params.prompt_logprobs is not None,
+        )
+        self._live[request.id] = live
+        self.admission.enter(len(request.prompt))
+        self._add_sequence(live, 0)
+
+    def abort(self, request_id: str, now: float) -> list[Event]:
+        """End a request at once, in flight or not. Its terminal events; none when the id is not live."""
+        events: list[Event] = []
+        live = self._live.get(request_id)
+        if live is not None:
+            self._end_request(live, Finish.ABORT, now, events)
+        return events
+
+    def preempt(self, request_id: str) -> int:
+        """Send the running sequences of a request back to waiting, in flight or not. How many there were."""
+        live = self._live.get(request_id)
+        found = [] if live is None else [one for one in live.sequences if one.state in (State.PREFILL, State.DECODE)]
+        for sequence in found:
+            self.running.preempt(sequence)
+        return len(found)
+
+    def lose(self, step: int, message: str, now: float) -> list[Event]:
+        """A step does not end: end the requests in it with an error. Its ticket stays in flight, so its blocks are not
+        reused and its lane gets no other plan until a late result comes."""
+        events: list[Event] = []
+        for flight in self.inflight:
+            if flight.plan.step == step:
+                for sequence in flight.members:
+                    if sequence.flight is flight:
+                        self._end_request(sequence.live, Finish.ERROR, now, events, message, STEP_FAILED)
+        return events
+
+    def fail_all(self, message: str, code: str, now: float) -> list[Event]:
+        """End every request with an error: the device died."""
+        events: list[Event] = []
+        for live in list(self._live.values()):
+            self._end_request(live, Finish.ERROR, now, events, message, code)
+        return events
+
+    def recover(self, message: str, now: float) -> list[Event]:
+        """After an internal error: nothing that runs can be trusted, so every request ends with an error and the pool
+        starts anew, without what tickets in flight name. New requests are served."""
+        self.running.reset()
+        return self.fail_all(message, STEP_FAILED, now)
+
+    # -- plans ---------------------------------------------------------------------------------------------------
+
+    def schedule(self, lane: Lane, now: float) -> Plan | None:
+        """The next plan of a lane; None when it has a ticket in flight or nothing to do."""
+        if self.inflight.busy(lane):
+            return None
+        pieces: list[Slice] = []
+        members: list[Sequence] = []
+        if lane is not Lane.PREFILL:
+            self._plan_decode(pieces, members)
+        if lane is not Lane.DECODE:
+            self._plan_prefill(pieces, members, now)
+        if not pieces:
+            return None
+        plan = Plan(next(self._steps), lane, tuple(pieces))
+        self.inflight.launch(plan, tuple(members))
+        return plan
+
+    def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> None:
+        for sequence in list(self.running.decoding):
+            # A more urgent one may have taken its blocks a moment ago.
+            if sequence.state is State.DECODE and self.running.grow(sequence):
+                tokens = sequence.tokens
+                start = len(tokens) - 1
+                sampling = self._sampling(sequence)
+                pieces.append(Slice(sequence.id, start, (tokens[start],), sequence.table, sampling))
+                members.append(sequence)
+
+    def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
+        budget = self.budget - len(pieces)
+        started = list(self.running.prefilling)
+        at = 0
+        while budget > 0 and len(pieces) < self.running.most:
+            head = self.running.waiting.first
+            ahead = head is not None and (at == len(started) or head.rank < started[at].rank)
+            if head is not None and ahead and self._start(head, now):
+                sequence = head
+            elif at < len(started):
+                sequence = started[at]
+                at += 1
+            else:
+                return
+            piece = self._prefill_slice(sequence, budget)
+            budget -= len(piece.tokens)
+            pieces.append(piece)
+            members.append(sequence)
+
+    def _prefill_slice(self, sequence: Sequence, budget: int) -> Slice:
+        tokens, start = sequence.tokens, sequence.computed
+        end = min(len(tokens), start + budget)
+        return Slice(
+            sequence=sequence.id,
+            start=start,
+            tokens=tuple(tokens[start:end]),
+            blocks=sequence.table,
+            sample=self._sampling(sequence) if end == len(tokens) else None,
+            prompt_logprobs=sequence.live.request.params.prompt_logprobs if sequence.scores_due else None,
+            next_token=tokens[end] if sequence.scores_due and end < len(tokens) else None,
+        )
+
+    def _sampling(self, sequence: Sequence) -> Sampling:
+        live, tokens = sequence.live, sequence.tokens
+        prompt, params = live.request.prompt, live.request.params
+        # `forbidden` keeps stop ids away until min_tokens were generated.
+        forbidden = live.forbidden if len(tokens) - len(prompt) < params.min_tokens else ()
+        if params.penalised:
+            output = tuple(tokens[len(prompt) :])
+            return Sampling(params, sequence.seed, len(tokens), prompt, output, forbidden)
+        return Sampling(params, sequence.seed, len(tokens), forbidden=forbidden)
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        if not self.running.start(sequence):
+            return False
+        live = sequence.live
+        if live.scheduled is None:
+            live.scheduled = now
+            live.cached_tokens = sequence.computed
+            self.admission.leave(sequence.prompt_len, now)
+        if not self.running.caching or sequence.prompt_len <= self.capacity.block_size:
+            self._unpark(live)  # there is no block that the siblings could share, so nothing to wait for
+        return True
+
+    # -- results -------------------------------------------------------------------------------------------------
+
+    def complete(self, result: Result, now: float) -> list[Event]:
+        """Take in what a finished ticket produced. Raises UnknownTicket, with nothing changed, for any other result."""
+        events: list[Event] = []
+        wanted = self.inflight.land(result.ticket)
+        drawn = {sampled.sequence: sampled for sampled in result.sampled}
+        scores, failed = dict(result.prompt_scores), dict(result.failed)
+        for piece, sequence in wanted:
+            if sequence.state is State.ENDED:  # with its request, a slice ago
+                continue
+            one, its_scores = drawn.get(piece.sequence), scores.get(piece.sequence, ())
+            problem = result.error if result.error is not None else failed.get(piece.sequence)
+            if problem is None:
+                problem = self._problem(piece, one, its_scores)
+            if problem is None:
+                self._advance(piece, sequence, one, its_scores, now, events)
+            else:
+                self._end_request(sequence.live, Finish.ERROR, now, events, problem, STEP_FAILED)
+        return events
+
+    def _problem(self, piece: Slice, drawn: Sampled | None, scores: tuple[TokenScore, ...]) -> str | None:
+        """What the device left out or made up, if anything."""
+        if piece.sample is not None:
+            if drawn is None:
+                return "the device returned no token for the sequence"
+            if not 0 <= drawn.token < self.capacity.vocabulary:
+                return f"the device returned token {drawn.token}, outside of the vocabulary"
+        if piece.prompt_logprobs is not None:
+            rows = len(piece.tokens) - (piece.next_token is None)
+            if len(scores) != rows:
+                return f"the device scored {len(scores)} prompt tokens instead of {rows}"
+        return None
+
+    def _advance(
+        self,
+        piece: Slice,
+        sequence: Sequence,
+        drawn: Sampled | None,
+        scores: tuple[TokenScore, ...],
+        now: float,
+        events: list[Event],
+    ) -> None:
+        sequence.computed = piece.end
+        self.running.publish(sequence)
+        if piece.prompt_logprobs is not None:
+            sequence.live.scores.extend(scores)
+        if piece.sample is None or drawn is None:
+            return
+        if sequence.state is State.PREFILL:
+            self.running.decode(sequence)
+            self._prefilled(sequence, events)
+        self._append(sequence, drawn, now, events)
+
+    def _prefilled(self, sequence: Sequence, events: list[Event]) -> None:
+        live = sequence.live
+        if sequence.scores_due:
+            events.append(PromptScores(live.request.id, tuple(live.scores)))
+            live.scores_due = False
+            live.scores.clear()
+        if not live.prefilled:
+            live.prefilled = True
+            self.prompt_tokens += sequence.prompt_len
+        self._unpark(live)
+
+    def _append(self, sequence: Sequence, drawn: Sampled, now: float, events: list[Event]) -> None:
+        live, token = sequence.live, drawn.token
+        sequence.tokens.append(token)
+        live.generated += 1
+        self.generation_tokens += 1
+        if live.first_token is None:
+            live.first_token = now
+        length = len(sequence.tokens)
+        generated = length - sequence.prompt_len
+        finish = None
+        if token in live.stop_ids and generated > live.request.params.min_tokens:
+            finish = Finish.STOP
+        elif length >= live.max_len:
+            finish = Finish.LENGTH
+        stop_token = token if finish is Finish.STOP else None
+        events.append(TokenOutput(live.request.id, sequence.index, token, drawn.score, finish, stop_token))
+        if finish is not None:
+            self._end_sequence(sequence, finish, now, events)
+        elif len(sequence.table) == self.capacity.blocks:
+            reason = outgrown(length, self.capacity)
+            if reason is not None:
+                self._end_request(live, Finish.ERROR, now, events, reason, NeverFits.code)
+
+    # -- ends ----------------------------------------------------------------------------------------------------
+
+    def _end_sequence(self, sequence: Sequence, finish: Finish, now: float, events: list[Event]) -> None:
+        live = sequence.live
+        self.running.end(sequence)
+        live.open.discard(sequence.index)
+        if sequence.index == 0:
+            live.reason = finish
+        if not live.open:
+            self._end_request(live, live.reason, now, events)
+
+    def _end_request(
+        self,
+        live: Live,
+        reason: Finish,
+        now: float,
+        events: list[Event],
+        error: str | None = None,
+        code: str | None = None,
+    ) -> None:
+        """The one place where a request ends: its open sequences first, then its terminal event."""
+        for sequence in live.sequences:
+            if sequence.state is not State.ENDED:
+                self.running.end(sequence)
+        if live.scheduled is None:
+            self.admission.leave(len(live.request.prompt), None)
+        del self._live[live.request.id]
+        events.extend(TokenOutput(live.request.id, index, None, finish=reason) for index in sorted(live.open))
+        timing = Timing(live.arrived, live.scheduled, live.first_token, now)
+        prompt_tokens = len(live.request.prompt)
+        events.append(
+            RequestEnd(
+                request=live.request.id,
+                reason=reason,
+                prompt_tokens=prompt_tokens,
+                cached_tokens=live.cached_tokens,
+                generated_tokens=live.generated,
+                timing=timing,
+                error=error,
+                code=code,
+                preemptions=live.preemptions,
+            )
+        )
+
+    # -- sequences and counts --------------------------------------------------------------------------------------
+
+    def _add_sequence(self, live: Live, index: int) -> None:
+        request = live.request
+        sequence = Sequence(
+            id=next(self._sequence_ids),
+            live=live,
+            index=index,
+            seed=sequence_seed(live.seed, index),
+            tokens=list(request.prompt),
+            rank=(urgency(request.priority, live.arrived), live.number, index),
+        )
+        live.sequences.append(sequence)
+        self.running.add(sequence)
+
+    def _unpark(self, live: Live) -> None:
+        """Make the siblings of the first sequence, which find the prompt's full blocks in the prefix cache."""
+        if live.parked:
+            live.parked = False
+            for index in range(1, live.request.params.n):
+                self._add_sequence(live, index)
+
+    @property
+    def live(self) -> int:
+        """Requests that have not ended."""
+        return len(self._live)
+
+    @property
+    def waiting(self) -> int:
+        """Sequences that hold no blocks: new, preempted, or not made yet."""
+        parked = sum(live.request.params.n - 1 for live in self._live.values() if live.parked)
+        return len(self.running.waiting) + parked
+
+    def owned(self, lane: Lane) -> int:
+        """Sequences that a lane computes now."""
+        prefilling = 0 if lane is Lane.DECODE else len(self.running.prefilling)
+        return prefilling + (0 if lane is Lane.PREFILL else len(self.running.decoding))

@@ -1,0 +1,375 @@
+"""A device without a model. The next token is a known function, `oracle`, of the whole prefix.
+
+The prefix is read through the blocks: computing a token stores it, and its position, in its KV slot, and what follows a
+slice depends on every slot from the sequence's beginning. So a block that is stale, shared by mistake, or not yet
+written changes the output at once, and whoever knows the prompt can tell.
+
+A plan is executed (slots written and read) when its step is run, not when it is submitted; the plans of one lane run
+in order. `SimulatedDevice` runs them on a thread per lane that sleeps as long as the cost model says;
+`ManualDevice` runs them when a test says so, and hands out results when a test says so, in any order between lanes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import queue
+import threading
+from array import array
+from collections import deque
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+
+from weft.config import EngineConfig, parse_partition
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Sampled, Slice, Ticket, TokenScore
+from weft.devices.base import Description
+from weft.devices.cost import FREE, SMALL, CostModel
+from weft.errors import CheckpointError, ConfigError, DeviceError
+from weft.text.tokenizer import Tokenizer
+
+WORD = array("i").itemsize
+SLOT_BYTES = 2 * WORD
+DEFAULT_MAX_MODEL_LEN = 4096
+LN2 = math.log(2.0)
+DESCRIPTION = Description("simulated", "none", "none", ("no model: each token is a hash of those before it",))
+
+
+def oracle(tokens: Sequence[int], vocabulary: int, forbidden: Collection[int] = ()) -> int:
+    """The token after `tokens`, whatever the temperature and the seed. Raises ValueError when all ids are forbidden."""
+    return _draw(blake2b(array("i", tokens).tobytes(), digest_size=8), vocabulary, forbidden)
+
+
+def continuation(prompt: Sequence[int], count: int, vocabulary: int) -> tuple[int, ...]:
+    """The `count` tokens that the simulated device generates after a prompt when nothing stops it."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(oracle(tokens, vocabulary))
+    return tuple(tokens[len(prompt) :])
+
+
+def _draw(prefix: blake2b, vocabulary: int, forbidden: Collection[int] = ()) -> int:
+    first = int.from_bytes(prefix.digest(), "little") % vocabulary
+    if not forbidden:
+        return first
+    banned = set(forbidden)
+    for step in range(vocabulary):
+        token = (first + step) % vocabulary
+        if token not in banned:
+            return token
+    raise ValueError(f"all {vocabulary} token ids are forbidden")
+
+
+def _score(token: int, first: int, k: int, vocabulary: int) -> TokenScore:
+    """A distribution for show: the oracle's token has probability 1/2, the ids after it 1/4, 1/8 and so on."""
+    rank = (token - first) % vocabulary + 1
+    top = tuple(((first + i) % vocabulary, -(i + 1) * LN2) for i in range(min(k, vocabulary)))
+    return TokenScore(token, -rank * LN2, rank, top)
+
+
+@dataclass(frozen=True, slots=True)
+class Faults:
+    """What goes wrong, by `Plan.step` (the scheduler counts from 1).
+
+    slow: seconds more. failed: the step ends in an error. lost: it never ends, nor does any later one of its lane.
+    dead: at this step the device dies. nan: (step, sequence) of slices that fail alone.
+    """
+
+    slow: Mapping[int, float] = field(default_factory=dict)
+    failed: frozenset[int] = frozenset()
+    lost: frozenset[int] = frozenset()
+    dead: int | None = None
+    nan: frozenset[tuple[int, int]] = frozenset()
+
+
+class Slots:
+    """The KV pool: for every slot the token and the position that were written into it; -1: nothing yet."""
+
+    def __init__(self, blocks: int, block_size: int, max_model_len: int) -> None:
+        self.block_size = block_size
+        self._tokens = array("i", [-1]) * (blocks * block_size)
+        self._positions = array("i", [-1]) * (blocks * block_size)
+        self._expected = array("i", range(max_model_len)).tobytes()
+
+    def write(self, piece: Slice) -> None:
+        size = self.block_size
+        for position, token in enumerate(piece.tokens, piece.start):
+            slot = piece.blocks[position // size] * size + position % size
+            self._tokens[slot] = token
+            self._positions[slot] = position
+
+    def prefix(self, blocks: Sequence[int], length: int) -> blake2b:
+        """A hash over the first `length` slots of a block table: the oracle's, where each holds what it should."""
+        tokens, positions = self._read(self._tokens, blocks, length), self._read(self._positions, blocks, length)
+        found = blake2b(tokens, digest_size=8)
+        if positions != self._expected[: length * WORD]:
+            found.update(b"foreign" + positions)
+        return found
+
+    def _read(self, values: array[int], blocks: Sequence[int], length: int) -> bytes:
+        size = self.block_size
+        needed = blocks[: -(-length // size)]
+        return b"".join([values[block * size : (block + 1) * size].tobytes() for block in needed])[: length * WORD]
+
+    @property
+    def nbytes(self) -> int:
+        return SLOT_BYTES * len(self._tokens)
+
+
+class Executor:
+    """Runs plans on the slots: what both devices share."""
+
+    def __init__(self, capacity: Capacity, faults: Faults) -> None:
+        self.capacity = capacity
+        self.faults = faults
+        self.slots = Slots(capacity.blocks, capacity.block_size, capacity.max_model_len)
+
+    def run(self, plan: Plan, seconds: float) -> Result:
+        """Write all slices, then read: as on a real device, where each layer writes the KV before attention reads it.
+
+        A failed step writes, too: what it leaves behind must not be trusted.
+        """
+        ticket = Ticket(plan.step, plan.lane)
+        for piece in plan.slices:
+            self.slots.write(piece)
+        if plan.step in self.faults.failed:
+            return Result(ticket, error=f"step {plan.step} failed: simulated fault", seconds=seconds)
+        sampled, scores, failed = [], [], []
+        for piece in plan.slices:
+            if (plan.step, piece.sequence) in self.faults.nan:
+                failed.append((piece.sequence, "the logits are not numbers (NaN): simulated fault"))
+                continue
+            if piece.prompt_logprobs is not None:
+                scores.append((piece.sequence, self._prompt_scores(piece, piece.prompt_logprobs)))
+            if piece.sample is not None:
+                try:
+                    sampled.append(self._sample(piece))
+                except ValueError as error:
+                    failed.append((piece.sequence, str(error)))
+        return Result(ticket, tuple(sampled), tuple(scores), tuple(failed), seconds=seconds)
+
+    def _sample(self, piece: Slice) -> Sampled:
+        vocabulary = self.capacity.vocabulary
+        prefix = self.slots.prefix(piece.blocks, piece.end)
+        forbidden = piece.sample.forbidden if piece.sample is not None else ()
+        token = _draw(prefix, vocabulary, forbidden)
+        k = piece.sample.params.logprobs if piece.sample is not None else None
+        score = None if k is None else _score(token, _draw(prefix, vocabulary), k, vocabulary)
+        return Sampled(piece.sequence, token, score)
+
+    def _prompt_scores(self, piece: Slice, k: int) -> tuple[TokenScore, ...]:
+        vocabulary = self.capacity.vocabulary
+        following = piece.tokens[1:] if piece.next_token is None else (*piece.tokens[1:], piece.next_token)
+        return tuple(
+            _score(token, _draw(self.slots.prefix(piece.blocks, end), vocabulary), k, vocabulary)
+            for end, token in enumerate(following, piece.start + 1)
+        )
+
+
+class ManualDevice:
+    """For tests: nothing happens by itself. `run` executes the oldest plan of a lane, `poll` hands out its result."""
+
+    def __init__(
+        self, capacity: Capacity, lanes: tuple[Lane, ...] = (Lane.MIXED,), *, faults: Faults | None = None
+    ) -> None:
+        self._executor = Executor(capacity, faults or Faults())
+        self._lanes = lanes
+        self.submitted: dict[Lane, deque[Plan]] = {lane: deque() for lane in lanes}
+        self.finished: list[Result] = []
+
+    def run(self, lane: Lane) -> bool:
+        """Execute the oldest plan of the lane that was not executed; False when there is none."""
+        if not self.submitted[lane]:
+            return False
+        self.finished.append(self._executor.run(self.submitted[lane].popleft(), 0.0))
+        return True
+
+    def capacity(self) -> Capacity:
+        return self._executor.capacity
+
+    def describe(self) -> Description:
+        return DESCRIPTION
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return self._lanes
+
+    def submit(self, plan: Plan) -> Ticket:
+        self.submitted[plan.lane].append(plan)
+        return Ticket(plan.step, plan.lane)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        """Never waits. Raises DeviceError where it would wait for ever."""
+        found, self.finished = self.finished, []
+        if not found and timeout is None:
+            raise DeviceError("nothing was run, and nobody could run it during this poll")
+        return found
+
+    def wake(self) -> None:
+        """Nobody waits."""
+
+    def partition(self) -> Partition | None:
+        return None
+
+    def set_partition(self, partition: Partition) -> None:
+        raise DeviceError(f"partition {partition} is impossible: a test, not time, says when a lane advances")
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return ()
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+
+class SimulatedDevice:
+    """In real time, a thread per lane. partition: the shares of each lane; None for one mixed lane."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        partition: Partition | None = None,
+        *,
+        cost: CostModel = FREE,
+        faults: Faults | None = None,
+    ) -> None:
+        self._executor = Executor(capacity, faults or Faults())
+        self._cost = cost
+        self._partition = partition
+        self._lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        self._dead: str | None = None
+        # A result, or None for "wake up".
+        self._results: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
+        self._plans: dict[Lane, queue.SimpleQueue[Plan | None]] = {lane: queue.SimpleQueue() for lane in self._lanes}
+        self._threads = [
+            threading.Thread(target=self._work, args=(lane,), name=f"simulated-{lane.value}", daemon=True)
+            for lane in self._lanes
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def capacity(self) -> Capacity:
+        return self._executor.capacity
+
+    def describe(self) -> Description:
+        return DESCRIPTION
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return self._lanes
+
+    def submit(self, plan: Plan) -> Ticket:
+        if self._dead is not None:
+            raise DeviceError(self._dead)
+        if self._closed.is_set():
+            raise DeviceError("the simulated device is closed")
+        self._plans[plan.lane].put(plan)
+        return Ticket(plan.step, plan.lane)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        if self._dead is not None and self._results.empty():
+            raise DeviceError(self._dead)
+        found: list[Result] = []
+        try:
+            one = self._results.get(block=timeout is None or timeout > 0, timeout=timeout)
+            while one is not None:
+                found.append(one)
+                one = self._results.get_nowait()
+        except queue.Empty:
+            return found  # all there is
+        return found
+
+    def wake(self) -> None:
+        self._results.put(None)
+
+    def partition(self) -> Partition | None:
+        return self._partition
+
+    def set_partition(self, partition: Partition) -> None:
+        shares = self.capacity().shares
+        if self._partition is None:
+            raise DeviceError("the simulated device has one mixed lane; there is nothing to divide")
+        if partition.prefill < 1 or partition.decode < 1 or partition.prefill + partition.decode > shares:
+            raise DeviceError(
+                f"partition {partition.prefill}:{partition.decode} is impossible; both lanes need at least 1 share, "
+                f"and there are {shares}"
+            )
+        self._partition = partition
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return (("KV pool (simulated)", self._executor.slots.nbytes),)
+
+    def close(self) -> None:
+        self._closed.set()
+        for plans in self._plans.values():
+            plans.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, lane: Lane) -> None:
+        while (plan := self._plans[lane].get()) is not None and not self._closed.is_set():
+            if plan.step == self._executor.faults.dead:
+                self._dead = f"the simulated device died at step {plan.step}: simulated fault"
+            if self._dead is not None:
+                self._results.put(Result(Ticket(plan.step, lane), error=self._dead))
+                continue
+            seconds = self._cost.seconds(plan, self._share(lane)) + self._executor.faults.slow.get(plan.step, 0.0)
+            # A lost step is one that only `close` ends.
+            lost = plan.step in self._executor.faults.lost
+            if (lost or seconds > 0) and self._closed.wait(None if lost else seconds):
+                return
+            with self._lock:
+                result = self._executor.run(plan, seconds)
+            self._results.put(result)
+
+    def _share(self, lane: Lane) -> float:
+        partition = self._partition
+        if partition is None:
+            return 1.0
+        return (partition.prefill if lane is Lane.PREFILL else partition.decode) / self.capacity().shares
+
+
+def open_simulated(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> SimulatedDevice:
+    """A device with the vocabulary and the context of the model in `folder`, without its weights.
+
+    Raises CheckpointError when the folder does not tell them, ConfigError when the KV pool would have no block.
+    """
+    say("reading the model's shape")
+    capacity = _capacity(config, folder)
+    say("making the KV pool")
+    parts = parse_partition(config.partition)
+    return SimulatedDevice(capacity, None if parts is None else Partition(*parts), cost=SMALL)
+
+
+def _capacity(config: EngineConfig, folder: Path) -> Capacity:
+    path = folder / "config.json"
+    try:
+        shape = json.loads(path.read_text())
+        vocabulary = int(shape["vocab_size"])
+        longest = int(shape.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} does not tell the model's shape: {error!r}") from error
+    if (folder / "tokenizer.json").exists():
+        # A padded vocabulary has ids without a token; a client could not read them.
+        vocabulary = min(vocabulary, Tokenizer.from_folder(folder).vocabulary)
+    max_model_len = config.max_model_len or longest
+    parts = parse_partition(config.partition)
+    blocks = config.num_blocks
+    if blocks is None and config.kv_cache_memory_bytes is not None:
+        blocks = config.kv_cache_memory_bytes // (SLOT_BYTES * config.block_size)
+        if blocks < 1:
+            raise ConfigError(
+                f"--kv-cache-memory-bytes is {config.kv_cache_memory_bytes}; one block of {config.block_size} slots "
+                f"takes {SLOT_BYTES * config.block_size}"
+            )
+    if blocks is None:
+        blocks = -(-max_model_len // config.block_size) * config.max_num_seqs
+    return Capacity(
+        blocks=blocks,
+        block_size=config.block_size,
+        max_tokens=config.max_num_batched_tokens,
+        max_slices=config.max_num_seqs,
+        shares=1 if parts is None else sum(parts),
+        max_model_len=max_model_len,
+        vocabulary=vocabulary,
+    )

@@ -1,0 +1,258 @@
+"""The engine: joins the scheduler and the device, and sees to it that every request ends."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from weft.core.inflight import UnknownTicket
+from weft.core.plan import Lane, Plan, Result, Ticket
+from weft.core.request import Event, Request, RequestEnd
+from weft.core.scheduler import Scheduler
+from weft.devices.base import Device
+from weft.errors import DeviceError, Unavailable
+from weft.ipc.messages import LaneStats, Stats
+
+logger = logging.getLogger("weft.engine")
+
+STEP_TIMEOUT = 300.0
+
+
+@dataclass(slots=True)
+class LaneMeter:
+    """What a lane has done since the start, and since when its ticket is in flight. warned: it was given up on once."""
+
+    busy: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    plan: Plan | None = None
+    since: float = 0.0
+    warned: bool = False
+
+
+class Engine:
+    """One thread owns it; only `wake` may be called from another.
+
+    step_timeout: seconds after which the requests in a step that does not end get an error; after as much again the
+    device counts as dead. None: never. dead: why the engine takes no requests any more, or None.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        scheduler: Scheduler,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        step_timeout: float | None = STEP_TIMEOUT,
+    ) -> None:
+        self.dead: str | None = None
+        self._device = device
+        self._scheduler = scheduler
+        self._clock = clock
+        self._step_timeout = step_timeout
+        self._started = clock()
+        self._events: list[Event] = []
+        # Decode first: what runs gets its blocks before a new prefill takes them.
+        self._lanes = sorted(device.lanes(), key=lambda lane: lane is Lane.PREFILL)
+        self._meters = {lane: LaneMeter() for lane in self._lanes}
+        self._closed = False
+
+    def submit(self, request: Request) -> None:
+        """Take a request. Raises InvalidRequest, ContextTooLong, NeverFits, QueueFull, or Unavailable when dead."""
+        if self.dead is not None:
+            raise Unavailable(f"the engine is dead: {self.dead}")
+        if self._closed:
+            raise Unavailable("the engine is closed")
+        self._scheduler.submit(request, self._clock())
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its events come out of the next `step`. An id that is not live is ignored: it just ended."""
+        self._note(self._scheduler.abort(request_id, self._clock()))
+
+    def step(self, timeout: float | None) -> list[Event]:
+        """Give every idle lane a plan, wait for results, and take them in: the events since the last call.
+
+        Waits up to `timeout` seconds (None: for ever) for the first event; an empty list on time-out or after `wake`.
+        """
+        if self.dead is None and not self._closed:
+            self._launch()
+            for result in self._poll(timeout):
+                self._complete(result)
+            self._watch()
+            # Before the caller deals with the events, so that the device works in the meantime.
+            self._launch()
+        events, self._events = self._events, []
+        return events
+
+    def wake(self) -> None:
+        """Make a `step` that waits, or else the next one, return soon. From any thread."""
+        self._device.wake()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is waiting, running, in flight, or still to be told."""
+        return not (self._scheduler.live or self._events or (self._scheduler.inflight and self.dead is None))
+
+    def stats(self) -> Stats:
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        return Stats(
+            running=len(scheduler.running),
+            waiting=scheduler.waiting,
+            blocks_free=pool.free,
+            blocks_cached=pool.cached,
+            blocks_held=pool.held,
+            blocks_pinned=pool.pinned,
+            preemptions=scheduler.running.preemptions,
+            prefix_queries=scheduler.running.prefix_queries,
+            prefix_hits=scheduler.running.prefix_hits,
+            prompt_tokens=scheduler.prompt_tokens,
+            generation_tokens=scheduler.generation_tokens,
+            uptime=self._clock() - self._started,
+            lanes=tuple(self._lane_stats(lane, meter) for lane, meter in self._meters.items()),
+        )
+
+    def close(self) -> None:
+        """Close the device; idempotent. Requests that are still live get no more events: abort them before."""
+        if not self._closed:
+            self._closed = True
+            self._device.close()
+
+    # -- one step --------------------------------------------------------------------------------------------------
+
+    def _launch(self) -> None:
+        for lane in self._lanes:
+            if self.dead is not None:
+                return
+            plan = self._schedule(lane)
+            if plan is not None:
+                self._send(plan)
+
+    def _schedule(self, lane: Lane) -> Plan | None:
+        try:
+            return self._scheduler.schedule(lane, self._clock())
+        except Exception as error:  # the loop must live on, whatever the policy stumbles over
+            self._recover(error)
+            return None
+
+    def _send(self, plan: Plan) -> None:
+        meter = self._meters[plan.lane]
+        meter.plan, meter.since, meter.warned = plan, self._clock(), False
+        try:
+            self._device.submit(plan)
+        except DeviceError as error:
+            self._die(error.message)
+        except Exception as error:  # a plan that the device cannot take ends its requests, not the loop
+            logger.exception("step %d could not be submitted", plan.step)
+            self._complete(Result(Ticket(plan.step, plan.lane), error=f"the step could not be submitted: {error}"))
+
+    def _poll(self, timeout: float | None) -> list[Result]:
+        if self._events or self.dead is not None:
+            timeout = 0.0
+        limits = [limit for limit in (timeout, self._deadline()) if limit is not None]
+        try:
+            return self._device.poll(min(limits, default=None))
+        except DeviceError as error:
+            self._die(error.message)
+            return []
+
+    def _complete(self, result: Result) -> None:
+        lane = result.ticket.lane
+        try:
+            self._note(self._scheduler.complete(result, self._clock()))
+        except UnknownTicket as error:
+            logger.error("a result was refused: %s", error)
+            return
+        except Exception as error:  # see _schedule
+            self._recover(error)
+        meter = self._meters[lane]
+        if meter.plan is not None:
+            meter.tokens += meter.plan.tokens
+        meter.busy += result.seconds
+        meter.steps += 1
+        meter.plan = None
+        if result.error is not None:
+            logger.error("step %d of lane %s failed: %s", result.ticket.step, lane.value, result.error)
+        if not self._scheduler.pool.conserved:
+            self._recover(RuntimeError("the block pool does not add up"))
+
+    def _note(self, events: list[Event]) -> None:
+        self._events.extend(events)
+        for event in events:
+            if isinstance(event, RequestEnd):
+                _log_end(event)
+
+    def _recover(self, error: Exception) -> None:
+        """An error of ours: it costs the requests that are live, and the engine goes on with an empty pool."""
+        logger.error("internal error; all live requests end", exc_info=error)
+        message = f"internal error of the scheduler: {type(error).__name__}: {error}"
+        self._note(self._scheduler.recover(message, self._clock()))
+
+    def _die(self, reason: str) -> None:
+        self.dead = reason
+        logger.error("the device died: %s", reason)
+        self._note(self._scheduler.fail_all(f"the device died: {reason}", Unavailable.code, self._clock()))
+
+    # -- steps that do not end -------------------------------------------------------------------------------------
+
+    def _deadline(self) -> float | None:
+        """Seconds to the moment at which `_watch` has something to do."""
+        if self._step_timeout is None:
+            return None
+        now = self._clock()
+        ends = [self._limit(meter) - now for meter in self._meters.values() if meter.plan is not None]
+        return max(0.0, min(ends)) if ends else None
+
+    def _limit(self, meter: LaneMeter) -> float:
+        return meter.since + (self._step_timeout or 0.0) * (2 if meter.warned else 1)
+
+    def _watch(self) -> None:
+        if self._step_timeout is None:
+            return
+        for lane, meter in self._meters.items():
+            if meter.plan is None or self.dead is not None or self._clock() < self._limit(meter):
+                continue
+            message = f"step {meter.plan.step} of lane {lane.value} did not end within {self._step_timeout:g} s"
+            if meter.warned:
+                self._die(f"{message}, nor within as much again")
+                return
+            meter.warned = True
+            logger.error("%s; its requests end. The threads are at:\n%s", message, _stacks())
+            self._note(self._scheduler.lose(meter.plan.step, message, self._clock()))
+
+    def _lane_stats(self, lane: Lane, meter: LaneMeter) -> LaneStats:
+        partition = self._device.partition()
+        if partition is None:
+            share = self._device.capacity().shares
+        else:
+            share = partition.prefill if lane is Lane.PREFILL else partition.decode
+        return LaneStats(lane.value, share, meter.busy, meter.steps, meter.tokens, self._scheduler.owned(lane))
+
+
+def _log_end(end: RequestEnd) -> None:
+    seconds = (end.timing.ended or end.timing.arrived) - end.timing.arrived
+    logger.info(
+        "request %s ended: %s, prompt %d tokens (%d cached), generated %d, %.3f s, %d preemptions%s",
+        end.request,
+        end.reason.value,
+        end.prompt_tokens,
+        end.cached_tokens,
+        end.generated_tokens,
+        seconds,
+        end.preemptions,
+        f", {end.code}: {end.error}" if end.error is not None else "",
+    )
+
+
+def _stacks() -> str:
+    """Where every thread of this process is, for the log of a hang."""
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    # The only way to see the stacks of other threads.
+    frames = sys._current_frames()
+    return "\n".join(
+        f"{names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame))}" for ident, frame in frames.items()
+    )
