@@ -1,5 +1,180 @@
-#include "kernels.h"
+// x [rows, in] times packed weights -> y [rows, out].
+//
+// The lanes of an accumulator are output columns, and one accumulator runs over all of `in` in ascending order, for every
+// number of rows and threads. So a row's bits do not depend on the rows beside it, by construction.
+//
+// Work is cut into items of one panel (64 columns) and a range of rows. Within an item, tiles of up to ROWS rows follow
+// one another and the panel stays in the L2 cache; meanwhile they prefetch the next panel, so that reading memory and
+// computing overlap. One tile (few rows) is bound by memory, and there the hardware's prefetcher is the better one.
+#include "simd.h"
+
 namespace weft::WEFT_LEVEL {
-void pack_linear(Pool&, const LinearWeights&, const void*, int64_t, void*) {}
-void linear(Pool&, const LinearWeights&, const void*, int64_t, void*) {}
+
+namespace {
+
+#if defined(__clang__)
+#define WEFT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WEFT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+constexpr int PANEL_VECTORS = PANEL / lanes;
+constexpr int64_t STEP_BYTES = PANEL * 4;  // of a panel, in one step
+
+// Accumulators fill the registers: 32 of them with AVX-512, else 16, of which a pair of bfloat16 takes more.
+#if defined(WEFT_LEVEL_avx512)
+constexpr int ROWS = 6;
+constexpr int vectors(int) { return PANEL_VECTORS; }
+#else
+constexpr int ROWS = 4;
+constexpr int vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+#endif
+
+// One step multiplies one element of each row...
+struct Float32 {
+  using Element = float;
+  static constexpr int DEPTH = 1;
+  WEFT_INLINE f32v input(const float* x) { return splat(*x); }
+  WEFT_INLINE f32v last_input(const float* x) { return splat(*x); }
+  WEFT_INLINE f32v multiply_add(const void* weights, f32v x, f32v sum) { return fma(load<f32v>(weights), x, sum); }
+};
+
+// ... or two neighbours.
+struct BFloat16 {
+  using Element = bf16;
+  static constexpr int DEPTH = 2;
+  WEFT_INLINE u32v input(const bf16* x) { return splat(load<uint32_t>(x)); }
+  WEFT_INLINE u32v last_input(const bf16* x) { return splat(uint32_t(*x)); }
+  WEFT_INLINE f32v multiply_add(const void* weights, u32v x, f32v sum) {
+    const u32v w = load<u32v>(weights);
+#if defined(WEFT_LEVEL_avx512)
+    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
+#else
+    sum = fma((f32v)(w << 16), (f32v)(x << 16), sum);
+    return fma((f32v)(w & 0xffff0000u), (f32v)(x & 0xffff0000u), sum);
+#endif
+  }
+};
+
+template <class T>
+struct Job {
+  using Element = typename T::Element;
+  const LinearWeights& weights;
+  const Element* x;
+  Element* y;
+
+  int64_t steps() const { return (weights.in + T::DEPTH - 1) / T::DEPTH; }
+  const char* panel(int64_t i) const { return static_cast<const char*>(weights.panels) + i * weights.panel_bytes(); }
+};
+
+// COUNT vectors of `count` valid columns, with the bias, to one row of y.
+template <class T, int COUNT>
+WEFT_INLINE void finish(const f32v (&sums)[COUNT], const float* bias, typename T::Element* y, int64_t count) {
+  typename T::Element part[COUNT * lanes];
+  typename T::Element* to = count >= COUNT * lanes ? y : part;
+  WEFT_UNROLL for (int v = 0; v < COUNT; v++)
+    store_from_float(to + v * lanes, bias != nullptr ? sums[v] + load<f32v>(bias + v * lanes) : sums[v]);
+  if (to == part && count > 0) memcpy(y, part, size_t(count) * sizeof *y);
+}
+
+// HEIGHT rows from `row` on, all columns of a panel. PREFETCH: fetches half of the lines of `next` on the way.
+template <class T, int HEIGHT, bool PREFETCH>
+void tile(const Job<T>& job, int64_t panel, int64_t row, const char* next) {
+  constexpr int WIDTH = vectors(HEIGHT);
+  const int64_t in = job.weights.in, full = in / T::DEPTH;
+  const typename T::Element* x = job.x + row * in;
+  for (int first = 0; first < PANEL_VECTORS; first += WIDTH) {
+    const char* w = job.panel(panel) + first * sizeof(f32v);
+    f32v sums[HEIGHT][WIDTH] = {};
+    for (int64_t step = 0; step < full; step++, w += STEP_BYTES) {
+      if (PREFETCH && first == 0) {
+        __builtin_prefetch(next + step * STEP_BYTES, 0, 2);
+        __builtin_prefetch(next + step * STEP_BYTES + 64, 0, 2);
+      }
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+        const auto input = T::input(x + r * in + step * T::DEPTH);
+        WEFT_UNROLL for (int v = 0; v < WIDTH; v++)
+          sums[r][v] = T::multiply_add(w + v * sizeof(f32v), input, sums[r][v]);
+      }
+    }
+    if (full < job.steps()) {
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+        const auto input = T::last_input(x + r * in + in - 1);
+        WEFT_UNROLL for (int v = 0; v < WIDTH; v++)
+          sums[r][v] = T::multiply_add(w + v * sizeof(f32v), input, sums[r][v]);
+      }
+    }
+    const int64_t column = panel * PANEL + first * lanes;
+    const float* bias = job.weights.bias == nullptr ? nullptr : job.weights.bias + column;
+    WEFT_UNROLL for (int r = 0; r < HEIGHT; r++)
+      finish<T, WIDTH>(sums[r], bias, job.y + (row + r) * job.weights.out + column, job.weights.out - column);
+  }
+}
+
+template <class T, bool PREFETCH>
+void tile(const Job<T>& job, int64_t panel, int64_t row, int64_t height, const char* next) {
+  switch (height) {
+    case 1: return tile<T, 1, PREFETCH>(job, panel, row, next);
+    case 2: return tile<T, 2, PREFETCH>(job, panel, row, next);
+    case 3: return tile<T, 3, PREFETCH>(job, panel, row, next);
+    case 4: return tile<T, 4, PREFETCH>(job, panel, row, next);
+#if defined(WEFT_LEVEL_avx512)
+    case 5: return tile<T, 5, PREFETCH>(job, panel, row, next);
+    case 6: return tile<T, 6, PREFETCH>(job, panel, row, next);
+#endif
+  }
+}
+
+template <class T>
+void multiply(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y) {
+  using Element = typename T::Element;
+  const Job<T> job{weights, static_cast<const Element*>(x), static_cast<Element*>(y)};
+  const int64_t panels = weights.panel_count(), tiles = (rows + ROWS - 1) / ROWS;
+  // Rows are cut as well when there are too few panels to keep all threads busy to the end.
+  int64_t cuts = 1;
+  while (panels * cuts < 4 * pool.size() && cuts * 4 <= tiles) cuts *= 2;
+  pool.run(panels * cuts, [&](int64_t item, int) {
+    const int64_t panel = item / cuts, cut = item % cuts;
+    const int64_t first = tiles * cut / cuts, end = tiles * (cut + 1) / cuts;
+    const char* next = job.panel(panel + 1 < panels ? panel + 1 : panel);
+    for (int64_t t = first; t < end; t++) {
+      // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
+      const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
+      if (end - first > 1 && t - first < 2)
+        tile<T, true>(job, panel, row, height, next + (t - first) * 128);
+      else
+        tile<T, false>(job, panel, row, height, next);
+    }
+  });
+}
+
+template <class T>
+void pack(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels) {
+  using Element = typename T::Element;
+  pool.run(shape.panel_count(), [&](int64_t panel, int) {
+    Element* to = reinterpret_cast<Element*>(static_cast<char*>(panels) + panel * shape.panel_bytes());
+    const Element* from = static_cast<const Element*>(weight) + panel * PANEL * row_stride;
+    const int64_t left = shape.out - panel * PANEL, columns = left < PANEL ? left : PANEL;
+    constexpr int64_t CHUNK = 64 / sizeof(Element);  // a cache line of each row at a time
+    for (int64_t start = 0; start < shape.in; start += CHUNK) {
+      const int64_t end = start + CHUNK < shape.in ? start + CHUNK : shape.in;
+      for (int64_t column = 0; column < columns; column++)
+        for (int64_t k = start; k < end; k++)
+          to[(k / T::DEPTH * PANEL + column) * T::DEPTH + k % T::DEPTH] = from[column * row_stride + k];
+    }
+  });
+}
+
+}  // namespace
+
+void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels) {
+  const auto pack_type = shape.type == Type::float32 ? pack<Float32> : pack<BFloat16>;
+  pack_type(pool, shape, weight, row_stride, panels);
+}
+
+void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y) {
+  const auto multiply_type = weights.type == Type::float32 ? multiply<Float32> : multiply<BFloat16>;
+  multiply_type(pool, weights, x, rows, y);
+}
+
 }  // namespace weft::WEFT_LEVEL

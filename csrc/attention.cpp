@@ -1,0 +1,102 @@
+// Checks of a batch against the KV, and how its attention is cut into units. No result depends on the cut.
+#include "attention.h"
+
+#include <algorithm>
+#include <stdexcept>
+#include <string>
+
+namespace weft {
+namespace {
+
+std::string in_slice(int64_t slice) { return " in slice " + std::to_string(slice); }
+
+[[noreturn]] void refuse(const std::string& what) { throw std::invalid_argument(what); }
+
+void check_table(const BatchView& batch, const KvView& kv, int64_t slice) {
+  const int64_t context = batch.contexts[slice];
+  const int64_t needed = (context + kv.block_size - 1) / kv.block_size;
+  if (needed > batch.table_width)
+    refuse("a context of " + std::to_string(context) + " needs " + std::to_string(needed) + " blocks, the table has " +
+           std::to_string(batch.table_width) + in_slice(slice));
+  const int32_t* table = batch.tables + slice * batch.table_width;
+  for (int64_t i = 0; i < needed; i++)
+    if (table[i] < 0 || table[i] >= kv.blocks)
+      refuse("there is no block " + std::to_string(table[i]) + in_slice(slice) + "; the KV has " +
+             std::to_string(kv.blocks));
+}
+
+// The unit of these rows, over all partitions that they see.
+Unit whole_unit(const AttentionCall& call, int64_t slice, int64_t kv_head, int64_t first_row, int64_t rows) {
+  const BatchView& batch = call.batch;
+  const int64_t before = int64_t{batch.contexts[slice]} - (batch.starts[slice + 1] - batch.starts[slice]);
+  const int64_t first = before + first_row / call.group();
+  const int64_t last = before + (first_row + rows - 1) / call.group();
+  const int64_t seen_from = call.window > 0 ? std::max<int64_t>(0, first - call.window + 1) : 0;
+  return {slice, kv_head, first_row, rows, seen_from / PARTITION, last / PARTITION + 1, -1};
+}
+
+double work_of(const AttentionCall& call, const Unit& unit) {
+  return 4.0 * double(unit.rows) * double(unit.end_partition - unit.first_partition) * PARTITION * double(call.kv.head_dim);
+}
+
+}  // namespace
+
+void check_slices(const BatchView& batch, const KvView& kv) {
+  if (batch.starts[0] != 0 || batch.starts[batch.slices] != batch.rows)
+    refuse("starts must go from 0 to the number of rows, " + std::to_string(batch.rows));
+  for (int64_t s = 0; s < batch.slices; s++) {
+    const int64_t rows = int64_t{batch.starts[s + 1]} - batch.starts[s];
+    if (rows < 0 || batch.contexts[s] < rows)
+      refuse(std::to_string(rows) + " rows with a context of " + std::to_string(batch.contexts[s]) + in_slice(s));
+    check_table(batch, kv, s);
+  }
+}
+
+void check_rows(const BatchView& batch, const KvView& kv, int64_t max_positions) {
+  const int64_t slots = kv.blocks * kv.block_size;
+  for (int64_t row = 0; row < batch.rows; row++) {
+    if (batch.slots[row] < 0 || batch.slots[row] >= slots)
+      refuse("there is no slot " + std::to_string(batch.slots[row]) + " for row " + std::to_string(row) +
+             "; the KV has " + std::to_string(slots));
+    if (batch.positions[row] < 0 || batch.positions[row] >= max_positions)
+      refuse("row " + std::to_string(row) + " is at position " + std::to_string(batch.positions[row]) +
+             "; the rotary tables have " + std::to_string(max_positions));
+  }
+}
+
+AttentionPlan plan_attention(const AttentionCall& call, int64_t threads) {
+  AttentionPlan plan;
+  std::vector<Unit> whole;
+  for (int64_t s = 0; s < call.batch.slices; s++) {
+    const int64_t rows = (call.batch.starts[s + 1] - call.batch.starts[s]) * call.group();
+    const int64_t pieces = (rows + UNIT_ROWS - 1) / UNIT_ROWS;
+    for (int64_t head = 0; head < call.kv.kv_heads; head++)
+      for (int64_t i = 0; i < pieces; i++) {  // of sizes that differ by one at most
+        const int64_t first = rows * i / pieces, end = rows * (i + 1) / pieces;
+        whole.push_back(whole_unit(call, s, head, first, end - first));
+        plan.work += work_of(call, whole.back());
+      }
+  }
+  // A unit that would keep one thread busy while others have nothing left is split over the sequence.
+  const double fair = threads > 1 ? plan.work / double(4 * threads) : plan.work;
+  plan.units.reserve(whole.size());
+  for (Unit unit : whole) {
+    const int64_t span = unit.end_partition - unit.first_partition;
+    const int64_t pieces = threads > 1 ? std::min(span, int64_t(work_of(call, unit) / fair)) : 1;
+    if (pieces > 1) {
+      unit.partial = plan.partials;
+      plan.partials += span;
+      plan.merges.push_back(unit);
+      for (int64_t i = 0; i < pieces; i++) {
+        const int64_t first = span * i / pieces, end = span * (i + 1) / pieces;
+        plan.units.push_back({unit.slice, unit.kv_head, unit.first_row, unit.rows, unit.first_partition + first,
+                              unit.first_partition + end, unit.partial + first});
+      }
+    } else {
+      plan.units.push_back(unit);
+    }
+  }
+  return plan;
+}
+
+}  // namespace weft
