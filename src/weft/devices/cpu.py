@@ -1,0 +1,281 @@
+"""The CPU as a device: each lane is a thread that drives kernels on cores of its own; lanes share weights and KV.
+
+    engine thread ── submit ─▶ queue of a lane ─▶ lane thread: decoder, sampler ─▶ one queue of results ── poll ─▶
+
+A lane's kernels spread a step over its cores and count the lane's thread as the first of them. torch itself gets one
+thread in a lane (its OpenMP threads would spin and take the cores from the kernels), except where torch is the kernels.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import torch
+
+from weft.config import EngineConfig, parse_cores, parse_partition
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
+from weft.devices.base import Description
+from weft.devices.memory import free_memory, size_pool
+from weft.devices.step import compute
+from weft.errors import ConfigError, DeviceError
+from weft.kernels import REFERENCE, open_kernels, resolve
+from weft.kernels.base import Kernels
+from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig, read_config
+from weft.models.loader import compute_dtype, load_weights
+
+Cores = tuple[int, ...]
+CLOSED = "the device is closed"
+
+
+def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CpuDevice:
+    """The model of `folder` on this machine's CPU. Raises ConfigError, CheckpointError or DeviceError.
+
+    say: told the name of each phase of the start-up when it begins.
+    """
+    cores = usable_cores(config.cores)
+    partition = share_out(config.partition, len(cores))
+    model = read_config(folder)
+    dtype, dtype_note = compute_dtype(config.dtype, model)
+    name, kernels_note = resolve(config.kernels)
+    shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
+    kernels = {lane: open_kernels(name, own) for lane, own in shares.items()}
+    try:
+        first = next(iter(kernels.values()))
+        seed = config.seed if config.load_format == "dummy" else None
+        weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say)
+        token_bytes = model.layers * 2 * model.kv_heads * model.head_dim * dtype.itemsize
+        pool = size_pool(config, model.context, token_bytes, free_memory())
+        say("KV pool")
+        decoders = {lane: Decoder(model, weights, own, pool.max_model_len) for lane, own in kernels.items()}
+        kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size)
+    except BaseException:
+        for own in kernels.values():
+            own.close()
+        raise
+    capacity = Capacity(
+        blocks=pool.blocks,
+        block_size=config.block_size,
+        max_tokens=config.max_num_batched_tokens,
+        max_slices=config.max_num_seqs,
+        shares=len(cores),
+        max_model_len=pool.max_model_len,
+        vocabulary=model.vocabulary,
+    )
+    return CpuDevice(
+        capacity,
+        {lane: CpuLane(kernels[lane], decoders[lane], kv, config.block_size, shares[lane]) for lane in shares},
+        description=Description(
+            device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
+            dtype=str(dtype).removeprefix("torch."),
+            kernels=name,
+            notes=tuple(note for note in (dtype_note, kernels_note, *pool.notes) if note),
+        ),
+        memory=memory_rows(capacity, model, weights.size, token_bytes, dtype),
+        cores=cores,
+        partition=partition,
+    )
+
+
+class CpuLane:
+    """What one lane computes with. Used by the lane's thread only, but for `cores` before it starts."""
+
+    def __init__(self, kernels: Kernels, decoder: Decoder, kv: list[Any], block_size: int, cores: Cores) -> None:
+        self.kernels = kernels
+        self.decoder = decoder
+        self.kv = kv
+        self.block_size = block_size
+        self.cores = cores
+
+    def pin(self) -> None:
+        """Put the calling thread, which is the lane's, where the kernels expect it."""
+        alone = self.kernels.name != REFERENCE
+        os.sched_setaffinity(0, self.cores[:1] if alone else self.cores)
+        torch.set_num_threads(1 if alone else len(self.cores))
+
+    def move(self, cores: Cores) -> None:
+        self.kernels.set_cores(cores)
+        self.cores = cores
+        self.pin()
+
+    def run(self, plan: Plan) -> Result:
+        """Carry out a plan. An exception fails the step, not the lane."""
+        ticket, begun = Ticket(plan.step, plan.lane), time.perf_counter()
+        try:
+            done = compute(plan, self.decoder, self.kv, self.block_size)
+        except Exception as error:
+            return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
+        return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)
+
+
+class CpuDevice:
+    """A Device (see base.py): threads and queues around the lanes."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        lanes: dict[Lane, CpuLane],
+        *,
+        description: Description,
+        memory: tuple[tuple[str, int], ...],
+        cores: Cores,
+        partition: Partition | None,
+    ) -> None:
+        self._capacity = capacity
+        self._description = description
+        self._memory = memory
+        self._cores = cores
+        self._partition = partition
+        self._names = tuple(lanes)
+        self._shares = {name: lane.cores for name, lane in lanes.items()}
+        self._plans: dict[Lane, SimpleQueue[Plan | None]] = {name: SimpleQueue() for name in lanes}
+        self._results: SimpleQueue[Result | None] = SimpleQueue()  # None: somebody called wake()
+        self._closing = False
+        self._threads = [
+            threading.Thread(target=self._work, args=(name, lane), name=f"weft-{name.value}", daemon=True)
+            for name, lane in lanes.items()
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    def describe(self) -> Description:
+        return self._description
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return self._names
+
+    def submit(self, plan: Plan) -> Ticket:
+        if plan.lane not in self._plans:
+            raise DeviceError(f"a plan for lane {plan.lane.value}; this device has {', '.join(self._names)}")
+        if self._closing:
+            raise DeviceError(CLOSED)
+        self._plans[plan.lane].put(plan)
+        return Ticket(plan.step, plan.lane)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        if self._closing:
+            timeout = 0.0  # the lanes have ended, so what is there is all
+        found: list[Result] = []
+        try:
+            result = self._results.get(timeout=timeout)
+            while True:
+                if result is not None:
+                    found.append(result)
+                result = self._results.get_nowait()
+        except Empty:
+            return found
+
+    def wake(self) -> None:
+        self._results.put(None)
+
+    def partition(self) -> Partition | None:
+        return self._partition
+
+    def set_partition(self, partition: Partition) -> None:
+        if self._partition is None:
+            raise DeviceError("this device has one mixed lane; open it with --partition P:D to have shares")
+        if min(partition.prefill, partition.decode) < 1 or partition.prefill + partition.decode > len(self._cores):
+            raise DeviceError(
+                f"partition {partition.prefill}:{partition.decode}; each lane needs a core, "
+                f"and there are {len(self._cores)} for both"
+            )
+        self._shares = _cores_of(partition, self._cores)
+        self._partition = partition
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return self._memory
+
+    def close(self) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        for plans in self._plans.values():
+            plans.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _work(self, name: Lane, lane: CpuLane) -> None:
+        """A lane's thread: its plans in order, until close(). Everything it uses goes with it."""
+        lane.pin()
+        try:
+            while (plan := self._plans[name].get()) is not None:
+                self._results.put(self._step(name, lane, plan))
+        finally:
+            lane.kernels.close()
+
+    def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
+        if self._closing:
+            return Result(Ticket(plan.step, plan.lane), error=CLOSED)
+        if (cores := self._shares[name]) != lane.cores:
+            try:
+                lane.move(cores)
+            except Exception as error:
+                return Result(Ticket(plan.step, plan.lane), error=_words(error))
+        return lane.run(plan)
+
+
+def usable_cores(wanted: str | None) -> Cores:
+    """The cores for --cores `wanted`, or all that this process may use. Raises ConfigError."""
+    allowed = tuple(sorted(os.sched_getaffinity(0)))
+    if wanted is None:
+        return allowed
+    cores = parse_cores(wanted)
+    absent = [core for core in cores if core not in allowed]
+    if absent:
+        raise ConfigError(f"--cores names core {absent[0]}; this process may use {_list(allowed)}")
+    return cores
+
+
+def share_out(partition: str, cores: int) -> Partition | None:
+    """The partition for --partition `partition`: P:D parts of the cores, at least one for each lane."""
+    parts = parse_partition(partition)
+    if parts is None:
+        return None
+    if cores < 2:
+        raise ConfigError(
+            f"--partition is {partition}: two lanes need two cores, and there is 1; --partition off needs one"
+        )
+    prefill = min(cores - 1, max(1, round(cores * parts[0] / sum(parts))))
+    return Partition(prefill, cores - prefill)
+
+
+def memory_rows(
+    capacity: Capacity, model: ModelConfig, weights: int, token_bytes: int, dtype: torch.dtype
+) -> tuple[tuple[str, int], ...]:
+    """(what, bytes) for the start-up table."""
+    tokens = capacity.blocks * capacity.block_size
+    sequences = tokens // capacity.max_model_len
+    attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
+    widest = max(attention, 3 * model.intermediate_size) + 3 * model.hidden_size
+    activations = capacity.max_tokens * widest * dtype.itemsize
+    logits = capacity.max_slices * model.vocabulary * (4 + dtype.itemsize)
+    return (
+        ("weights", weights),
+        (
+            f"KV pool: {capacity.blocks} blocks = {tokens} tokens = {sequences} sequences of {capacity.max_model_len}",
+            tokens * token_bytes,
+        ),
+        ("activations, at most about", activations + logits),
+    )
+
+
+def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
+    """The prefill lane's cores from the front, the decode lane's from the back."""
+    return {Lane.PREFILL: cores[: partition.prefill], Lane.DECODE: cores[len(cores) - partition.decode :]}
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _list(cores: Sequence[int]) -> str:
+    return ", ".join(map(str, cores))

@@ -1,0 +1,93 @@
+"""From a configuration to an engine that serves."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from weft.config import EngineConfig
+from weft.core.scheduler import Scheduler, SchedulerSettings
+from weft.devices import open_device
+from weft.devices.base import Device
+from weft.ipc.messages import Phase, Ready
+from weft.loop.engine import Engine
+from weft.text.hub import resolve_model
+
+
+def open_engine(config: EngineConfig, say: Callable[[str], None]) -> tuple[Engine, Ready]:
+    """Open the device with the model, and an engine on it. The caller closes the engine.
+
+    say: told the name of each phase of the start-up when it begins; `Ready` has their seconds.
+    Raises ConfigError (naming every bad setting at once), CheckpointError or DeviceError.
+    """
+    config.validate()
+    phases = Phases(say)
+    phases.begin("find the model")
+    folder = resolve_model(config.model, config.revision)
+    return _open(config, folder, phases)
+
+
+def _open(config: EngineConfig, folder: Path, phases: Phases) -> tuple[Engine, Ready]:
+    device = open_device(config, folder, phases.begin)
+    try:
+        engine = Engine(device, Scheduler(device.capacity(), device.lanes(), settings(config)))
+        return engine, _ready(config, device, phases.end())
+    except BaseException:
+        device.close()
+        raise
+
+
+def settings(config: EngineConfig) -> SchedulerSettings:
+    return SchedulerSettings(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_queued_reqs=config.max_num_queued_reqs,
+        max_num_queued_tokens=config.max_num_queued_tokens,
+        enable_prefix_caching=config.enable_prefix_caching,
+        seed=config.seed,
+    )
+
+
+def _ready(config: EngineConfig, device: Device, phases: tuple[Phase, ...]) -> Ready:
+    capacity, description = device.capacity(), device.describe()
+    return Ready(
+        model=config.model,
+        device=description.device,
+        dtype=description.dtype,
+        kernels=description.kernels,
+        max_model_len=capacity.max_model_len,
+        vocabulary=capacity.vocabulary,
+        blocks=capacity.blocks,
+        block_size=capacity.block_size,
+        max_num_seqs=config.max_num_seqs,
+        phases=phases,
+        memory=device.memory(),
+        notes=description.notes,
+    )
+
+
+class Phases:
+    """Times what happens between one `begin` and the next."""
+
+    def __init__(self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._say = say
+        self._clock = clock
+        self._done: list[Phase] = []
+        self._open: tuple[str, float] | None = None
+
+    def begin(self, name: str) -> None:
+        self._close()
+        self._say(name)
+        self._open = (name, self._clock())
+
+    def end(self) -> tuple[Phase, ...]:
+        """Close the last phase; all of them in order."""
+        self._close()
+        return tuple(self._done)
+
+    def _close(self) -> None:
+        if self._open is not None:
+            name, begun = self._open
+            self._done.append(Phase(name, self._clock() - begun))
+            self._open = None
