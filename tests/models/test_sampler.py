@@ -200,6 +200,29 @@ def test_the_smallest_exponentials_keep_their_precision() -> None:
     assert 0 < low[0] < 2**-20
 
 
+def token_of_word(word: int, seed: int, position: int) -> int:
+    """The token id (below 2**32) whose word is the given one: the procedure backwards."""
+
+    def unshift(x: int, by: int) -> int:
+        y = x
+        for _ in range(32 // by):
+            y = x ^ y >> by
+        return y
+
+    low, high = sampler.random_keys(seed, position)
+    x = unshift(word, 14) * pow(0x31848BAB, -1, 2**32) % 2**32
+    x = unshift(x, 15) * pow(0xAC4C1B51, -1, 2**32) % 2**32
+    x = unshift((x - high) % 2**32, 11) * pow(0xED5AD4BB, -1, 2**32) % 2**32
+    return (unshift(x, 17) - low) * pow(0x9E3779B9, -1, 2**32) % 2**32
+
+
+@pytest.mark.parametrize("word, bound", [(0, 2**-33), (1, 2**-32), (2**32 - 1, 24 * math.log(2)), (2**31, math.log(2))])
+def test_the_ends_of_the_range_are_finite_and_positive(word: int, bound: float) -> None:
+    token = token_of_word(word, 77, 5)
+    assert reference_word(77, 5, token) == word
+    assert sampler.exponentials(77, 5, np.array([token]))[0] == pytest.approx(bound, rel=1e-6)
+
+
 # ---------------------------------------------------------------- draws
 
 
