@@ -1,4 +1,4 @@
-"""The C++ extension (csrc/). Addresses are `tensor.data_ptr()`; the callers in kernels/cpu.py check what they point to."""
+"""The C++ extension (csrc/). Addresses are `tensor.data_ptr()`; kernels/cpu.py checks what they point to."""
 
 def levels() -> list[str]:
     """The levels that this CPU can run, best first."""
@@ -26,7 +26,7 @@ class PackedLinear:
     def release(self) -> None: ...
 
 class Backend:
-    """The kernels of one level on one lane's threads. Member 0 is the calling thread, the others are pinned to cores[1:].
+    """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].
 
     ValueError: a level that this CPU cannot run, a core that this process may not use. RuntimeError: after `close`.
     """

@@ -1,4 +1,4 @@
-"""The one place where kernels are chosen. Importing it is cheap: no torch, and the C++ extension only when asked for."""
+"""The one place where kernels are chosen. Importing it is cheap: no torch, and the extension only when asked."""
 
 from __future__ import annotations
 
