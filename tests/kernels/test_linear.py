@@ -102,7 +102,7 @@ def test_wrong_arguments_are_refused(backends: Any) -> None:
     packed = kernels.pack_linear(torch.ones(5, 4))
     with pytest.raises(ValueError, match=r"x is \(2, 3\)"):
         kernels.linear(torch.ones(2, 3), packed)
-    with pytest.raises(TypeError, match="packed as torch.float32"):
+    with pytest.raises(TypeError, match=r"packed as torch\.float32"):
         kernels.linear(torch.ones(2, 4, dtype=torch.bfloat16), packed)
     with pytest.raises(ValueError, match="contiguous"):
         kernels.linear(torch.ones(4, 2).T, packed)
