@@ -17,13 +17,14 @@ from weft.ipc.messages import LaneStats, Phase, Ready, Stats
 from weft.loop.worker import main
 
 # First tokens of a prompt, and what becomes of the request.
-ECHO, FOREVER, FULL, BAD, CRASH, FAULT, KILL = range(7)
+ECHO, FOREVER, FULL, BAD, CRASH, FAULT, KILL, DEAD = range(8)
 
 
 class StubEngine:
     """Echoes the rest of each prompt, one token a round."""
 
     def __init__(self) -> None:
+        self.dead: str | None = None
         self._woken = threading.Event()
         self._open: dict[str, list[int]] = {}
         self._ends: list[Event] = []
@@ -54,7 +55,11 @@ class StubEngine:
         for name, tokens in list(self._open.items()):
             if tokens[0] == CRASH:
                 raise RuntimeError("the stub fell over")
-            if tokens[0] == FOREVER:
+            if tokens[0] == DEAD:
+                self.dead = "the stub's device burnt out"
+                del self._open[name]
+                events.append(_end(name, Finish.ERROR, self.dead))
+            elif tokens[0] == FOREVER:
                 time.sleep(0.001)
                 events.append(TokenOutput(name, 0, 7))
             elif len(tokens) == 1:
@@ -76,8 +81,8 @@ class StubEngine:
         pass
 
 
-def _end(name: str, reason: Finish) -> RequestEnd:
-    return RequestEnd(name, reason, 3, 0, 2, Timing(0.0, 0.1, 0.2, 0.3))
+def _end(name: str, reason: Finish, error: str | None = None) -> RequestEnd:
+    return RequestEnd(name, reason, 3, 0, 2, Timing(0.0, 0.1, 0.2, 0.3), error)
 
 
 def open_stub(config: EngineConfig, say: Callable[[str], None]) -> tuple[StubEngine, Ready]:

@@ -140,13 +140,17 @@ class EngineClient:
         self._sender.send(AskStats())
         return await future
 
-    async def close(self, reason: str = "it was shut down") -> None:
-        """End the engine process; open streams raise Unavailable with this reason. Idempotent."""
-        if self.alive and self._started.done():
+    async def close(self, reason: str = "it was shut down", seconds: float = SHUTDOWN_SECONDS) -> None:
+        """End the engine process; open streams raise Unavailable with this reason, at once. Idempotent.
+
+        seconds: how long it may take to end by itself.
+        """
+        serves = self.alive and self._started.done()
+        self._die(Unavailable(reason))
+        if serves:
             self._sender.send(Shutdown())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._exited.wait(), SHUTDOWN_SECONDS)
-        self._die(Unavailable(reason))
+                await asyncio.wait_for(self._exited.wait(), seconds)
         await asyncio.to_thread(self.launched.end)
         self._disconnect()
 

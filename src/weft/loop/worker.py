@@ -25,7 +25,7 @@ import zmq
 from weft import log as logs
 from weft.config import EngineConfig
 from weft.core.request import Event, PromptScores, Request, RequestEnd, TokenOutput
-from weft.errors import QueueFull, WeftError
+from weft.errors import DeviceError, QueueFull, WeftError
 from weft.ipc.channel import FROM_ENGINE, LINGER_SECONDS, TO_ENGINE, Receiver, Sender
 from weft.ipc.messages import (
     Abort,
@@ -102,7 +102,10 @@ def _open(config: EngineConfig, open_engine: OpenEngine | None, sender: Sender[F
 
 
 def serve(engine: Engine, inbox: Inbox, sender: Sender[FromEngine]) -> None:
-    """Until a Shutdown comes. Whatever a message or a step brings is sent before the next step begins."""
+    """Until a Shutdown comes. Whatever a message or a step brings is sent before the next step begins.
+
+    Raises DeviceError when the device died; the requests' ends have been sent then.
+    """
     while True:
         for message in inbox.take():
             if isinstance(message, Shutdown):
@@ -112,17 +115,17 @@ def serve(engine: Engine, inbox: Inbox, sender: Sender[FromEngine]) -> None:
                 sender.send(answer)
         for batch in batches(engine.step(None)):
             sender.send(batch)
+        if engine.dead is not None:
+            raise DeviceError(engine.dead)
 
 
 def _handle(engine: Engine, message: Submit | Abort | AskStats) -> Refused | Stats | None:
-    match message:
-        case Submit(request):
-            return _submit(engine, request)
-        case Abort(name):
-            engine.abort(name)
-            return None
-        case AskStats():
-            return engine.stats()
+    if isinstance(message, Submit):
+        return _submit(engine, message.request)
+    if isinstance(message, Abort):
+        engine.abort(message.request)
+        return None
+    return engine.stats()
 
 
 def _submit(engine: Engine, request: Request) -> Refused | None:

@@ -16,8 +16,9 @@ if TYPE_CHECKING:
 
 # Seconds that a client has for sending a whole body.
 BODY_SECONDS = 60.0
-# Bytes of request line and headers.
+# Bytes of request line and headers, and seconds for sending them.
 MAX_HEADER_BYTES = 64 * 2**10
+HEADER_SECONDS = 30.0
 
 
 class BodyTooSlow(InvalidRequest):
