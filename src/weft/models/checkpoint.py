@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -142,9 +143,9 @@ def _read_index(path: Path) -> dict[str, Path]:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files")
     for name, file in names.items():
         # A name only: an index must not reach outside its folder.
-        if not isinstance(file, str) or Path(file).name != file or "\0" in file or "\\" in file:
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]+\.safetensors", file):
             raise CheckpointError(
-                f"{path}: weight_map names the file {file!r} for {name}; it must be a plain file name"
+                f"{path}: weight_map names the file {file!r} for {name}; it must be a plain name such as a.safetensors"
             )
     return {name: path.parent / file for name, file in names.items()}
 
