@@ -1,0 +1,107 @@
+"""From a configuration to an engine: phases, what `Ready` says, and what happens when it goes wrong."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from weft.config import EngineConfig
+from weft.core.request import Request, RequestEnd
+from weft.core.sampling import SamplingParams
+from weft.errors import CheckpointError, ConfigError
+from weft.ipc.messages import Phase
+from weft.loop import build
+from weft.loop.build import Phases, open_engine
+
+
+def test_an_engine_on_the_simulated_device_is_ready_and_serves() -> None:
+    said: list[str] = []
+    config = EngineConfig(device="simulated", num_blocks=50, max_num_seqs=3, max_model_len=200)
+    engine, ready = open_engine(config, said.append)
+    try:
+        assert (ready.model, ready.device) == ("builtin", "simulated")
+        assert (ready.blocks, ready.block_size, ready.max_num_seqs, ready.max_model_len) == (50, 16, 3, 200)
+        assert ready.vocabulary == 4096
+        assert [phase.name for phase in ready.phases] == said
+        assert all(phase.seconds >= 0 for phase in ready.phases)
+        engine.submit(Request("a", (1, 2, 3), SamplingParams(max_tokens=2)))
+        events = []
+        while not engine.idle:
+            events += engine.step(10.0)
+        assert isinstance(events[-1], RequestEnd) and events[-1].generated_tokens == 2
+    finally:
+        engine.close()
+
+
+def test_an_engine_on_the_cpu_says_what_it_is() -> None:
+    said: list[str] = []
+    config = EngineConfig(kernels="reference", num_blocks=20, max_num_seqs=2, seed=5)
+    engine, ready = open_engine(config, said.append)
+    engine.close()
+    assert (ready.dtype, ready.kernels, ready.vocabulary) == ("bfloat16", "reference", 4096)
+    assert ready.max_model_len == 320 and any("320" in note and "2048" in note for note in ready.notes)
+    assert [phase.name for phase in ready.phases] == said and said[0] == "find the model" and said[-1] == "KV pool"
+    assert {name for name, _ in ready.memory} >= {"weights"}
+
+
+def test_every_bad_setting_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        open_engine(EngineConfig(block_size=17, max_num_seqs=0, device="abacus"), lambda phase: None)
+    for word in ("--block-size is 17", "--max-num-seqs is 0", "--device is 'abacus'"):
+        assert word in caught.value.message
+
+
+def test_a_model_that_is_not_there_is_a_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no config"):
+        open_engine(EngineConfig(model=str(tmp_path)), lambda phase: None)
+
+
+def test_a_device_is_closed_when_the_engine_cannot_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    closed: list[bool] = []
+    true_open = build.open_device
+
+    def open_device(*arguments: object) -> object:
+        device = true_open(*arguments)  # type: ignore[arg-type]
+        close = device.close
+        device.close = lambda: (close(), closed.append(True))  # type: ignore[assignment, method-assign]
+        return device
+
+    def broken(*arguments: object) -> None:
+        raise RuntimeError("no scheduler today")
+
+    monkeypatch.setattr(build, "open_device", open_device)
+    monkeypatch.setattr(build, "Scheduler", broken)
+    with pytest.raises(RuntimeError, match="today"):
+        open_engine(EngineConfig(device="simulated"), lambda phase: None)
+    assert closed == [True]
+
+
+def test_phases_are_timed_from_one_beginning_to_the_next() -> None:
+    times = iter([1.0, 4.0, 4.5, 6.0])
+    said: list[str] = []
+    phases = Phases(said.append, lambda: next(times))
+    phases.begin("one")
+    phases.begin("two")
+    assert phases.end() == (Phase("one", 3.0), Phase("two", 1.5))
+    assert said == ["one", "two"]
+
+
+def test_the_import_of_torch_is_a_phase_of_its_own() -> None:
+    """And nothing before it imports torch, so that its seconds are true."""
+    code = (
+        "import sys\n"
+        "from weft.loop import build\n"
+        "from weft.config import EngineConfig\n"
+        "assert 'torch' not in sys.modules\n"
+        "seen = []\n"
+        "def say(phase): seen.append((phase, 'torch' in sys.modules))\n"
+        "engine, ready = build.open_engine(EngineConfig(kernels='reference', num_blocks=8), say)\n"
+        "engine.close()\n"
+        "assert seen[:3] == [('find the model', False), ('import torch', False), ('weights', True)], seen\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
