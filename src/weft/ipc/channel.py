@@ -92,7 +92,7 @@ class Receiver(Generic[Message]):
                 return None
             try:
                 message: Message = self._decoder.decode(data)
-            except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
                 log.warning("refused %d bytes that are not a message: %s", len(data), error)
                 continue
             return message

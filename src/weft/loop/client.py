@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from typing import Self
@@ -43,7 +44,7 @@ class EngineClient:
     """Hands requests to an engine process, and deals its events out to those who wait for them.
 
     ready: what the engine said of itself when it began to serve. death: done once the engine is gone, with the error.
-    All of it belongs to one event loop.
+    first_word: time.monotonic() when the process was first heard of. All of it belongs to one event loop.
     """
 
     def __init__(self, launched: Launched, on_phase: Callable[[str], None] | None = None) -> None:
@@ -51,6 +52,7 @@ class EngineClient:
         self.launched = launched
         self._loop = asyncio.get_running_loop()
         self._on_phase = on_phase
+        self.first_word: float | None = None
         self._started: asyncio.Future[Ready] = self._loop.create_future()
         self.death: asyncio.Future[WeftError] = self._loop.create_future()
         self._streams: dict[str, EventStream] = {}
@@ -126,11 +128,6 @@ class EngineClient:
         if request_id in self._streams and self.alive:
             self._sender.send(Abort(request_id))
 
-    def forget(self, request_id: str) -> None:
-        """Abort a request whose events nobody wants any more."""
-        self.abort(request_id)
-        self._streams.pop(request_id, None)
-
     async def stats(self) -> Stats:
         """A snapshot of the engine. Raises Unavailable when it is dead."""
         if self.death.done():
@@ -160,6 +157,8 @@ class EngineClient:
             self._take(message)
 
     def _take(self, message: FromEngine) -> None:
+        if self.first_word is None:
+            self.first_word = time.monotonic()
         match message:
             case Tokens(outputs, scores, ends):
                 events: tuple[Event, ...] = (*scores, *outputs, *ends)
@@ -183,9 +182,10 @@ class EngineClient:
                 self._die(by_code(code)(error))
 
     def _deliver(self, event: Event) -> None:
-        """Events of a request that was forgotten go nowhere."""
+        """An id is taken until its RequestEnd has come, also when its stream was closed before."""
         stream = self._streams.get(event.request)
         if stream is None:
+            log.warning("an event of request %s, which is not under way", event.request)
             return
         if isinstance(event, RequestEnd):
             del self._streams[event.request]
@@ -256,16 +256,17 @@ class EventStream(AsyncIterator[Event]):
 
     async def aclose(self) -> None:
         if not self._ended:
-            self._client.forget(self._request)
+            self._client.abort(self._request)
             self._ended = True
-            self._events.clear()
             self._changed.set()
+        self._events.clear()
 
     def put(self, event: Event) -> None:
-        """For the client: the next event."""
-        self._events.append(event)
-        self._ended = isinstance(event, RequestEnd)
-        self._changed.set()
+        """For the client: the next event. After `aclose` nobody wants it."""
+        if not self._ended:
+            self._events.append(event)
+            self._ended = isinstance(event, RequestEnd)
+            self._changed.set()
 
     def fail(self, error: WeftError) -> None:
         """For the client: nothing more will come, because of this."""

@@ -157,7 +157,7 @@ def died(error: Exception) -> Died:
     if isinstance(error, WeftError):
         words, code = error.message, error.code
     else:
-        words, code = f"{type(error).__name__}: {error}", None
+        words, code = ": ".join(filter(None, (type(error).__name__, str(error)))), None
     return Died(words.encode(errors="backslashreplace").decode(), code)
 
 

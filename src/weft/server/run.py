@@ -140,9 +140,12 @@ def _make_app(setup: Setup, client: EngineClient, health: Health) -> tuple[ASGIA
 
 
 def _announce(setup: Setup, client: EngineClient, phases: list[Phase]) -> None:
-    from weft.server.startup import seconds_since_exec, show
+    from weft.server.startup import exec_time, show
 
-    show(sys.stdout, client.ready, phases, seconds_since_exec(), url(setup.listener))
+    begun, launched, ready = exec_time(), setup.launched.started, client.ready
+    front_end = [Phase("python, flags, model folder", launched - begun), *phases]
+    engine = [Phase("python", (client.first_word or launched) - launched), *ready.phases]
+    show(sys.stdout, ready, engine, front_end, time.monotonic() - begun, url(setup.listener))
 
 
 async def _drain(setup: Setup, client: EngineClient, health: Health, gate: Gate, signals: Signals) -> None:

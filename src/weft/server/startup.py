@@ -23,22 +23,27 @@ def human_bytes(count: int) -> str:
     return f"{count} B" if unit == "B" else f"{size:.1f} {unit}"
 
 
-def seconds_since_exec() -> float:
-    """How long this process has existed, to a hundredth of a second: imports before any of our code count too."""
+def exec_time() -> float:
+    """When this process began, on time.monotonic's clock and to a hundredth of a second: before any of our code ran."""
     fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    begun = int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - begun
+    age = time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - age
 
 
-def show(out: TextIO, ready: Ready, front_end: Sequence[Phase], total: float, address: str) -> None:
-    """Print the tables, and the address as the last line. total: seconds from exec to now."""
+def show(
+    out: TextIO, ready: Ready, engine: Sequence[Phase], front_end: Sequence[Phase], total: float, address: str
+) -> None:
+    """Print the tables, and the address as the last line.
+
+    engine, front_end: the phases of each process. total: seconds from exec to now.
+    """
     from rich.console import Console
     from rich.table import Table
 
     console = Console(file=out, highlight=False, soft_wrap=True)
     phases = Table("phase", "process", "seconds", title="Start-up", title_justify="left")
     phases.columns[2].justify = "right"
-    for process, rows in (("engine", ready.phases), ("front end", front_end)):
+    for process, rows in (("front end", front_end), ("engine", engine)):
         for phase in rows:
             phases.add_row(phase.name, process, f"{phase.seconds:.2f}")
     phases.add_section()
