@@ -2,15 +2,70 @@
 
 from __future__ import annotations
 
-from fastapi import FastAPI
+from functools import cache
+from http import HTTPStatus
+from typing import Any
 
-from weft.server.context import Client, Drain, EventStream, ServerContext
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, Response
+from starlette.exceptions import HTTPException
 
-__all__ = ["Client", "Drain", "EventStream", "ServerContext", "create_app"]
+from weft import __version__
+from weft.errors import WeftError
+from weft.server.context import Client, EventStream, ServerContext
+from weft.server.envelope import Envelope
+from weft.server.errors import error_body, error_headers
+from weft.server.health import health_router
+from weft.server.limits import BodyLimitMiddleware
+from weft.server.metrics import metrics_router
+from weft.server.openai import openai_router, tokens_router
+from weft.server.openapi import describe
+
+__all__ = ["Client", "EventStream", "ServerContext", "create_app"]
 
 
 def create_app(context: ServerContext) -> FastAPI:
-    """The application over a running engine."""
-    app = FastAPI(title="weft")
-    app.state.context = context
+    """The routes over a running engine, with a request id on every answer and a limit on bodies. Keys, CORS and the
+    server's state stand before it (gate.py).
+
+    FastAPI's pages for browsers load their scripts from elsewhere, so there are none; /openapi.json is there.
+    """
+    app = FastAPI(title="weft", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.include_router(openai_router(context))
+    app.include_router(tokens_router(context))
+    app.include_router(health_router(context.health))
+    if context.config.enable_metrics:
+        app.include_router(metrics_router(context.metrics))
+    app.add_exception_handler(WeftError, _weft_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_middleware(BodyLimitMiddleware, limit=context.config.max_body_bytes)
+    app.add_middleware(Envelope)  # the last one added is the outermost
+    locked = bool(context.config.api_key or context.config.api_key_file)
+
+    @cache
+    def openapi() -> dict[str, Any]:
+        return describe(app, locked=locked)
+
+    app.openapi = openapi  # type: ignore[method-assign]
     return app
+
+
+async def _weft_error(_: Request, error: Exception) -> Response:
+    if not isinstance(error, WeftError):
+        raise error
+    return JSONResponse(error_body(error), error.status, error_headers(error))
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """A path or method that there is not."""
+    if not isinstance(error, HTTPException):
+        raise error
+    path = request.url.path[:100]
+    words = {
+        404: f"there is no {path} here; see /openapi.json",
+        405: f"{request.method} is not a method of {path}; see /openapi.json",
+    }
+    problem = WeftError(words.get(error.status_code, error.detail))
+    problem.type = "invalid_request_error"
+    problem.code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    return JSONResponse(error_body(problem), error.status_code, error.headers)

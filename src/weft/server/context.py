@@ -1,22 +1,20 @@
-"""What the request handlers share: the engine's client, the texts' tools, the names, and whether the server drains."""
+"""What the request handlers share: the engine's client, the texts' tools, the names, and the server's state."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol, Self
 
 from weft.config import ServerConfig
 from weft.core.request import Event, Request
-from weft.errors import Unavailable
 from weft.ipc.messages import Ready, Stats
 from weft.text.chat import ChatTemplate
 from weft.text.generation import GenerationDefaults
 from weft.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
+    from weft.server.health import Health
     from weft.server.metrics import Metrics
 
 
@@ -42,28 +40,6 @@ class Client(Protocol):
     async def stats(self) -> Stats: ...
 
 
-@dataclass(slots=True)
-class Drain:
-    """Whether new work is refused because the server is about to end, and how much work there still is.
-
-    running: API calls that are being answered now.
-    """
-
-    draining: bool = False
-    running: int = 0
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Count one API call as running. Raises Unavailable while draining."""
-        if self.draining:
-            raise Unavailable("the server is shutting down and takes no new requests; send it to another one")
-        self.running += 1
-        try:
-            yield
-        finally:
-            self.running -= 1
-
-
 @dataclass(frozen=True, slots=True)
 class ServerContext:
     """Everything that the routes need.
@@ -78,5 +54,5 @@ class ServerContext:
     names: tuple[str, ...]
     config: ServerConfig
     metrics: Metrics
-    drain: Drain = field(default_factory=Drain)
+    health: Health
     created: int = field(default_factory=lambda: int(time.time()))
