@@ -6,8 +6,6 @@
 // where width is head_dim rounded up to 16. So both products stream memory in order and never sum across lanes.
 #pragma once
 
-#include <vector>
-
 #include "kernels.h"
 
 namespace weft {
@@ -24,6 +22,7 @@ struct KvView {
   int64_t blocks, block_size, kv_heads, head_dim;
 
   int64_t width() const { return (head_dim + 15) / 16 * 16; }
+  int64_t totals() const { return 2 + width(); }  // of a row: greatest score, sum of weights, weighted sum of values
 };
 
 struct BatchView {  // kernels/base.py's Batch
@@ -52,20 +51,26 @@ struct AttentionCall {
   float scale;
   int64_t window;  // 0: none
 
+  // How the work is cut (attention_plan.h).
+  bool shared;  // large enough to wake other threads for
+  const Unit *units, *merges;
+  int64_t unit_count, merge_count;
+  float* partials;  // [partials][UNIT_ROWS][totals of a row]
+
   int64_t group() const { return heads / kv.kv_heads; }
 };
 
-struct AttentionPlan {
-  std::vector<Unit> units;
-  std::vector<Unit> merges;  // each split unit as a whole
-  int64_t partials = 0;      // partitions of which the totals are kept
-  double work = 0;           // flops
+// Splits and rotates q and k, and writes k and v into their slots.
+struct RotaryCall {
+  Type type;
+  const void* qkv;         // [rows, (heads + 2 kv_heads) * head_dim]
+  const float *cos, *sin;  // [positions, head_dim / 2]
+  KvView kv;
+  BatchView batch;
+  int64_t heads;
+  const void *q_norm, *k_norm;  // [head_dim], or null
+  float eps;
+  void* q;  // [rows, heads * head_dim]
 };
-
-// A table, slice or context that reaches outside of the KV throws std::invalid_argument, before memory is touched.
-void check_slices(const BatchView& batch, const KvView& kv);
-void check_rows(const BatchView& batch, const KvView& kv, int64_t max_positions);
-
-AttentionPlan plan_attention(const AttentionCall& call, int64_t threads);
 
 }  // namespace weft

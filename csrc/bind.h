@@ -21,5 +21,6 @@ T* at(uintptr_t address) {
 }
 
 void bind_linear(nb::module_& module, BackendClass& backend);
+void bind_attention(nb::module_& module, BackendClass& backend);
 
 }  // namespace weft

@@ -32,11 +32,20 @@ struct LinearWeights {
   int64_t panel_bytes() const { return type == Type::float32 ? in * PANEL * 4 : (in + 1) / 2 * PANEL * 4; }
 };
 
+struct NormCall;  // elementwise.h
+struct GateCall;
+struct RotaryCall;  // attention.h
+struct AttentionCall;
+
 struct Kernels {
   // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
   void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
   // x [rows, in] -> y [rows, out], both contiguous, of the weights' type.
   void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+  void (*norm)(Pool& pool, const NormCall& call);
+  void (*silu_mul)(Pool& pool, const GateCall& call);
+  void (*rotary_write)(Pool& pool, const RotaryCall& call);
+  void (*attention)(Pool& pool, const AttentionCall& call);
 };
 
 }  // namespace weft

@@ -5,11 +5,19 @@ namespace weft::WEFT_LEVEL {
 
 void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
 void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+void norm(Pool& pool, const NormCall& call);
+void silu_mul(Pool& pool, const GateCall& call);
+void rotary_write(Pool& pool, const RotaryCall& call);
+void attention(Pool& pool, const AttentionCall& call);
 
 extern const Kernels kernels;
 const Kernels kernels = {
     .pack_linear = pack_linear,
     .linear = linear,
+    .norm = norm,
+    .silu_mul = silu_mul,
+    .rotary_write = rotary_write,
+    .attention = attention,
 };
 
 }  // namespace weft::WEFT_LEVEL

@@ -25,6 +25,36 @@ class PackedLinear:
     def bytes(self) -> int: ...
     def release(self) -> None: ...
 
+class LayerKv:
+    """Zeroed keys and values of one layer, in the kernels' own layout. type: 0 float32, 1 bfloat16.
+
+    ValueError: a block_size that is no multiple of 16, a head_dim that is no multiple of 8 or over 256.
+    """
+
+    def __init__(
+        self, backend: Backend, blocks: int, block_size: int, kv_heads: int, head_dim: int, type: int
+    ) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def release(self) -> None: ...
+
+class BatchView:
+    """Addresses of a Batch's tensors (kernels/base.py); whoever makes it keeps them alive."""
+
+    def __init__(
+        self,
+        rows: int,
+        slices: int,
+        table_width: int,
+        positions: int,
+        slots: int,
+        starts: int,
+        contexts: int,
+        tables: int,
+    ) -> None: ...
+
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].
 
@@ -37,3 +67,27 @@ class Backend:
     def set_cores(self, cores: list[int]) -> None: ...
     def close(self) -> None: ...
     def linear(self, packed: PackedLinear, x: int, rows: int, y: int) -> None: ...
+    def norm(self, type: int, x: int, residual: int, weight: int, eps: float, rows: int, size: int, out: int) -> None:
+        """residual 0: out = RMSNorm(x). Otherwise residual += x, and out = RMSNorm(residual)."""
+
+    def silu_mul(self, type: int, gate_up: int, rows: int, size: int, out: int) -> None:
+        """gate_up [rows, 2 * size]."""
+
+    def rotary_write(
+        self,
+        kv: LayerKv,
+        batch: BatchView,
+        qkv: int,
+        cos: int,
+        sin: int,
+        max_positions: int,
+        heads: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        q: int,
+    ) -> None:
+        """q_norm and k_norm: 0 for none. ValueError: a slot outside of the KV, a position outside of cos and sin."""
+
+    def attention(self, kv: LayerKv, batch: BatchView, q: int, heads: int, scale: float, window: int, out: int) -> None:
+        """window: 0 for none. ValueError: a slice, context or block outside of its table or the KV."""

@@ -32,6 +32,21 @@ class Linear:
         return self.native.bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PagedKv:
+    """Keys and values of one layer. Their memory is given back when the object goes."""
+
+    native: _native.LayerKv
+    dtype: torch.dtype
+    block_size: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def bytes(self) -> int:
+        return self.native.bytes
+
+
 class CpuKernels:
     """One lane's kernels at one level. The calling thread is one of its threads; see `open_kernels` for the pinning."""
 
@@ -41,6 +56,7 @@ class CpuKernels:
             self.native = _native.Backend(level, list(cores))
         except ValueError as error:
             raise DeviceError(f"cannot open the {level} kernels on cores {cores}: {error}") from error
+        self._seen: tuple[Batch | None, Any, int] = (None, None, 0)  # the last batch, its native view and its rows
 
     def set_cores(self, cores: tuple[int, ...]) -> None:
         try:
@@ -90,23 +106,35 @@ class CpuKernels:
         self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr())
         return y
 
-    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
-        raise NotImplementedError
+    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKv:
+        native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, _type_of(dtype, "the KV"))
+        return PagedKv(native, dtype, block_size, kv_heads, head_dim)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        raise NotImplementedError
+        rows, size = _matrix(x, "x")
+        _same(weight, (size,), x.dtype, "weight")
+        out = torch.empty_like(x)
+        self.native.norm(_type(x, "x"), x.data_ptr(), 0, weight.data_ptr(), eps, rows, size, out.data_ptr())
+        return out
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        raise NotImplementedError
+        rows, size = _matrix(x, "x")
+        _same(residual, (rows, size), x.dtype, "residual")
+        _same(weight, (size,), x.dtype, "weight")
+        out = torch.empty_like(x)
+        self.native.norm(
+            _type(x, "x"), x.data_ptr(), residual.data_ptr(), weight.data_ptr(), eps, rows, size, out.data_ptr()
+        )
+        return out, residual
 
     def rotary_write(
         self,
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        kv: Any,
+        kv: PagedKv,
         batch: Batch,
         heads: int,
         kv_heads: int,
@@ -114,19 +142,100 @@ class CpuKernels:
         k_norm: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        raise NotImplementedError
+        view, rows = self._view(batch, kv, heads, kv_heads)
+        head_dim = kv.head_dim
+        _same(qkv, (rows, (heads + 2 * kv_heads) * head_dim), kv.dtype, "qkv")
+        positions = cos.shape[0]
+        _same(cos, (positions, head_dim // 2), torch.float32, "cos")
+        _same(sin, (positions, head_dim // 2), torch.float32, "sin")
+        for norm, what in ((q_norm, "q_norm"), (k_norm, "k_norm")):
+            if norm is not None:
+                _same(norm, (head_dim,), kv.dtype, what)
+        q = qkv.new_empty((rows, heads * head_dim))
+        self.native.rotary_write(
+            kv.native,
+            view,
+            qkv.data_ptr(),
+            cos.data_ptr(),
+            sin.data_ptr(),
+            positions,
+            heads,
+            0 if q_norm is None else q_norm.data_ptr(),
+            0 if k_norm is None else k_norm.data_ptr(),
+            eps,
+            q.data_ptr(),
+        )
+        return q
 
     def attention(
-        self, q: torch.Tensor, kv: Any, batch: Batch, heads: int, kv_heads: int, scale: float, window: int | None = None
+        self,
+        q: torch.Tensor,
+        kv: PagedKv,
+        batch: Batch,
+        heads: int,
+        kv_heads: int,
+        scale: float,
+        window: int | None = None,
     ) -> torch.Tensor:
-        raise NotImplementedError
+        view, rows = self._view(batch, kv, heads, kv_heads)
+        _same(q, (rows, heads * kv.head_dim), kv.dtype, "q")
+        if not scale > 0 or (window is not None and window < 1):
+            raise ValueError(f"{scale = } must be over 0, and {window = } at least 1 or None")
+        out = torch.empty_like(q)
+        self.native.attention(kv.native, view, q.data_ptr(), heads, scale, window or 0, out.data_ptr())
+        return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        rows, columns = _matrix(gate_up, "gate_up")
+        if columns % 2:
+            raise ValueError(f"gate_up has {columns} columns; it must be [T, 2 F]")
+        out = gate_up.new_empty((rows, columns // 2))
+        self.native.silu_mul(_type(gate_up, "gate_up"), gate_up.data_ptr(), rows, columns // 2, out.data_ptr())
+        return out
+
+    def _view(self, batch: Batch, kv: PagedKv, heads: int, kv_heads: int) -> tuple[_native.BatchView, int]:
+        """The batch as the C++ side sees it, checked and made once per batch, and its number of rows."""
+        if kv_heads != kv.kv_heads or heads < 1 or heads % kv_heads:
+            raise ValueError(f"{heads = } must be a multiple of {kv_heads = }, and the KV has {kv.kv_heads}")
+        if batch.block_size != kv.block_size:
+            raise ValueError(f"the batch has blocks of {batch.block_size} slots, the KV of {kv.block_size}")
+        if batch is not self._seen[0]:
+            self._seen = (batch, _view(batch), batch.positions.shape[0])
+        return self._seen[1:]
+
+
+def _view(batch: Batch) -> _native.BatchView:
+    rows, slices = batch.positions.shape[0], batch.contexts.shape[0]
+    width = batch.tables.shape[1] if batch.tables.dim() == 2 else -1
+    _same(batch.positions, (rows,), torch.int32, "positions")
+    _same(batch.slots, (rows,), torch.int64, "slots")
+    _same(batch.starts, (slices + 1,), torch.int32, "starts")
+    _same(batch.contexts, (slices,), torch.int32, "contexts")
+    _same(batch.tables, (slices, width), torch.int32, "tables")
+    tensors = (batch.positions, batch.slots, batch.starts, batch.contexts, batch.tables)
+    return _native.BatchView(rows, slices, width, *(tensor.data_ptr() for tensor in tensors))
+
+
+def _matrix(tensor: torch.Tensor, what: str) -> tuple[int, int]:
+    if tensor.dim() != 2 or not tensor.is_contiguous():
+        raise ValueError(f"{what} must be contiguous [T, columns], not {tuple(tensor.shape)} {tensor.stride()}")
+    rows, columns = tensor.shape
+    return rows, columns
+
+
+def _same(tensor: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> None:
+    if tensor.dtype is not dtype:
+        raise TypeError(f"{what} is {tensor.dtype}; it must be {dtype}")
+    if tensor.shape != shape or not tensor.is_contiguous():
+        raise ValueError(f"{what} must be contiguous {list(shape)}, not {list(tensor.shape)} {tensor.stride()}")
 
 
 def _type(tensor: torch.Tensor, what: str) -> int:
+    return _type_of(tensor.dtype, what)
+
+
+def _type_of(dtype: torch.dtype, what: str) -> int:
     try:
-        return _TYPES[tensor.dtype]
+        return _TYPES[dtype]
     except KeyError:
-        raise TypeError(f"{what} is {tensor.dtype}; the C++ kernels take float32 and bfloat16") from None
+        raise TypeError(f"{what} is {dtype}; the C++ kernels take float32 and bfloat16") from None

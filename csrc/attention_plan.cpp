@@ -1,12 +1,14 @@
-// Checks of a batch against the KV, and how its attention is cut into units. No result depends on the cut.
-#include "attention.h"
+#include "attention_plan.h"
 
 #include <algorithm>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 namespace weft {
 namespace {
+
+constexpr double WORTH_SHARING = 2e6;  // flops; less than that is done before another thread wakes
 
 std::string in_slice(int64_t slice) { return " in slice " + std::to_string(slice); }
 
@@ -64,37 +66,56 @@ void check_rows(const BatchView& batch, const KvView& kv, int64_t max_positions)
   }
 }
 
-AttentionPlan plan_attention(const AttentionCall& call, int64_t threads) {
-  AttentionPlan plan;
-  std::vector<Unit> whole;
+namespace {
+
+// Units of at most UNIT_ROWS rows, whole; their work is added to `work`.
+std::vector<Unit> whole_units(const AttentionCall& call, double& work) {
+  std::vector<Unit> units;
   for (int64_t s = 0; s < call.batch.slices; s++) {
     const int64_t rows = (call.batch.starts[s + 1] - call.batch.starts[s]) * call.group();
     const int64_t pieces = (rows + UNIT_ROWS - 1) / UNIT_ROWS;
     for (int64_t head = 0; head < call.kv.kv_heads; head++)
       for (int64_t i = 0; i < pieces; i++) {  // of sizes that differ by one at most
         const int64_t first = rows * i / pieces, end = rows * (i + 1) / pieces;
-        whole.push_back(whole_unit(call, s, head, first, end - first));
-        plan.work += work_of(call, whole.back());
+        units.push_back(whole_unit(call, s, head, first, end - first));
+        work += work_of(call, units.back());
       }
   }
-  // A unit that would keep one thread busy while others have nothing left is split over the sequence.
-  const double fair = threads > 1 ? plan.work / double(4 * threads) : plan.work;
+  return units;
+}
+
+void split(const Unit& unit, int64_t pieces, AttentionPlan& plan) {
+  const int64_t span = unit.end_partition - unit.first_partition;
+  plan.merges.push_back(unit);
+  plan.merges.back().partial = plan.partials;
+  for (int64_t i = 0; i < pieces; i++) {
+    const int64_t first = span * i / pieces, end = span * (i + 1) / pieces;
+    plan.units.push_back({unit.slice, unit.kv_head, unit.first_row, unit.rows, unit.first_partition + first,
+                          unit.first_partition + end, plan.partials + first});
+  }
+  plan.partials += span;
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const AttentionCall& call, int threads) {
+  AttentionPlan plan;
+  double work = 0;
+  std::vector<Unit> whole = whole_units(call, work);
+  plan.shared = threads > 1 && work > WORTH_SHARING;
+  if (!plan.shared) {
+    plan.units = std::move(whole);
+    return plan;
+  }
+  // A unit that would keep one thread busy when the others have nothing left is split over the sequence.
+  const double fair = work / (4 * threads);
   plan.units.reserve(whole.size());
-  for (Unit unit : whole) {
-    const int64_t span = unit.end_partition - unit.first_partition;
-    const int64_t pieces = threads > 1 ? std::min(span, int64_t(work_of(call, unit) / fair)) : 1;
-    if (pieces > 1) {
-      unit.partial = plan.partials;
-      plan.partials += span;
-      plan.merges.push_back(unit);
-      for (int64_t i = 0; i < pieces; i++) {
-        const int64_t first = span * i / pieces, end = span * (i + 1) / pieces;
-        plan.units.push_back({unit.slice, unit.kv_head, unit.first_row, unit.rows, unit.first_partition + first,
-                              unit.first_partition + end, unit.partial + first});
-      }
-    } else {
+  for (const Unit& unit : whole) {
+    const int64_t pieces = std::min(unit.end_partition - unit.first_partition, int64_t(work_of(call, unit) / fair));
+    if (pieces > 1)
+      split(unit, pieces, plan);
+    else
       plan.units.push_back(unit);
-    }
   }
   return plan;
 }

@@ -1,0 +1,124 @@
+// Attention, rotation, norms and gates.
+#include <memory>
+
+#include "attention_plan.h"
+#include "bind.h"
+#include "elementwise.h"
+
+namespace weft {
+
+namespace {
+
+// One layer's keys and values: see attention.h for the layout.
+class LayerKv {
+ public:
+  LayerKv(Backend& backend, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, int type)
+      : type_(Type(type)), view_{nullptr, nullptr, blocks, block_size, kv_heads, head_dim} {
+    if (blocks < 1 || block_size < 16 || block_size % 16 != 0 || kv_heads < 1)
+      throw std::invalid_argument("blocks of a multiple of 16 slots, and at least one of them, are needed");
+    if (head_dim < 8 || head_dim > MAX_HEAD_DIM || head_dim % 8 != 0)
+      throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + "; the kernels take multiples of 8 up to " +
+                                  std::to_string(MAX_HEAD_DIM));
+    const int64_t slots = blocks * block_size * kv_heads, element = type_ == Type::bfloat16 ? 2 : 4;
+    memory_ = Memory(size_t(slots * (head_dim + view_.width()) * element));
+    memory_.touch(backend.pool());
+    view_.keys = memory_.data();
+    view_.values = memory_.data() + slots * head_dim * element;
+  }
+
+  const KvView& view() const {
+    if (memory_.data() == nullptr) throw std::runtime_error("the KV is released");
+    return view_;
+  }
+  Type type() const { return type_; }
+  size_t bytes() const { return memory_.bytes(); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_.data()); }
+  void release() { memory_.release(); }
+
+ private:
+  Type type_;
+  KvView view_;
+  Memory memory_;
+};
+
+void attention(Backend& self, const LayerKv& kv, const BatchView& batch, uintptr_t q, int64_t heads, float scale,
+               int64_t window, uintptr_t out) {
+  AttentionCall call{};
+  call.type = kv.type();
+  call.q = at<const void>(q);
+  call.out = at<void>(out);
+  call.kv = kv.view();
+  call.batch = batch;
+  call.heads = heads;
+  call.scale = scale;
+  call.window = window;
+  check_slices(batch, call.kv);
+  const AttentionPlan plan = plan_attention(call, self.pool().size());
+  std::unique_ptr<float[]> partials;
+  if (plan.partials > 0) partials.reset(new float[size_t(plan.partials * UNIT_ROWS * call.kv.totals())]);
+  call.shared = plan.shared;
+  call.units = plan.units.data();
+  call.unit_count = int64_t(plan.units.size());
+  call.merges = plan.merges.data();
+  call.merge_count = int64_t(plan.merges.size());
+  call.partials = partials.get();
+  self.kernels().attention(self.pool(), call);
+}
+
+void rotary_write(Backend& self, const LayerKv& kv, const BatchView& batch, uintptr_t qkv, uintptr_t cos, uintptr_t sin,
+                  int64_t max_positions, int64_t heads, uintptr_t q_norm, uintptr_t k_norm, float eps, uintptr_t q) {
+  check_rows(batch, kv.view(), max_positions);
+  self.kernels().rotary_write(
+      self.pool(), {kv.type(), at<const void>(qkv), at<const float>(cos), at<const float>(sin), kv.view(), batch, heads,
+                    at<const void>(q_norm), at<const void>(k_norm), eps, at<void>(q)});
+}
+
+void norm(Backend& self, int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int64_t rows, int64_t size,
+          uintptr_t out) {
+  self.kernels().norm(self.pool(), {Type(type), at<const void>(x), at<void>(residual), at<const void>(weight), eps, rows,
+                                    size, at<void>(out)});
+}
+
+void silu_mul(Backend& self, int type, uintptr_t gate_up, int64_t rows, int64_t size, uintptr_t out) {
+  self.kernels().silu_mul(self.pool(), {Type(type), at<const void>(gate_up), rows, size, at<void>(out)});
+}
+
+}  // namespace
+
+void bind_attention(nb::module_& module, BackendClass& backend) {
+  using nb::arg;
+  nb::class_<LayerKv>(module, "LayerKv")
+      .def(nb::init<Backend&, int64_t, int64_t, int64_t, int64_t, int>(), arg("backend"), arg("blocks"),
+           arg("block_size"), arg("kv_heads"), arg("head_dim"), arg("type"), unlocked())
+      .def_prop_ro("address", &LayerKv::address)
+      .def_prop_ro("bytes", &LayerKv::bytes)
+      .def("release", &LayerKv::release);
+
+  nb::class_<BatchView>(module, "BatchView")
+      .def(
+          "__init__",
+          [](BatchView* self, int64_t rows, int64_t slices, int64_t table_width, uintptr_t positions, uintptr_t slots,
+             uintptr_t starts, uintptr_t contexts, uintptr_t tables) {
+            new (self) BatchView{rows,
+                                 slices,
+                                 table_width,
+                                 at<const int32_t>(positions),
+                                 at<const int64_t>(slots),
+                                 at<const int32_t>(starts),
+                                 at<const int32_t>(contexts),
+                                 at<const int32_t>(tables)};
+          },
+          arg("rows"), arg("slices"), arg("table_width"), arg("positions"), arg("slots"), arg("starts"),
+          arg("contexts"), arg("tables"));
+
+  backend
+      .def("attention", &attention, arg("kv"), arg("batch"), arg("q"), arg("heads"), arg("scale"), arg("window"),
+           arg("out"), unlocked())
+      .def("rotary_write", &rotary_write, arg("kv"), arg("batch"), arg("qkv"), arg("cos"), arg("sin"),
+           arg("max_positions"), arg("heads"), arg("q_norm"), arg("k_norm"), arg("eps"), arg("q"), unlocked())
+      .def("norm", &norm, arg("type"), arg("x"), arg("residual"), arg("weight"), arg("eps"), arg("rows"), arg("size"),
+           arg("out"), unlocked())
+      .def("silu_mul", &silu_mul, arg("type"), arg("gate_up"), arg("rows"), arg("size"), arg("out"), unlocked());
+}
+
+}  // namespace weft
