@@ -17,7 +17,9 @@ from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, 
 from weft.errors import Unavailable, WeftError
 from weft.ipc.messages import Ready, Stats
 from weft.server.app import ServerContext, create_app
+from weft.server.gate import guard
 from weft.server.health import Health, State
+from weft.server.limits import BodyLimitMiddleware
 from weft.server.metrics import Metrics
 from weft.text.chat import ChatTemplate
 from weft.text.generation import GenerationDefaults
@@ -137,7 +139,9 @@ class Site:
     context: ServerContext
 
     def __post_init__(self) -> None:
-        self.app = create_app(self.context)
+        config = self.context.config
+        self.bare = create_app(self.context)
+        self.app = guard(BodyLimitMiddleware(self.bare, config.max_body_bytes), config, config.api_key)
         transport = httpx.ASGITransport(app=self.app)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://weft")
 

@@ -152,7 +152,8 @@ async def test_fields_that_ask_for_nothing_are_taken(site: Any) -> None:
 
 async def test_template_variables_come_from_the_request(site: Any, engine: Any) -> None:
     template = ChatTemplate(
-        "{{ bos_token }}{{ enable_thinking }}/{{ reasoning_effort }}/{{ add_generation_prompt }}/{{ messages[0].name }}",
+        "{{ bos_token }}{{ enable_thinking }}/{{ reasoning_effort }}/"
+        "{{ add_generation_prompt }}/{{ messages[0].name }}",
         {"bos_token": "<|endoftext|>"},
     )
     other = site.with_context(template=template)

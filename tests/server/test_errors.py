@@ -186,6 +186,18 @@ async def test_a_body_that_is_no_object_in_json_is_the_clients_error(site: Any, 
     error_of(await site.http.post(path, content=body, headers=JSON))
 
 
+async def test_what_does_not_fit_the_context_is_told_with_the_numbers(site: Any, engine: Any) -> None:
+    error = error_of(await site.post(TEXT, prompt=[5] * 2000, max_tokens=49))
+    assert error["code"] == "context_length_exceeded" and error["param"] == "max_tokens"
+    for word in ("2000 tokens", "max_tokens 49", "context of 2048", "at most 48"):
+        assert word in error["message"]
+    assert (await site.post(TEXT, prompt=[5] * 2000, max_tokens=48)).status_code == 200
+    error = error_of(await site.post(TEXT, prompt=[5] * 2048, max_tokens=1))
+    assert error["param"] == "prompt"
+    error = error_of(await site.post(CHAT, messages=[{"role": "user", "content": "word " * 3000}]))
+    assert "at least one token of output" in error["message"]
+
+
 async def test_an_empty_prompt_needs_a_beginning_of_text(site: Any, engine: Any) -> None:
     await site.complete(prompt="")  # the built-in model's tokenizer has one
     assert len(engine.seen.pop().prompt) == 1

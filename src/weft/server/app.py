@@ -13,10 +13,8 @@ from starlette.exceptions import HTTPException
 from weft import __version__
 from weft.errors import WeftError
 from weft.server.context import Client, EventStream, ServerContext
-from weft.server.envelope import Envelope
 from weft.server.errors import error_body, error_headers
 from weft.server.health import health_router
-from weft.server.limits import BodyLimitMiddleware
 from weft.server.metrics import metrics_router
 from weft.server.openai import openai_router, tokens_router
 from weft.server.openapi import describe
@@ -25,8 +23,7 @@ __all__ = ["Client", "EventStream", "ServerContext", "create_app"]
 
 
 def create_app(context: ServerContext) -> FastAPI:
-    """The routes over a running engine, with a request id on every answer and a limit on bodies. Keys, CORS and the
-    server's state stand before it (gate.py).
+    """The routes over a running engine. Request ids, keys, CORS and limits stand before it (gate.py, run.py).
 
     FastAPI's pages for browsers load their scripts from elsewhere, so there are none; /openapi.json is there.
     """
@@ -38,8 +35,7 @@ def create_app(context: ServerContext) -> FastAPI:
         app.include_router(metrics_router(context.metrics))
     app.add_exception_handler(WeftError, _weft_error)
     app.add_exception_handler(HTTPException, _http_error)
-    app.add_middleware(BodyLimitMiddleware, limit=context.config.max_body_bytes)
-    app.add_middleware(Envelope)  # the last one added is the outermost
+    app.add_exception_handler(Exception, _any_error)
     locked = bool(context.config.api_key or context.config.api_key_file)
 
     @cache
@@ -69,3 +65,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
     problem.type = "invalid_request_error"
     problem.code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     return JSONResponse(error_body(problem), error.status_code, error.headers)
+
+
+async def _any_error(_: Request, __: Exception) -> Response:
+    """Starlette raises the exception again after this answer, for `Envelope` to log."""
+    problem = WeftError("an error within the server; its log has the details")
+    return JSONResponse(error_body(problem), problem.status)

@@ -11,7 +11,7 @@ from typing import Any
 
 from weft.core.request import Request
 from weft.core.sampling import SamplingParams
-from weft.errors import InvalidRequest, NotFound
+from weft.errors import ContextTooLong, InvalidRequest, NotFound
 from weft.jobs import Continuation, Job
 from weft.server.context import ServerContext
 from weft.server.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generation, Message
@@ -199,6 +199,18 @@ async def _prompts(context: ServerContext, prompt: Any) -> list[tuple[str, list[
     return prompts
 
 
+def _check_length(context: ServerContext, prompt: int, output: int | None) -> None:
+    """The engine would generate as much as fits; who asks for a number of tokens is to know that there are fewer."""
+    limit = context.client.ready.max_model_len
+    if prompt + (output or 1) > limit:
+        wanted = "at least one token of output" if output is None else f"max_tokens {output}"
+        most = f"; at most {limit - prompt} would" if prompt < limit else ""
+        raise ContextTooLong(
+            f"the prompt has {prompt} tokens, and with {wanted} does not fit the context of {limit} tokens{most}",
+            param="max_tokens" if most else "prompt",
+        )
+
+
 def _plain(message: Message) -> dict[str, Any]:
     """The message as a template sees it. developer is what OpenAI calls system now; templates know the old word."""
     content = message.content
@@ -226,6 +238,7 @@ def _job(
     """before: the tokens that the generated text goes on from."""
     if not ids:
         raise InvalidRequest("the messages become an empty prompt; give some content", param="messages")
+    _check_length(context, len(ids), params.max_tokens)
     request = Request(name, tuple(ids), params, context.defaults.eos_ids, body.priority or 0, body.cache_salt or "")
     streams = (
         TextStream(
