@@ -42,6 +42,9 @@ struct Kernels {
   void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
   // x [rows, in] -> y [rows, out], both contiguous, of the weights' type.
   void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+  // Limits of the machine: reads memory once; multiplies in registers and returns the floating-point operations.
+  void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);
+  int64_t (*probe_multiply)(Pool& pool, Type type, int64_t steps);
   void (*norm)(Pool& pool, const NormCall& call);
   void (*silu_mul)(Pool& pool, const GateCall& call);
   void (*rotary_write)(Pool& pool, const RotaryCall& call);

@@ -9,6 +9,8 @@ extern const Kernels kernels;
 namespace avx2 {
 extern const Kernels kernels;
 }
+#endif
+#ifdef WEFT_AVX512
 namespace avx512 {
 extern const Kernels kernels;
 }
@@ -24,7 +26,9 @@ struct Level {
 
 #ifdef WEFT_X86
 bool has_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+#endif
 
+#ifdef WEFT_AVX512
 bool has_avx512() {
   return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -33,8 +37,10 @@ bool has_avx512() {
 #endif
 
 constexpr Level LEVELS[] = {
-#ifdef WEFT_X86
+#ifdef WEFT_AVX512
     {"avx512", &avx512::kernels, has_avx512},
+#endif
+#ifdef WEFT_X86
     {"avx2", &avx2::kernels, has_avx2},
 #endif
     {"portable", &portable::kernels, [] { return true; }},

@@ -6,17 +6,11 @@
 // Work is cut into items of one panel (64 columns) and a range of rows. Within an item, tiles of up to ROWS rows follow
 // one another and the panel stays in the L2 cache; meanwhile they prefetch the next panel, so that reading memory and
 // computing overlap. One tile (few rows) is bound by memory, and there the hardware's prefetcher is the better one.
-#include "simd.h"
+#include "multiply.h"
 
 namespace weft::WEFT_LEVEL {
 
 namespace {
-
-#if defined(__clang__)
-#define WEFT_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define WEFT_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 constexpr int PANEL_VECTORS = PANEL / lanes;
 constexpr int64_t STEP_BYTES = PANEL * 4;  // of a panel, in one step
@@ -29,32 +23,6 @@ constexpr int vectors(int) { return PANEL_VECTORS; }
 constexpr int ROWS = 4;
 constexpr int vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #endif
-
-// One step multiplies one element of each row...
-struct Float32 {
-  using Element = float;
-  static constexpr int DEPTH = 1;
-  WEFT_INLINE f32v input(const float* x) { return splat(*x); }
-  WEFT_INLINE f32v last_input(const float* x) { return splat(*x); }
-  WEFT_INLINE f32v multiply_add(const void* weights, f32v x, f32v sum) { return fma(load<f32v>(weights), x, sum); }
-};
-
-// ... or two neighbours.
-struct BFloat16 {
-  using Element = bf16;
-  static constexpr int DEPTH = 2;
-  WEFT_INLINE u32v input(const bf16* x) { return splat(load<uint32_t>(x)); }
-  WEFT_INLINE u32v last_input(const bf16* x) { return splat(uint32_t(*x)); }
-  WEFT_INLINE f32v multiply_add(const void* weights, u32v x, f32v sum) {
-    const u32v w = load<u32v>(weights);
-#if defined(WEFT_LEVEL_avx512)
-    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)w, (__m512bh)x);
-#else
-    sum = fma((f32v)(w << 16), (f32v)(x << 16), sum);
-    return fma((f32v)(w & 0xffff0000u), (f32v)(x & 0xffff0000u), sum);
-#endif
-  }
-};
 
 template <class T>
 struct Job {
@@ -94,14 +62,14 @@ void tile(const Job<T>& job, int64_t panel, int64_t row, const char* next) {
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
         const auto input = T::input(x + r * in + step * T::DEPTH);
         WEFT_UNROLL for (int v = 0; v < WIDTH; v++)
-          sums[r][v] = T::multiply_add(w + v * sizeof(f32v), input, sums[r][v]);
+          sums[r][v] = T::multiply_add(load<f32v>(w + v * sizeof(f32v)), input, sums[r][v]);
       }
     }
     if (full < job.steps()) {
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
         const auto input = T::last_input(x + r * in + in - 1);
         WEFT_UNROLL for (int v = 0; v < WIDTH; v++)
-          sums[r][v] = T::multiply_add(w + v * sizeof(f32v), input, sums[r][v]);
+          sums[r][v] = T::multiply_add(load<f32v>(w + v * sizeof(f32v)), input, sums[r][v]);
       }
     }
     const int64_t column = panel * PANEL + first * lanes;

@@ -32,6 +32,13 @@ typedef uint16_t u16v __attribute__((vector_size(lanes * 2)));
 
 #define WEFT_INLINE static inline __attribute__((always_inline))
 
+// Before a loop of constant length over an array of vectors that must stay in registers.
+#if defined(__clang__)
+#define WEFT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define WEFT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 template <class V>
 WEFT_INLINE V load(const void* from) {
   V v;

@@ -5,6 +5,8 @@ namespace weft::WEFT_LEVEL {
 
 void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
 void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+void probe_read(Pool& pool, const void* memory, int64_t bytes);
+int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
 void norm(Pool& pool, const NormCall& call);
 void silu_mul(Pool& pool, const GateCall& call);
 void rotary_write(Pool& pool, const RotaryCall& call);
@@ -14,6 +16,8 @@ extern const Kernels kernels;
 const Kernels kernels = {
     .pack_linear = pack_linear,
     .linear = linear,
+    .probe_read = probe_read,
+    .probe_multiply = probe_multiply,
     .norm = norm,
     .silu_mul = silu_mul,
     .rotary_write = rotary_write,

@@ -67,6 +67,10 @@ class Backend:
     def set_cores(self, cores: list[int]) -> None: ...
     def close(self) -> None: ...
     def linear(self, packed: PackedLinear, x: int, rows: int, y: int) -> None: ...
+    def probe_read(self, memory: Memory) -> None:
+        """Reads all of it once."""
+    def probe_multiply(self, type: int, steps: int) -> int:
+        """Multiplies and adds in registers; returns the floating-point operations done."""
     def norm(self, type: int, x: int, residual: int, weight: int, eps: float, rows: int, size: int, out: int) -> None:
         """residual 0: out = RMSNorm(x). Otherwise residual += x, and out = RMSNorm(residual)."""
 
