@@ -22,7 +22,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,12 @@ from serving import Server
 
 import models
 from weft.bench.client import fetch
+from weft.devices.simulated import continuation
+from weft.text.detokenizer import TextStream
 from weft.text.tokenizer import Tokenizer
 
-INPUT_MOST, OUTPUT_MOST = 256, 128
+# Longest prompt and longest answer, for each device. Where the pool is small, what sequences grow by preempts others.
+LONGEST = {"cpu": (256, 128), "simulated": (64, 256)}
 BLOCK_SIZE = 16
 POOL_SHARE = 0.1
 KNOWN = 32
@@ -109,9 +112,9 @@ def _flags(device: str, clients: int) -> list[str]:
     flags = ["--block-size", str(BLOCK_SIZE), "--log-level", "warning"]
     if device == "cpu":
         return flags
-    mean = (1 + INPUT_MOST) / 2 + (1 + OUTPUT_MOST) / 2
-    wanted = round(POOL_SHARE * clients * mean / BLOCK_SIZE)
-    fits_one = -(-(INPUT_MOST + OUTPUT_MOST) // BLOCK_SIZE) + 1
+    longest = sum(LONGEST[device])
+    wanted = round(POOL_SHARE * clients * (1 + longest / 2) / BLOCK_SIZE)
+    fits_one = -(-longest // BLOCK_SIZE) + 1
     return [*flags, "--device", "simulated", "--num-blocks", str(max(wanted, fits_one))]
 
 
@@ -121,15 +124,25 @@ async def _asks(device: str, server: Server, tokenizer: Tokenizer, seed: int) ->
         return lambda rng: _simulated(rng, tokenizer)
     rng = random.Random(seed)
     known = []
-    for ask in [_random(rng, tokenizer) for _ in range(KNOWN)]:
+    for ask in [_random(rng, tokenizer, device) for _ in range(KNOWN)]:
         answer = await whole(server.address, ask, Tally())
         known.append(Ask(ask.prompt, ask.output, expected=answer.text))
-    return lambda rng: rng.choice(known) if rng.random() < 0.5 else _random(rng, tokenizer)
+    return lambda rng: rng.choice(known) if rng.random() < 0.5 else _random(rng, tokenizer, device)
 
 
-def _random(rng: random.Random, tokenizer: Tokenizer, temperature: float = 0.0) -> Ask:
-    prompt = tuple(rng.randrange(FIRST_ID, tokenizer.vocabulary) for _ in range(rng.randint(1, INPUT_MOST)))
-    return Ask(prompt, rng.randint(1, OUTPUT_MOST), temperature, rng.randrange(2**32))
+def _random(rng: random.Random, tokenizer: Tokenizer, device: str, temperature: float = 0.0) -> Ask:
+    most_in, most_out = LONGEST[device]
+    prompt = tuple(rng.randrange(FIRST_ID, tokenizer.vocabulary) for _ in range(rng.randint(1, most_in)))
+    return Ask(prompt, rng.randint(1, most_out), temperature, rng.randrange(2**32))
+
+
+def _simulated(rng: random.Random, tokenizer: Tokenizer) -> Ask:
+    """A request to the simulated device, whose answer the oracle knows, whatever the temperature."""
+    ask = _random(rng, tokenizer, "simulated", temperature=rng.choice((0.0, 1.0)))
+    tokens = continuation(ask.prompt, ask.output, tokenizer.vocabulary)
+    stream = TextStream(tokenizer, prompt=ask.prompt)
+    text = "".join(stream.feed(token).text for token in tokens) + stream.finish().text
+    return replace(ask, expected=text)
 
 
 async def _metrics(server: Server) -> dict[str, float]:
