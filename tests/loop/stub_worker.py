@@ -17,7 +17,7 @@ from weft.ipc.messages import LaneStats, Phase, Ready, Stats
 from weft.loop.worker import main
 
 # First tokens of a prompt, and what becomes of the request.
-ECHO, FOREVER, FULL, BAD, CRASH, FAULT, KILL, DEAD = range(8)
+ECHO, FOREVER, FULL, BAD, CRASH, FAULT, KILL, DEAD, SLOW = range(9)
 
 
 class StubEngine:
@@ -67,6 +67,8 @@ class StubEngine:
                 events.append(_end(name, Finish.STOP))
                 del self._open[name]
             else:
+                if tokens[0] == SLOW:
+                    time.sleep(0.1)
                 events.append(TokenOutput(name, 0, tokens.pop(1)))
         return events
 

@@ -14,13 +14,15 @@ from weft.server.forms import ChatForm, TextForm, encode
 from weft.server.parsing import Model, parse
 from weft.server.replies import (
     ERRORS,
-    STREAMED,
+    ChatChunk,
     ChatCompletion,
     DetokenizeReply,
     ModelCard,
     ModelList,
+    TextChunk,
     TextCompletion,
     TokenizeReply,
+    streamed,
 )
 from weft.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from weft.server.streaming import Answer
@@ -40,7 +42,7 @@ def openai_router(context: ServerContext) -> APIRouter:
         "/v1/chat/completions",
         summary="Answer a conversation",
         response_model=ChatCompletion,
-        responses=STREAMED,
+        responses=streamed(ChatChunk),
         openapi_extra=takes(ChatRequest),
     )
     async def chat_completions(request: Request) -> Response:
@@ -55,7 +57,7 @@ def openai_router(context: ServerContext) -> APIRouter:
         "/v1/completions",
         summary="Continue a text",
         response_model=TextCompletion,
-        responses=STREAMED,
+        responses=streamed(TextChunk),
         openapi_extra=takes(CompletionRequest),
     )
     async def completions(request: Request) -> Response:

@@ -7,9 +7,11 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 
+from weft.server.replies import ChatChunk, TextChunk
 from weft.server.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 
-BODIES = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest)
+# What the routes name in their descriptions, and FastAPI does not see.
+NAMED = (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest, ChatChunk, TextChunk)
 DESCRIPTION = "OpenAI's chat and text completions, and a little of vLLM's API, served by weft."
 
 
@@ -18,7 +20,7 @@ def describe(app: FastAPI, *, locked: bool) -> dict[str, Any]:
     found = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
     components = found.setdefault("components", {})
     schemas: dict[str, Any] = components.setdefault("schemas", {})
-    for kind in BODIES:
+    for kind in NAMED:
         schema = kind.model_json_schema(ref_template="#/components/schemas/{model}")
         schemas.update(schema.pop("$defs", {}))
         schemas[kind.__name__] = schema

@@ -106,6 +106,48 @@ class TextCompletion(CompletionReply):
     choices: list[TextChoice]
 
 
+class Delta(Reply):
+    role: Literal["assistant"] = Field("assistant", description="in the first chunk of a choice")
+    content: str = ""
+
+
+class ChunkChoice(Reply):
+    index: int
+    finish_reason: Literal["stop", "length"] | None
+    stop_reason: str | int | None = Field(None, description="in the last chunk of a choice")
+    token_ids: list[int] = Field([], description="with return_token_ids")
+
+
+class ChatChunkChoice(ChunkChoice):
+    delta: Delta
+    logprobs: ChatLogprobs | None
+
+
+class TextChunkChoice(ChunkChoice):
+    text: str
+    logprobs: TextLogprobs | None
+    prompt_token_ids: list[int] = Field([], description="in the first chunk, with return_token_ids")
+
+
+class Chunk(Reply):
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage | None = Field(None, description="with include_usage: null but in the last chunk")
+
+
+class ChatChunk(Chunk):
+    object: Literal["chat.completion.chunk"]
+    choices: list[ChatChunkChoice] = Field(description="one; none in the chunk with the usage")
+    prompt_token_ids: list[int] = Field([], description="in the first chunk, with return_token_ids")
+
+
+class TextChunk(Chunk):
+    object: Literal["text_completion"]
+    choices: list[TextChunkChoice] = Field(description="one; none in the chunk with the usage")
+
+
 class ModelCard(Reply):
     id: str
     object: Literal["model"]
@@ -130,7 +172,6 @@ class DetokenizeReply(Reply):
     prompt: str
 
 
-STREAM = "server-sent events, each a JSON chunk as OpenAI has it, the last one [DONE]; an error event ends the stream"
 ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorReply, "description": words}
     for status, words in {
@@ -145,7 +186,16 @@ ERRORS: dict[int | str, dict[str, Any]] = {
         503: "the server drains, or is not ready",
     }.items()
 }
-STREAMED: dict[int | str, dict[str, Any]] = {
-    **ERRORS,
-    200: {"description": "the answer", "content": {"text/event-stream": {"schema": {"type": "string"}}}},
-}
+
+
+def streamed(chunk: type[Chunk]) -> dict[int | str, dict[str, Any]]:
+    """The answers of a route that can stream: each event's data is a chunk, an error, or [DONE] at the end."""
+    parts = [{"$ref": f"#/components/schemas/{kind.__name__}"} for kind in (chunk, ErrorReply)]
+    data = {"type": "string", "contentMediaType": "application/json", "contentSchema": {"anyOf": parts}}
+    event = {
+        "type": "object",
+        "description": "a server-sent event",
+        "properties": {"data": {"anyOf": [{"const": "[DONE]"}, data]}},
+        "required": ["data"],
+    }
+    return {**ERRORS, 200: {"description": "the answer", "content": {"text/event-stream": {"schema": event}}}}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
 from weft.core.sampling import (
     MAX_LOGIT_BIAS,
@@ -33,6 +33,14 @@ MAX_PRIORITY = 2**31 - 1
 # A million wrong elements are one error.
 FAIL_FAST: Any = Field(fail_fast=True)
 
+
+def _no(value: bool) -> bool:
+    """For what weft does not do. Not Literal[False]: pydantic takes 0 for that."""
+    if value:
+        raise ValueError("it must be false")
+    return value
+
+
 Name = Annotated[str, Field(min_length=1, max_length=MAX_NAME)]
 Label = Annotated[str, Field(max_length=1024)]
 TokenId = Annotated[int, Field(ge=0, le=2**32 - 1)]
@@ -43,6 +51,7 @@ TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
+No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"type": "boolean", "const": False})]
 Bias = Annotated[
     dict[str, Annotated[float, Field(ge=-100, le=100)]],
     WithJsonSchema(
@@ -114,7 +123,7 @@ Messages = Annotated[list[Message], FAIL_FAST, Field(min_length=1, max_length=MA
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="send the usage in a last chunk without choices")
-    include_obfuscation: Literal[False] | None = Field(None, description="weft pads nothing")
+    include_obfuscation: No | None = Field(None, description="weft pads nothing")
 
 
 class TextFormat(Body):
@@ -181,7 +190,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = Field(None, description="score each token")
     top_logprobs: TopCount | None = Field(None, description="with so many most probable ones; needs logprobs")
     add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn; default: true")
-    continue_final_message: Literal[False] | None = None
+    continue_final_message: No | None = None
     chat_template_kwargs: Variables | None = Field(None, description="variables of the chat template")
     reasoning_effort: Label | None = Field(None, description="the chat template's variable of that name")
     response_format: TextFormat | None = None
@@ -195,7 +204,7 @@ class ChatRequest(Generation):
     prediction: None = None
     web_search_options: None = None
     verbosity: Literal["medium"] | None = None
-    store: Literal[False] | None = Field(None, description="weft stores nothing")
+    store: No | None = Field(None, description="weft stores nothing")
     service_tier: Literal["auto", "default"] | None = None
     metadata: (
         Annotated[

@@ -40,7 +40,7 @@ def show(
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(file=out, highlight=False, soft_wrap=True)
+    console = Console(file=out, highlight=False, markup=False, soft_wrap=True)
     phases = Table("phase", "process", "seconds", title="Start-up", title_justify="left")
     phases.columns[2].justify = "right"
     for process, rows in (("front end", front_end), ("engine", engine)):
