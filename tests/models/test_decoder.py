@@ -207,6 +207,20 @@ def test_one_token_at_a_time_is_the_same(
     assert_close(drive(open_decoder(case.folder, backend(kernels)), case.sequences, [1]), case.logits)
 
 
+@pytest.mark.parametrize("kernels", available()[:-1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_pieces_do_not_change_a_bit(
+    truth: Callable[[str], Truth], backend: Callable[[str], Kernels], dtype: torch.dtype, kernels: str
+) -> None:
+    """Not so for the reference: the sums of torch's matrix product depend on the number of rows."""
+    case = truth("qwen3, named windows")
+    decoder = open_decoder(case.folder, backend(kernels), dtype)
+    whole = drive(decoder, case.sequences, [10_000])
+    for chunks in ([1], [1, 1, 2, 7, 33]):
+        pieces = drive(decoder, case.sequences, chunks, seed=len(chunks))
+        assert all(part.equal(want) for part, want in zip(pieces, whole, strict=True))
+
+
 @pytest.mark.parametrize("kernels", available())
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3, head_dim of its own"])
 def test_bf16_is_as_close_to_the_truth_as_transformers_in_bf16(

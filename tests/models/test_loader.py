@@ -223,7 +223,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("files of other names", write("consolidated.safetensors", b"x"), "has consolidated.safetensors, but neither"),
     ("no files", lambda folder: (folder / SINGLE).unlink(), "has no weights"),
     ("an index that is no JSON", write(INDEX, b"{"), f"{INDEX} is not JSON"),
-    ("an index that is a list", index([]), f"{INDEX} has no weight_map"),
+    ("an index that is a list", index([]), f"{INDEX} holds a JSON list; it must be an object"),
     ("an index without tensors", index({"weight_map": {}}), f"{INDEX} has no weight_map"),
     ("an index of wrong types", index({"weight_map": {Q: 3}}), f"names the file 3 for {Q}"),
     ("an index that leaves its folder", index({"weight_map": {Q: "../x.safetensors"}}), "must be a plain name"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from weft.errors import CheckpointError
+from weft.models.keys import read_object
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -132,13 +132,7 @@ def _find_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
 
 
 def _read_index(path: Path) -> dict[str, Path]:
-    try:
-        raw = json.loads(path.read_bytes())
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    names = raw.get("weight_map") if isinstance(raw, dict) else None
+    names = read_object(path).get("weight_map")
     if not isinstance(names, dict) or not names:
         raise CheckpointError(f"{path} has no weight_map of tensor names to files")
     for name, file in names.items():
