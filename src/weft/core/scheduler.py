@@ -343,6 +343,7 @@ class Scheduler:
             index=index,
             seed=sequence_seed(live.seed, index),
             tokens=list(request.prompt),
+            prompt_len=len(request.prompt),
             rank=(urgency(request.priority, live.arrived), live.number, index),
         )
         live.sequences.append(sequence)

@@ -86,6 +86,7 @@ class Sequence:
     index: int
     seed: int
     tokens: list[int]
+    prompt_len: int
     rank: tuple[float, int, int]
     state: State = State.WAITING
     computed: int = 0
@@ -93,10 +94,6 @@ class Sequence:
     digests: list[bytes] = field(default_factory=list)
     published: int = 0
     flight: Flight | None = None
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.live.request.prompt)
 
     @property
     def scores_due(self) -> bool:
