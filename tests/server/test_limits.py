@@ -1,10 +1,11 @@
-"""How large and how slow a body may be."""
+"""How large and how slow a request may be."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import httpx
@@ -13,9 +14,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from starlette.types import Message, Receive, Scope, Send
 
+from weft.server import errors
+from weft.server import http as http_module
+from weft.server.http import make_server
 from weft.server.limits import BodyLimitMiddleware
+from weft.server.listen import listen
 
 LIMIT = 1000
+SECONDS = 10.0
+
+
+@pytest.fixture(autouse=True)
+def short_linger(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(errors, "LINGER_SECONDS", 0.5)
 
 
 class Inside:
@@ -39,9 +50,10 @@ class Inside:
 async def ask(
     app: BodyLimitMiddleware, messages: Sequence[Message], headers: Sequence[tuple[bytes, bytes]] = ()
 ) -> tuple[int | None, Any, int]:
-    """Status, JSON and how many of the messages were taken."""
+    """Status, JSON and how many of the messages were taken before the answer."""
     waiting = list(messages)
     sent: list[Message] = []
+    taken: list[int] = []
 
     async def receive() -> Message:
         if not waiting:
@@ -50,13 +62,14 @@ async def ask(
 
     async def send(message: Message) -> None:
         sent.append(message)
+        taken.append(len(messages) - len(waiting))
 
     await app({"type": "http", "path": "/", "method": "POST", "headers": list(headers)}, receive, send)
     if not sent:
-        return None, None, len(messages) - len(waiting)
+        return None, None, len(messages)
     body = b"".join(message.get("body", b"") for message in sent[1:])
     status = sent[0]["status"]
-    return status, body if status == 200 else json.loads(body), len(messages) - len(waiting)
+    return status, body if status == 200 else json.loads(body), taken[0]
 
 
 def parts(*pieces: bytes) -> list[Message]:
@@ -125,17 +138,17 @@ async def test_after_the_body_the_application_hears_of_the_disconnect() -> None:
     assert heard == ["http.request", "http.disconnect"]
 
 
-async def test_chunked_bodies_are_counted_too() -> None:
+async def test_a_chunked_body_without_an_end_is_answered_all_the_same() -> None:
     async def endless() -> AsyncIterator[bytes]:
-        for _ in range(10_000):
-            sent.append(1)
+        while True:
+            await asyncio.sleep(0)
             yield b"x" * 100
 
-    sent: list[int] = []
-    transport = httpx.ASGITransport(app=BodyLimitMiddleware(Inside(), LIMIT))
+    inside = Inside()
+    transport = httpx.ASGITransport(app=BodyLimitMiddleware(inside, LIMIT))
     async with httpx.AsyncClient(transport=transport, base_url="http://weft") as http:
         response = await http.post("/v1/completions", content=endless())
-    assert response.status_code == 413 and len(sent) < 20
+    assert (response.status_code, inside.bodies) == (413, [])
 
 
 async def test_what_is_no_http_request_passes() -> None:
@@ -146,3 +159,86 @@ async def test_what_is_no_http_request_passes() -> None:
 
     await BodyLimitMiddleware(app, LIMIT)({"type": "lifespan"}, None, None)  # type: ignore[arg-type]
     assert seen == ["lifespan"]
+
+
+@asynccontextmanager
+async def server(inside: Any) -> AsyncIterator[int]:
+    """The port of the HTTP server as weft runs it, around the body limit and an application."""
+    listener = listen("127.0.0.1", 0)
+    http = make_server(BodyLimitMiddleware(inside, LIMIT, seconds=0.3), "info", 1.0)
+    task = asyncio.create_task(http.serve(sockets=[listener]))
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        http.should_exit = True
+        await task
+
+
+async def talk(port: int, *pieces: bytes, pause: float = 0.0) -> bytes:
+    """Everything that the server says to these pieces until it hangs up."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def write() -> None:
+        for piece in pieces:
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(pause)
+
+    writing = asyncio.create_task(write())
+    heard = b""
+    try:
+        async with asyncio.timeout(SECONDS):
+            while data := await reader.read(65536):
+                heard += data
+    except ConnectionError:
+        heard += b" reset"
+    await asyncio.gather(writing, return_exceptions=True)
+    writer.close()
+    return heard
+
+
+POST = b"POST /v1/completions HTTP/1.1\r\nHost: weft\r\nConnection: close\r\n"
+
+
+async def test_on_a_socket_large_and_slow_bodies_are_refused_and_the_connection_ends() -> None:
+    inside = Inside()
+    async with server(inside) as port:
+        assert b" 200 " in await talk(port, POST + b"Content-Length: 3\r\n\r\nabc")
+        # A client that sends all before it reads sees the answer too.
+        large = await talk(port, POST + b"Content-Length: 33554432\r\n\r\n", b"x" * 2**25)
+        chunk = b"190\r\n" + b"x" * 400 + b"\r\n"
+        chunked = await talk(port, POST + b"Transfer-Encoding: chunked\r\n\r\n", *[chunk] * 3, b"0\r\n\r\n")
+        for answer in (large, chunked):
+            assert b" 413 " in answer and b"body_too_large" in answer and not answer.endswith(b"reset")
+        assert b" 408 " in await talk(port, POST + b"Content-Length: 300\r\n\r\n", *[b"x"] * 10, pause=0.05)
+    assert inside.bodies == [b"abc"]
+
+
+async def test_a_client_that_dawdles_over_its_headers_is_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(http_module, "HEADER_SECONDS", 0.2)
+    async with server(Inside()) as port:
+        assert await talk(port) in (b"", b" reset")  # not a word
+        assert await talk(port, *[b"GET / HT", b"TP/1.1\r\n", *[b"X-A: b\r\n"] * 50], pause=0.02) in (b"", b" reset")
+        # The same on a connection that has been used.
+        whole = b"POST / HTTP/1.1\r\nHost: weft\r\nContent-Length: 0\r\n\r\n"
+        answer = await talk(port, whole, *[b"GET / HTTP/1.1\r\n", *[b"X-A: b\r\n"] * 50], pause=0.02)
+        assert answer.count(b"HTTP/1.1 ") <= 1
+
+
+async def test_a_request_that_takes_long_to_answer_is_not_hung_up_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def slow(scope: Scope, receive: Receive, send: Send) -> None:
+        await asyncio.sleep(0.5)
+        await Inside()(scope, receive, send)
+
+    monkeypatch.setattr(http_module, "HEADER_SECONDS", 0.1)
+    async with server(slow) as port:
+        assert b" 200 " in await talk(port, POST + b"Content-Length: 3\r\n\r\nabc")
+        # Two requests at once: the second is answered after the first.
+        twice = b"POST / HTTP/1.1\r\nHost: weft\r\nContent-Length: 0\r\n\r\n" + POST + b"Content-Length: 0\r\n\r\n"
+        assert (await talk(port, twice)).count(b" 200 ") == 2
+
+
+async def test_headers_beyond_the_limit_are_refused() -> None:
+    async with server(Inside()) as port:
+        answer = await talk(port, POST, *[b"X-" + b"a" * 9000 + b": b\r\n"] * 20)
+        assert b" 400 " in answer or b" 431 " in answer or answer.endswith(b"reset")

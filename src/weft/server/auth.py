@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from weft.errors import ConfigError, Unauthorized
-from weft.server.errors import send_error
+from weft.server.errors import refuse
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Receive, Scope, Send
@@ -39,7 +39,7 @@ class AuthMiddleware:
         elif self._knows(_bearer(scope["headers"])):
             await self._app(scope, receive, send)
         else:
-            await send_error(send, Unauthorized("a valid key is needed: Authorization: Bearer KEY"), close=True)
+            await refuse(receive, send, Unauthorized("a valid key is needed: Authorization: Bearer KEY"))
 
     def _knows(self, key: bytes | None) -> bool:
         """Compares digests, which have one length, and every one of them: the time tells nothing of any key."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from weft.config import ServerConfig
 from weft.server.auth import AuthMiddleware
 from weft.server.envelope import Envelope
-from weft.server.errors import send_error, send_json
+from weft.server.errors import refuse, send_json
 from weft.server.state import Health
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Gate:
             return
         problem = self._health.live() if path == "/health/live" else self._health.unavailable
         if problem is not None:
-            await send_error(send, problem, close=True)
+            await refuse(receive, send, problem)
         elif self._app is None:
             await send_json(send, 200, {"status": "live"}, {})
         else:

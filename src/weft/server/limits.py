@@ -9,7 +9,7 @@ import asyncio
 from typing import TYPE_CHECKING
 
 from weft.errors import BodyTooLarge, InvalidRequest
-from weft.server.errors import send_error
+from weft.server.errors import refuse
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -46,7 +46,7 @@ class BodyLimitMiddleware:
             self._check_declared(scope)
             body = await self._read(receive)
         except (BodyTooLarge, InvalidRequest) as error:
-            await send_error(send, error, close=True)
+            await refuse(receive, send, error)
             return
         if body is not None:
             await self._app(scope, _replay(body, receive), send)
