@@ -67,5 +67,5 @@ def simulated() -> Iterator[str]:
 @pytest.fixture(scope="session")
 def builtin() -> Iterator[str]:
     """A server of the built-in model on this CPU, under two names."""
-    with serve("--served-model-name", "builtin", "gpt-like", "--log-level", "warning") as url:
+    with serve("--served-model-name", "builtin", "--served-model-name", "gpt-like", "--log-level", "warning") as url:
         yield url
