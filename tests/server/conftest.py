@@ -18,9 +18,9 @@ from weft.errors import Unavailable, WeftError
 from weft.ipc.messages import Ready, Stats
 from weft.server.app import ServerContext, create_app
 from weft.server.gate import guard
-from weft.server.health import Health, State
 from weft.server.limits import BodyLimitMiddleware
 from weft.server.metrics import Metrics
+from weft.server.state import Health, State
 from weft.text.chat import ChatTemplate
 from weft.text.generation import GenerationDefaults
 from weft.text.hub import resolve_model

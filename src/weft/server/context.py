@@ -14,8 +14,8 @@ from weft.text.generation import GenerationDefaults
 from weft.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
-    from weft.server.health import Health
     from weft.server.metrics import Metrics
+    from weft.server.state import Health
 
 
 class EventStream(Protocol):
