@@ -1,4 +1,4 @@
-"""The seam between policy and device: plain frozen data that can be logged, replayed, sent to ranks, compared in a test.
+"""The seam between policy and device: plain frozen data, to be logged, replayed, sent to ranks, compared in a test.
 
 The scheduler turns sequences into a `Plan`; a device turns a `Plan` into a `Result`.
 """

@@ -1,7 +1,7 @@
 """What a client asked, and what it is told.
 
-Every accepted request ends in exactly one `RequestEnd`, whatever happens to it. Before it come the `TokenOutput`s of its
-`n` sequences, each sequence's last one carrying its `finish`.
+Every accepted request ends in exactly one `RequestEnd`, whatever happens to it. Before it come the `TokenOutput`s of
+its `n` sequences, each sequence's last one carrying its `finish`.
 """
 
 from __future__ import annotations

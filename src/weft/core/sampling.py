@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from weft.errors import InvalidRequest
@@ -57,19 +56,20 @@ class SamplingParams:
 
     def validate(self, vocabulary: int | None = None) -> None:
         """Raise InvalidRequest for the first field out of bounds, naming field, value and what would work."""
-        whole = [
+        whole: list[tuple[str, int | None, int, int]] = [
             ("min_tokens", self.min_tokens, 0, MAX_TOKENS),
             ("top_k", self.top_k, -1, MAX_TOKENS),
             ("n", self.n, 1, MAX_N),
         ]
-        optional = [
+        optional: list[tuple[str, int | None, int, int]] = [
             ("max_tokens", self.max_tokens, 1, MAX_TOKENS),
             ("logprobs", self.logprobs, 0, MAX_LOGPROBS),
             ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             ("seed", self.seed, SEED_MIN, SEED_MAX),
         ]
-        for name, value, low, high in whole + [row for row in optional if row[1] is not None]:  # type: ignore[misc]
-            _bounded(name, value, low, high)
+        for name, value, low, high in whole + optional:
+            if value is not None:
+                _bounded(name, value, low, high)
         for name, real, low_real, high_real in (
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
@@ -119,8 +119,8 @@ class SamplingParams:
 
 
 def _bounded(name: str, value: float, low: float, high: float) -> None:
-    # `not (low <= value <= high)` is true for NaN as well.
-    if isinstance(value, float) and not math.isfinite(value) or not low <= value <= high:
+    # Not `value < low or value > high`: this is true for NaN as well.
+    if not low <= value <= high:
         raise InvalidRequest(f"{name} is {value}; it must be between {low} and {high}", param=name)
 
 
