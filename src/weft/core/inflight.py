@@ -76,14 +76,11 @@ class InFlight:
             self._pool.unpin(table)
         return wanted
 
-    def tables(self) -> list[tuple[int, ...]]:
-        """Every block table that a ticket names."""
-        return [piece.blocks for flight in self for piece in flight.plan.slices]
-
-    def reset(self) -> None:
-        """After the pool was reset: each flight keeps all that its plan names."""
+    def reset(self, landed: Ticket | None) -> None:
+        """After a broken invariant: each flight keeps all that its plan names, but for one that has just landed."""
+        if landed is not None:
+            self._lanes.pop(landed.lane, None)
         for flight in self:
             flight.orphans = [piece.blocks for piece in flight.plan.slices]
             for sequence in flight.members:
-                if sequence.flight is flight:
-                    sequence.flight = None
+                sequence.flight = None

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from weft.core.blocks import BlockPool
 from weft.core.inflight import InFlight
+from weft.core.plan import Ticket
 from weft.core.prefix import PrefixCache
 from weft.core.sequence import Line, Sequence, State
 
@@ -105,7 +106,7 @@ class Running:
                 self.pool.publish(block)
         sequence.published = full
 
-    def reset(self) -> None:
+    def reset(self, landed: Ticket | None) -> None:
         """After a broken invariant: nobody has any block but the tickets in flight. The sequences are lost."""
         for line in (self.waiting, self.prefilling, self.decoding):
             for sequence in line:
@@ -113,8 +114,8 @@ class Running:
                 sequence.table = ()
             line.clear()
         self.prefix.clear()
-        self.pool.reset(self.inflight.tables())
-        self.inflight.reset()
+        self.inflight.reset(landed)
+        self.pool.reset(table for flight in self.inflight for table in flight.orphans)
 
     def _match(self, sequence: Sequence) -> list[int]:
         # Scores of the prompt need every row, so whoever has to deliver them takes no hits.

@@ -10,7 +10,7 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sampling, Slice, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sampling, Slice, Ticket, TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
 from weft.core.sequence import Live, Sequence, State, urgency
@@ -113,10 +113,13 @@ class Scheduler:
             self._end_request(live, Finish.ERROR, now, events, message, code)
         return events
 
-    def recover(self, message: str, now: float) -> list[Event]:
+    def recover(self, message: str, now: float, landed: Ticket | None = None) -> list[Event]:
         """After an internal error: nothing that runs can be trusted, so every request ends with an error and the pool
-        starts anew, without what tickets in flight name. New requests are served."""
-        self.running.reset()
+        starts anew, without what tickets in flight name. New requests are served.
+
+        landed: the ticket whose result brought the error out, which is in flight no more.
+        """
+        self.running.reset(landed)
         return self.fail_all(message, STEP_FAILED, now)
 
     # -- plans ---------------------------------------------------------------------------------------------------

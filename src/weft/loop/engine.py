@@ -168,7 +168,7 @@ class Engine:
             logger.error("a result was refused: %s", error)
             return
         except Exception as error:  # see _schedule
-            self._recover(error)
+            self._recover(error, result.ticket)
         meter = self._meters[lane]
         if meter.plan is not None:
             meter.tokens += meter.plan.tokens
@@ -186,11 +186,11 @@ class Engine:
             if isinstance(event, RequestEnd):
                 _log_end(event)
 
-    def _recover(self, error: Exception) -> None:
+    def _recover(self, error: Exception, landed: Ticket | None = None) -> None:
         """An error of ours: it costs the requests that are live, and the engine goes on with an empty pool."""
         logger.error("internal error; all live requests end", exc_info=error)
         message = f"internal error of the scheduler: {type(error).__name__}: {error}"
-        self._note(self._scheduler.recover(message, self._clock()))
+        self._note(self._scheduler.recover(message, self._clock(), landed))
 
     def _die(self, reason: str) -> None:
         self.dead = reason
