@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Sequence
 
 from weft.core.request import Event, Finish, RequestEnd
-from weft.errors import StepFailed, Unavailable, WeftError, by_code
+from weft.errors import Unavailable, WeftError, by_code
 from weft.jobs import Job
 from weft.server.context import ServerContext
 
@@ -96,8 +96,5 @@ def _check(job: Job, end: RequestEnd) -> None:
     """Raises what the client is told when a job did not end as it asked."""
     if end.reason is Finish.ERROR:
         raise by_code(end.code)(end.error or "the engine failed")
-    finishes = {sequence.finish for sequence in job.sequences}
-    if Finish.ERROR in finishes:
-        raise StepFailed(end.error or "a step failed")
-    if Finish.ABORT in finishes:
+    if any(sequence.finish is Finish.ABORT for sequence in job.sequences):  # and not by its own stop string
         raise Unavailable("the request was aborted, because the server ends")
