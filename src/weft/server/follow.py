@@ -20,12 +20,12 @@ async def follow(context: ServerContext, jobs: Sequence[Job], silence: float | N
     silence: after so many seconds without an event it yields an empty round; None waits for ever. Raises the WeftError
     that the engine refused or ended a job with. Close it: what has not ended is then aborted in the engine.
     """
-    inflow = Inflow(context, jobs)
+    inflow = Inflow(context, jobs, silence)
     try:
         left = len(jobs)
         while left:
             changed: Changed = {}
-            for number, event in await inflow.take(silence):
+            for number, event in await inflow.take():
                 job = jobs[number]
                 if job.apply(event):  # its last open sequence met a stop string
                     context.client.abort(job.request.id)
@@ -41,34 +41,54 @@ async def follow(context: ServerContext, jobs: Sequence[Job], silence: float | N
 
 
 class Inflow:
-    """Merges the event streams of several requests. Owns them: `close` aborts those that have not ended."""
+    """Merges the event streams of several requests. Owns them: `close` aborts those that have not ended.
 
-    def __init__(self, context: ServerContext, jobs: Sequence[Job]) -> None:
+    silence: seconds; None for no matter how long. Its timer is set once a while, rather than once an event.
+    """
+
+    def __init__(self, context: ServerContext, jobs: Sequence[Job], silence: float | None) -> None:
         self._context = context
+        self._loop = asyncio.get_running_loop()
         self._ready: list[tuple[int, Event]] = []
         self._error: Exception | None = None
-        self._changed = asyncio.Event()
+        self._silent = False
+        self._last = self._loop.time()
+        self._waiter: asyncio.Future[None] | None = None
+        self._timer = None if silence is None else self._loop.call_later(silence, self._listen, silence)
         self._pumps = [asyncio.create_task(self._pump(number, job)) for number, job in enumerate(jobs)]
 
-    async def take(self, silence: float | None) -> list[tuple[int, Event]]:
-        """All that has arrived, after waiting for something; empty after `silence` seconds. Raises what a request was
+    async def take(self) -> list[tuple[int, Event]]:
+        """All that has arrived, after waiting for something; empty after a time of silence. Raises what a request was
         refused with, once everything that came before is taken."""
-        if not self._ready and self._error is None:
-            try:
-                async with asyncio.timeout(silence):
-                    await self._changed.wait()
-            except TimeoutError:
+        while not self._ready:
+            if self._error is not None:
+                raise self._error
+            if self._silent:
+                self._silent = False
                 return []
-        self._changed.clear()
-        if self._error is not None and not self._ready:
-            raise self._error
-        ready, self._ready = self._ready, []
+            self._waiter = self._loop.create_future()
+            await self._waiter
+        ready, self._ready, self._silent = self._ready, [], False
         return ready
 
     async def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
+
+    def _listen(self, silence: float) -> None:
+        """The timer: has it been silent for that long?"""
+        quiet = self._loop.time() - self._last
+        if quiet >= silence:
+            quiet, self._last, self._silent = 0.0, self._loop.time(), True
+            self._wake()
+        self._timer = self._loop.call_later(silence - quiet, self._listen, silence)
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     async def _pump(self, number: int, job: Job) -> None:
         """Move the events of one request; all that are there without a pause in between."""
@@ -79,7 +99,8 @@ class Inflow:
                 async for event in stream:
                     watch.event(event)
                     self._ready.append((number, event))
-                    self._changed.set()
+                    self._last = self._loop.time()
+                    self._wake()
             finally:
                 await stream.aclose()
         except asyncio.CancelledError:
@@ -89,7 +110,7 @@ class Inflow:
             if isinstance(error, WeftError):
                 watch.error(error)
             self._error = self._error or error
-            self._changed.set()
+            self._wake()
 
 
 def _check(job: Job, end: RequestEnd) -> None:
