@@ -310,9 +310,15 @@ def test_two_lanes_are_busy_at_the_same_time(open_tiny: Open, monkeypatch: pytes
 
 
 @TWO_CORES
-def test_a_lane_runs_on_its_own_core(open_tiny: Open, monkeypatch: pytest.MonkeyPatch) -> None:
-    allowed = tuple(sorted(os.sched_getaffinity(0)))
-    device = open_tiny(partition="1:1", cores=f"{allowed[0]},{allowed[1]}", kernels=KERNELS[0])
+@pytest.mark.parametrize("partition", ["1:1", "off"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_lane_runs_where_its_kernels_expect_it(
+    open_tiny: Open, monkeypatch: pytest.MonkeyPatch, kernels: str, partition: str
+) -> None:
+    """The C++ kernels count the lane's thread as the one on their first core; torch's threads inherit its cores."""
+    allowed, threads = tuple(sorted(os.sched_getaffinity(0))), torch.get_num_threads()
+    one_core, two_cores = {allowed[0]}, {allowed[0], allowed[1]}
+    device = open_tiny(partition=partition, cores=f"{allowed[0]},{allowed[1]}", kernels=kernels)
     seen: dict[Lane, Any] = {}
     compute = step.compute
 
@@ -323,8 +329,11 @@ def test_a_lane_runs_on_its_own_core(open_tiny: Open, monkeypatch: pytest.Monkey
     monkeypatch.setattr(cpu, "compute", look)
     for number, lane in enumerate(device.lanes(), 1):
         assert one(device, piece(1, [3]), lane=lane, step=number).error is None
-    assert seen == {Lane.PREFILL: ({allowed[0]}, 1), Lane.DECODE: ({allowed[1]}, 1)}
-    assert os.sched_getaffinity(0) == set(allowed)
+    if partition == "1:1":
+        assert seen == {Lane.PREFILL: (one_core, 1), Lane.DECODE: ({allowed[1]}, 1)}
+    else:
+        assert seen == {Lane.MIXED: (two_cores, 2) if kernels == "reference" else (one_core, 1)}
+    assert os.sched_getaffinity(0) == set(allowed) and torch.get_num_threads() == threads
 
 
 class FakeLane(CpuLane):

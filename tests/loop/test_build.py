@@ -85,7 +85,7 @@ def test_phases_are_timed_from_one_beginning_to_the_next() -> None:
     phases = Phases(said.append, lambda: next(times))
     phases.begin("one")
     phases.begin("two")
-    assert phases.end() == (Phase("one", 3.0), Phase("two", 1.5))
+    assert phases.end() == (Phase("one", 3.0), Phase("two", 1.5)) == phases.end()
     assert said == ["one", "two"]
 
 
