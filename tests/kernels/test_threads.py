@@ -138,6 +138,16 @@ def test_many_lanes_compute_side_by_side(make: Callable[..., Any]) -> None:
         assert all(pool.map(work, range(4)))
 
 
+def test_the_caller_sleeps_until_a_late_worker_is_done(make: Callable[..., Any]) -> None:
+    # Six workers on one core with items of some milliseconds: at the end, one of them holds an item while another has
+    # the core, for longer than the caller spins.
+    kernels = make(*(CORES[-1:] * 7))
+    x, weight = torch.ones(120, 12000), torch.ones(64 * 9, 12000)
+    packed = kernels.pack_linear(weight)
+    for _ in range(10):
+        assert (kernels.linear(x, packed) == 12000).all()
+
+
 def test_calls_from_many_threads_wait_for_one_another(make: Callable[..., Any]) -> None:
     kernels, (x, weight) = make(CORES[0], CORES[-1]), problem(20)
     packed = kernels.pack_linear(weight)
