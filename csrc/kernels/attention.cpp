@@ -1,8 +1,10 @@
 // Paged causal attention at one level. Prefill and decode are the same routine over some rows of one kv head.
 //
 // Work per row and sixteen positions at head_dim D: 2 * 16 D flops for the scores, as many for the values, and about
-// fifteen vector instructions for the softmax. With AVX-512 BF16 and D = 64 that is 32 + 32 dot products of a register,
-// so four fifths of the time goes into them. K and V come from L2 once per unit of up to UNIT_ROWS rows.
+// twenty vector instructions for the softmax. With AVX-512 BF16 and D = 64 that is 32 + 32 dot products of a register, a
+// cycle each, and ten cycles: some seven tenths of the time goes into the products. K and V come from L2 once per unit
+// of up to UNIT_ROWS rows. Decode reads them from memory, 4 D bytes per position and kv head, against 100 cycles for
+// sixteen positions of each of its query heads.
 //
 // Invariant: a row's bits depend on its own query and on the keys and values that it sees, and on nothing else. Its sums
 // run over lanes and partitions that absolute positions fix (attention.h). A position that it does not see weighs
@@ -60,7 +62,7 @@ void score(const AttentionCall& call, const Unit& unit, int64_t first, int64_t e
     const int64_t count = end - v < TILE_VECTORS ? end - v : TILE_VECTORS;
     for_tiles(unit.rows, [&](int64_t row, int64_t rows) {
       TILES<T>.score[rows][count](work.queries + row * depth, depth, work.keys + v, call.kv.block_size,
-                                  &work.scores[row][v * lanes]);
+                                  work.values + v, &work.scores[row][v * lanes]);
     });
   }
 }
@@ -151,12 +153,11 @@ void attend_partition(const AttentionCall& call, const Unit& unit, int64_t parti
   find_vectors(call, unit, start, first, end, work);
   score(call, unit, first, end, work);
   weigh_rows(call, unit, start, first, end, work, totals);
-  alignas(64) T copies[2][lanes * MAX_HEAD_DIM];
-  if (alone)
-    for (int64_t v : {first, end - 1}) {
-      T* copy = copies[v != first];
-      copy_seen(work.values[v], seen_from - v * lanes, seen_until - v * lanes, call.kv.width(), copy);
-      work.values[v] = copy;
+  T copies[2][lanes * MAX_HEAD_DIM];
+  if (alone)  // only the first and the last vector can hold values that the row does not see
+    for (int64_t i = 0, v = first; i < (first < end - 1 ? 2 : 1); i++, v = end - 1) {
+      copy_seen(work.values[v], seen_from - v * lanes, seen_until - v * lanes, call.kv.width(), copies[i]);
+      work.values[v] = copies[i];
     }
   add_values(call, unit, first, end, work, totals);
 }

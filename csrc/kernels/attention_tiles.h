@@ -38,8 +38,9 @@ struct Product<bf16> {
   }
   // Stores x rounded, and returns what was stored.
   WEFT_INLINE f32v put(bf16* to, f32v x) {
-    const u16v half = (u16v)_mm512_cvtneps_pbh((__m512)x);
-    return store(to, half), widen(half);
+    const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
+    store(to, half);
+    return (f32v)((u32v)_mm512_maskz_cvtepu16_epi32(ALL_LANES, half) << 16);
   }
   WEFT_INLINE void factor(bf16* to, bf16 x) { *to = x; }
 };
@@ -76,14 +77,17 @@ constexpr int64_t TOP = 0, SUM = 1, VALUES = 2;
 // The sums stay in registers only where every loop over them is unrolled.
 #define UNROLL _Pragma("GCC unroll 8")
 
-// scores[R][positions] = queries[R][depth] . keys, for N vectors of positions
+// scores[R][positions] = queries[R][depth] . keys, for N vectors of positions.
+// Tiles of few rows are those of decode, which waits for memory: they ask for the values of the positions in time, on
+// addresses [depth * lanes] from `values` on.
 template <class T, int R, int N>
 void score_tile(const typename Product<T>::Factor* queries, int64_t depth, const T* const* keys, int64_t stride,
-                float* scores) {
+                const T* const* values, float* scores) {
   using X = Product<T>;
   f32v sums[R][N] = {};
   for (int64_t d = 0; d < depth; d += X::P) {
     typename X::Pack packs[N];
+    if constexpr (R < TILE_ROWS) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d * lanes);
     UNROLL for (int n = 0; n < N; n++) packs[n] = X::read(keys[n] + d * stride);
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int n = 0; n < N; n++) sums[r][n] = X::add(sums[r][n], packs[n], queries + r * depth + d);
@@ -114,7 +118,8 @@ void value_tile(const typename Product<T>::Factor* weights, int64_t vectors, con
 }
 
 template <class T>
-using ScoreTile = void (*)(const typename Product<T>::Factor*, int64_t, const T* const*, int64_t, float*);
+using ScoreTile = void (*)(const typename Product<T>::Factor*, int64_t, const T* const*, int64_t, const T* const*,
+                           float*);
 template <class T>
 using ValueTile = void (*)(const typename Product<T>::Factor*, int64_t, const T* const*, int64_t, int64_t, const float*,
                            const float*, float*);

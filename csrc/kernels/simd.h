@@ -67,8 +67,19 @@ WEFT_INLINE f32v fma(f32v a, f32v b, f32v c) {
 #endif
 }
 
+// a > b ? a : b and a < b ? a : b: where one of them is NaN, the answer is b.
+#if defined(WEFT_LEVEL_avx512)
+// The forms with a mask (of all lanes: no instruction more), for GCC 12 warns of the others' code in its own header.
+constexpr __mmask16 ALL_LANES = 0xffff;
+WEFT_INLINE f32v max(f32v a, f32v b) { return (f32v)_mm512_maskz_max_ps(ALL_LANES, (__m512)a, (__m512)b); }
+WEFT_INLINE f32v min(f32v a, f32v b) { return (f32v)_mm512_maskz_min_ps(ALL_LANES, (__m512)a, (__m512)b); }
+#elif defined(WEFT_LEVEL_avx2)
+WEFT_INLINE f32v max(f32v a, f32v b) { return (f32v)_mm256_max_ps((__m256)a, (__m256)b); }
+WEFT_INLINE f32v min(f32v a, f32v b) { return (f32v)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 WEFT_INLINE f32v max(f32v a, f32v b) { return a > b ? a : b; }
 WEFT_INLINE f32v min(f32v a, f32v b) { return a < b ? a : b; }
+#endif
 
 // bfloat16 -> float, exact.
 WEFT_INLINE float widen(bf16 x) {
@@ -103,20 +114,27 @@ WEFT_INLINE float to_float(bf16 x) { return widen(x); }
 WEFT_INLINE void from_float(float* to, float x) { *to = x; }
 WEFT_INLINE void from_float(bf16* to, float x) { *to = narrow(x); }
 
+// Lane i of the result is lane i + W of x, around the end. One shuffle, once compilers have seen the constants.
+template <int W>
+WEFT_INLINE f32v turned(f32v x) {
+  f32v y;
+#pragma GCC unroll 16
+  for (int i = 0; i < lanes; i++) y[i] = x[(i + W) % lanes];
+  return y;
+}
+
 // Sum and greatest of all lanes, in a fixed order (a tree over halves).
 WEFT_INLINE float sum(f32v x) {
-  float part[lanes];
-  store(part, x);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) part[i] += part[i + width];
-  return part[0];
+  if constexpr (lanes > 8) x = x + turned<8>(x);
+  if constexpr (lanes > 4) x = x + turned<4>(x);
+  x = x + turned<2>(x);
+  return (x + turned<1>(x))[0];
 }
 WEFT_INLINE float greatest(f32v x) {
-  float part[lanes];
-  store(part, x);
-  for (int width = lanes / 2; width > 0; width /= 2)
-    for (int i = 0; i < width; i++) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
-  return part[0];
+  if constexpr (lanes > 8) x = max(x, turned<8>(x));
+  if constexpr (lanes > 4) x = max(x, turned<4>(x));
+  x = max(x, turned<2>(x));
+  return max(x, turned<1>(x))[0];
 }
 
 }  // namespace weft::WEFT_LEVEL
