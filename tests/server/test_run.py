@@ -207,6 +207,41 @@ def test_requests_that_do_not_finish_are_aborted_and_told_so(life: Run, how: str
     assert any("shutting down" in event for event in events[-2:])
 
 
+def test_a_client_that_does_not_read_cannot_hold_up_the_end(
+    life: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def small_buffers(host: str, port: int) -> socket.socket:
+        listener = listen(host, port)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        return listener
+
+    monkeypatch.setattr(run, "listen", small_buffers)
+    body = json.dumps({"prompt": [stub.FOREVER], "max_tokens": 1000, "stream": True, "ignore_eos": True}).encode()
+    lines = (
+        "POST /v1/completions HTTP/1.1",
+        "Host: weft",
+        "Content-Type: application/json",
+        f"Content-Length: {len(body)}",
+    )
+
+    def script(life: Run) -> socket.socket:
+        life.until(200)
+        stalled = socket.create_connection(("127.0.0.1", life.port))
+        stalled.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        stalled.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        time.sleep(3)  # the buffers on the way fill up
+        life.stop()
+        life.until(503)
+        life.stop()
+        return stalled
+
+    code, stalled = life(script)
+    stalled.close()
+    assert code == 1
+    assert "their clients do not take them" in caplog.text
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
 def test_when_the_engine_dies_every_client_is_told_and_serve_raises_its_words(life: Run) -> None:
     def script(life: Run) -> tuple[list[str], httpx.Response]:
         life.until(200)

@@ -185,7 +185,8 @@ class EngineClient:
         """An id is taken until its RequestEnd has come, also when its stream was closed before."""
         stream = self._streams.get(event.request)
         if stream is None:
-            log.warning("an event of request %s, which is not under way", event.request)
+            if self.alive:
+                log.warning("an event of request %s, which is not under way", event.request)
             return
         if isinstance(event, RequestEnd):
             del self._streams[event.request]

@@ -55,6 +55,11 @@ class Protocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn whose signals run.py handles."""
 
+    def hang_up(self) -> None:
+        """End every connection at once: on clients who do not take in what they are sent."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
+
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield

@@ -100,6 +100,8 @@ async def _run(setup: Setup) -> int:
             await _drain(setup, client, health, gate, signals)
         return await _end(client, health, gate, signals)
     finally:
+        if gate.running:
+            http.hang_up()
         await client.close()
         http.should_exit = True
         await serving
@@ -153,7 +155,7 @@ async def _drain(setup: Setup, client: EngineClient, health: Health, gate: Gate,
     health.state = State.DRAINING
     seconds = setup.server.shutdown_timeout
     log.info(
-        "shutting down: %d requests have %g seconds to finish; a second signal ends them at once", gate.running, seconds
+        "shutting down; running requests (%d) get %g seconds; a second signal ends them at once", gate.running, seconds
     )
     idle = asyncio.ensure_future(gate.idle())
     await asyncio.wait((idle, signals.second, client.death), timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
@@ -172,7 +174,7 @@ async def _end(client: EngineClient, health: Health, gate: Gate, signals: Signal
     try:
         await asyncio.wait_for(gate.idle(), FLUSH_SECONDS)
     except TimeoutError:
-        log.warning("%d answers could not be sent to their end", gate.running)
+        log.warning("%d answers could not be sent to their end: their clients do not take them", gate.running)
     if death is not None:
         raise death
     if not signals.first.done():
