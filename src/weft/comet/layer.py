@@ -1,0 +1,193 @@
+"""One layer's plan, from its statistics, and the layer's weights as the plan wants them; nothing is rounded yet.
+
+Where a site's scaling and order end up:
+
+    attention, mlp   scaling in the norm's gain; order applied to the norm's output as it is quantised
+    output           scaling in the rows of v_proj (the query heads that share a value head are scaled alike), where
+                     also a Hadamard transform of each head is hidden; whole heads are put in order when quantised
+    down             scaling in the rows of up_proj, order in the rows of gate_proj and up_proj: free
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from weft.comet.fmpq import BlockCosts, Statistics, balance, block_errors, leading, paper_outliers
+from weft.comet.forward import INPUT_NORM, MLP_NORM, SITES, Shapes, Tensors, joined
+from weft.comet.hadamard import hadamard
+from weft.comet.packing import BLOCK
+from weft.comet.reference import InputForm, rotate
+
+V_PROJ, O_PROJ = "self_attn.v_proj", "self_attn.o_proj"
+GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
+NORMS = {"attention": INPUT_NORM, "mlp": MLP_NORM}
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """name: fmpq or paper. threshold: of the paper's method, times the median. hadamard: whether it may be used."""
+
+    name: str = "fmpq"
+    budget: float = 0.1
+    hadamard: bool = True
+    threshold: float = 6.0
+
+
+@dataclass(frozen=True, slots=True)
+class SitePlan:
+    """scaling: d, by which the input's channels are divided, float32 [K] in the model's order. order: int64 [K], of the
+    scaled channels. hadamard: the blocks of 4 bits are transformed as they are quantised."""
+
+    scaling: torch.Tensor
+    order: torch.Tensor
+    hadamard: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerPlan:
+    """sites: by name. value_transform: v_proj and o_proj hide a Hadamard transform of each head. costs: for `allot`;
+    blocks: of the paper's method, which needs no allotment."""
+
+    sites: dict[str, SitePlan]
+    value_transform: bool
+    costs: dict[str, BlockCosts]
+    blocks: dict[str, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedSite:
+    """A site whose weight [N, K] is in the order of the prepared input, float32; `form.permutation` is None where the
+    order is hidden in the weights before it."""
+
+    form: InputForm
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedLayer:
+    """sites by name, and the layer's other tensors (norms), changed so that the whole computes what it did."""
+
+    sites: dict[str, PreparedSite]
+    norms: dict[str, torch.Tensor]
+
+
+def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: Shapes, method: Method) -> LayerPlan:
+    """Decide scalings, orders and transforms of one layer; the split into 4 and 8 bits comes later, for all layers."""
+    if method.name == "paper":
+        return _paper_plan(statistics, method)
+    hides = method.hadamard and _power_of_two(shapes.head_dim)
+    sites, costs = {}, {}
+    for site in SITES:
+        seen, (weight, _) = statistics[site], joined(tensors, site)
+        lengths = weight.square().sum(dim=0)
+        shared = (shapes.kv_heads, shapes.head_dim) if site == "output" else None
+        scaling = balance(seen.squares, lengths, shared)
+        if site in NORMS:
+            scaling = storable(tensors[NORMS[site]], scaling)
+        rows, weight, carried = seen.rows / scaling, weight * scaling, seen.squares * lengths
+        if site == "output" and hides:
+            # After the transform the channels of a head are all alike, so only whole heads can be put in order.
+            rows, weight = hadamard(rows, shapes.head_dim), hadamard(weight, shapes.head_dim) / shapes.head_dim
+            carried = carried.view(-1, shapes.head_dim).mean(dim=1).repeat_interleave(shapes.head_dim)
+        order = carried.argsort(descending=True, stable=True)
+        rows, weight = rows[:, order], weight[:, order]
+        plain = block_errors(rows, weight, bits=4, rotated=False)
+        rotated = plain
+        if method.hadamard and not (site == "output" and hides):
+            rotated = block_errors(rows, weight, bits=4, rotated=True)
+        better = bool(rotated.sum() < plain.sum())
+        four, eight = rotated if better else plain, block_errors(rows, weight, bits=8, rotated=False)
+        sites[site] = SitePlan(scaling, order, better)
+        costs[site] = BlockCosts(tuple(four.tolist()), tuple(eight.tolist()), len(weight))
+    return LayerPlan(sites, hides, costs, {})
+
+
+def storable(norm: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
+    """The scaling nearest to `scaling` with which the norm's gain, divided by it, is a number of the gain's own dtype:
+    so that a bfloat16 checkpoint loses nothing by it."""
+    gain = norm.float()
+    stored = (gain / scaling).to(norm.dtype).float()
+    usable = (stored != 0) & torch.isfinite(stored)
+    return torch.where(usable, gain / stored, 1.0)
+
+
+def _paper_plan(statistics: Mapping[str, Statistics], method: Method) -> LayerPlan:
+    sites, blocks = {}, {}
+    for site in SITES:
+        seen = statistics[site]
+        order, blocks[site] = paper_outliers(seen.largest, method.threshold)
+        sites[site] = SitePlan(torch.ones_like(seen.largest), order, hadamard=False)
+    return LayerPlan(sites, False, {}, blocks)
+
+
+def prepare_layer(
+    tensors: Tensors, plan: LayerPlan, chosen: Mapping[str, tuple[int, ...]], shapes: Shapes
+) -> PreparedLayer:
+    """The layer in the plan's form. chosen: the blocks (in the plan's order) of each site that keep 8 bits."""
+    new = {name: tensor.float().clone() for name, tensor in tensors.items()}
+    orders = {site: leading(plan.sites[site].order, chosen[site]) for site in SITES}
+    for site, norm in NORMS.items():
+        new[norm] /= plan.sites[site].scaling
+        for name in SITES[site]:
+            new[f"{name}.weight"] *= plan.sites[site].scaling
+    _scale_values(new, plan.sites["output"].scaling, plan.value_transform, shapes)
+    _scale_and_order_inner(new, plan.sites["down"].scaling, orders["down"])
+    sites = {}
+    for site in SITES:
+        weight, bias = joined(new, site)
+        order = None if site == "down" else orders[site]
+        form = InputForm(
+            channels=weight.shape[1],
+            permutation=None if order is None else order.int(),
+            outlier_blocks=len(chosen[site]),
+            hadamard=plan.sites[site].hadamard,
+        )
+        weight = weight if order is None else weight[:, order]
+        sites[site] = PreparedSite(form, prepare_weight(weight, form), bias)
+    norms = {name: new[name].to(tensor.dtype) for name, tensor in tensors.items() if name.endswith("norm.weight")}
+    return PreparedLayer(sites, norms)
+
+
+def prepare_weight(weight: torch.Tensor, form: InputForm) -> torch.Tensor:
+    """[N, K] in the order of the form -> what undoes the form's transform of the input."""
+    rotated = rotate(weight, form)
+    if not form.hadamard:
+        return rotated
+    kept = form.outlier_blocks * BLOCK
+    return torch.cat((rotated[:, :kept], rotated[:, kept:] / BLOCK), dim=1)
+
+
+def _scale_values(new: dict[str, torch.Tensor], scaling: torch.Tensor, transform: bool, shapes: Shapes) -> None:
+    """Divide value channels in v_proj, multiply the columns of o_proj, and hide each head's transform in both."""
+    head_dim = shapes.head_dim
+    by_head = scaling.view(shapes.kv_heads, -1, head_dim)[:, 0]  # the same for all query heads of a value head
+    rows = by_head.reshape(-1)
+    value, output = f"{V_PROJ}.weight", f"{O_PROJ}.weight"
+    new[value] = new[value] / rows[:, None]
+    new[output] = new[output] * scaling
+    bias = f"{V_PROJ}.bias"
+    if bias in new:
+        new[bias] = new[bias] / rows
+    if transform:
+        new[value] = hadamard(new[value].T, head_dim).T.contiguous()
+        new[output] = hadamard(new[output], head_dim) / head_dim
+        if bias in new:
+            new[bias] = hadamard(new[bias], head_dim)
+
+
+def _scale_and_order_inner(new: dict[str, torch.Tensor], scaling: torch.Tensor, order: torch.Tensor) -> None:
+    new[f"{UP}.weight"] = new[f"{UP}.weight"] / scaling[:, None]
+    new[f"{DOWN}.weight"] = (new[f"{DOWN}.weight"] * scaling)[:, order]
+    if f"{UP}.bias" in new:
+        new[f"{UP}.bias"] = new[f"{UP}.bias"] / scaling
+    for name in (f"{GATE}.weight", f"{UP}.weight", f"{GATE}.bias", f"{UP}.bias"):
+        if name in new:
+            new[name] = new[name][order]
+
+
+def _power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

@@ -1,0 +1,94 @@
+"""A prepared layer computes what the layer computed, whatever the plan."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.comet.calibrate import Watch, coarse_at, embed, through
+from weft.comet.forward import SITES, plain_linears
+from weft.comet.layer import Method, plan_layer, prepare_layer, storable
+from weft.comet.packing import BLOCK
+
+from .conftest import FAMILIES, make_model, tiny_config
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(sorted(FAMILIES)), st.booleans(), st.data())
+def test_any_split_of_any_family_preserves_the_layer(family: str, rotated: bool, data: st.DataObject) -> None:
+    _, config = tiny_config(family)
+    model = make_model(config)
+    tensors = model.layer(0)
+    tokens = torch.randint(0, config.vocabulary, (2, 11), generator=torch.Generator().manual_seed(3))
+    before = embed(model, tokens)
+    watch = Watch(plain_linears(tensors), tokens.numel())
+    after = through(before, tensors, model, 0, watch)
+    plan = plan_layer(tensors, watch.statistics(), config, Method(hadamard=rotated))
+    assert plan.value_transform == rotated
+    chosen = {
+        site: tuple(sorted(data.draw(st.sets(st.integers(0, len(plan.costs[site].errors4) - 1))))) for site in SITES
+    }
+    prepared = prepare_layer(tensors, plan, chosen, config)
+    found = through(before, prepared.norms, model, 0, coarse_at(prepared, "none"))
+    assert torch.allclose(found, after, rtol=1e-3, atol=1e-3 * float(after.abs().mean()))
+    for site, one in prepared.sites.items():
+        assert one.form.outlier_blocks == len(chosen[site])
+
+
+def test_balance_takes_outliers_out_of_the_inputs() -> None:
+    _, config = tiny_config()
+    model = make_model(config)
+    tensors = model.layer(0)
+    tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
+    watch = Watch(plain_linears(tensors), tokens.numel())
+    through(embed(model, tokens), tensors, model, 0, watch)
+    statistics = watch.statistics()
+    plan = plan_layer(tensors, statistics, config, Method())
+    for site in ("attention", "mlp"):
+        spread = statistics[site].squares.sqrt()
+        balanced = spread / plan.sites[site].scaling
+        assert spread.max() / spread.median() > 10
+        assert balanced.max() / balanced.median() < 6
+
+
+def test_a_plan_orders_by_what_channels_carry_and_costs_fall() -> None:
+    _, config = tiny_config()
+    model = make_model(config)
+    tensors = model.layer(0)
+    tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
+    watch = Watch(plain_linears(tensors), tokens.numel())
+    through(embed(model, tokens), tensors, model, 0, watch)
+    down = plan_layer(tensors, watch.statistics(), config, Method()).costs["down"]
+    assert down.errors4[0] > 4 * down.errors4[1]
+    assert all(eight < four / 50 for four, eight in zip(down.errors4, down.errors8, strict=True))
+
+
+def test_the_papers_plan_only_permutes() -> None:
+    _, config = tiny_config()
+    model = make_model(config)
+    tensors = model.layer(0)
+    tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
+    watch = Watch(plain_linears(tensors), tokens.numel())
+    before = embed(model, tokens)
+    after = through(before, tensors, model, 0, watch)
+    plan = plan_layer(tensors, watch.statistics(), config, Method(name="paper"))
+    assert plan.blocks["mlp"] == 1
+    prepared = prepare_layer(tensors, plan, {site: tuple(range(count)) for site, count in plan.blocks.items()}, config)
+    assert all(torch.equal(prepared.norms[name], tensors[name]) for name in prepared.norms)
+    assert not any(one.form.hadamard for one in prepared.sites.values())
+    found = through(before, prepared.norms, model, 0, coarse_at(prepared, "none"))
+    assert torch.allclose(found, after, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_balanced_gains_lose_nothing_in_their_own_dtype(dtype: torch.dtype) -> None:
+    norm = torch.randn(BLOCK).to(dtype)
+    norm[3] = 0
+    wanted = torch.exp(torch.randn(BLOCK))
+    scaling = storable(norm, wanted)
+    stored = norm.float() / scaling
+    assert torch.allclose(stored.to(dtype).float(), stored, rtol=1e-6)
+    assert torch.allclose(scaling[norm != 0], wanted[norm != 0], rtol=0.01)
+    assert scaling[3] == 1
