@@ -16,6 +16,7 @@ from pathlib import Path
 import msgspec
 
 from weft.config import EngineConfig
+from weft.errors import DeviceError
 from weft.ipc.channel import make_folder
 
 WORKER = (sys.executable, "-m", "weft.loop.worker")
@@ -56,11 +57,18 @@ class Launched:
 
 
 def launch(config: EngineConfig, *, log_level: str = "warning", command: Sequence[str] = WORKER) -> Launched:
-    """Start an engine process. Returns at once; EngineClient hears what becomes of it. Raises ConfigError."""
+    """Start an engine process. Returns at once; EngineClient hears what becomes of it.
+
+    Raises ConfigError for an unusable temporary folder, DeviceError when there can be no process.
+    """
     folder = make_folder()
     started = time.monotonic()
-    # Its standard output is this process's standard error: only this one speaks on standard output.
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+    try:
+        # Its standard output is this process's standard error: only this one speaks on standard output.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+    except OSError as error:
+        shutil.rmtree(folder)
+        raise DeviceError(f"the engine process cannot be started: {error}") from error
     orders = msgspec.json.encode(Orders(config, os.fspath(folder), log_level)) + b"\n"
     with contextlib.suppress(BrokenPipeError):  # it has ended already, which whoever waits for it will see
         if process.stdin is not None:
