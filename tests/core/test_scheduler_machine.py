@@ -163,10 +163,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         block_size=st.sampled_from([2, 4]),
         seats=st.integers(1, 6),
         budget=st.integers(6, 24),
+        slow=st.integers(1, 4),
     )
-    def open(self, lanes: Any, caching: bool, blocks: int, block_size: int, seats: int, budget: int) -> None:
+    def open(self, lanes: Any, caching: bool, blocks: int, block_size: int, seats: int, budget: int, slow: int) -> None:
         capacity = Capacity(blocks, block_size, 64, 64, 2, LONGEST, VOCABULARY)
-        self.lanes, self.blocks, self.block_size = lanes, blocks, block_size
+        self.lanes, self.blocks, self.block_size, self.slow = lanes, blocks, block_size, slow
+        self.rounds = 0
         given = SchedulerSettings(seats, budget, max_num_queued_reqs=QUEUE, enable_prefix_caching=caching)
         self.scheduler = Scheduler(capacity, lanes, given, key=b"k" * 16)
         if self.break_it is not None:
@@ -246,6 +248,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         story = data.draw(st.sampled_from([story for story in self.stories.values() if story.end is None]))
         self.scheduler.preempt(story.request.id)
 
+    @rule(data=st.data())
+    @precondition(lambda self: len(self.scheduler.inflight) > 0)
+    def lose(self, data: st.DataObject) -> None:
+        """The engine gives up on a step; its result comes later all the same."""
+        lane = data.draw(st.sampled_from(sorted(self.auditor.claims)))
+        for sequence in self._members(lane):
+            self.stories[sequence.live.request.id].harmed = True
+        self._hear(self.scheduler.lose(self.auditor.claims[lane].plan.step, "it hangs", self.now))
+        assert not self._members(lane), "nobody waits for a lost step"
+
     @rule(seconds=st.floats(0.0, 30.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -295,7 +307,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         for lane in reversed(self.lanes):
             self._schedule(lane)
         moved = len(self.scheduler.inflight) > 0
+        self.rounds += 1
         for lane in self.lanes:
+            # The steps of the prefill lane take several of the decode lane's.
+            if lane is Lane.PREFILL and self.rounds % self.slow:
+                continue
             self._execute(lane)
             if lane in self.ready:
                 self._deliver(lane, fault)
@@ -462,7 +478,7 @@ def believes_stale_results(scheduler: Scheduler) -> None:
         land(ticket)
         assert flight is not None
         every = zip(flight.plan.slices, flight.members, strict=True)
-        return [(piece, one) for piece, one in every if one.state in (State.PREFILL, State.DECODE)]
+        return [(piece, one) for piece, one in every if one.state is not State.ENDED]
 
     def careful(ticket: Any) -> Any:
         return all_members(ticket) if any(one.plan.step == ticket.step for one in inflight) else land(ticket)

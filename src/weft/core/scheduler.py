@@ -316,6 +316,7 @@ class Scheduler:
         for sequence in live.sequences:
             if sequence.state is not State.ENDED:
                 self.running.end(sequence)
+        live.sequences.clear()  # no cycle: its memory is freed now, not when the garbage collector comes by
         if live.scheduled is None:
             self.admission.leave(len(live.request.prompt), None)
         del self._live[live.request.id]
