@@ -84,7 +84,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
 
 
 class CpuLane:
-    """What one lane computes with. Used by the lane's thread only, but for `cores` before it starts."""
+    """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any."""
 
     def __init__(self, kernels: Kernels, decoder: Decoder, kv: list[Any], block_size: int, cores: Cores) -> None:
         self.kernels = kernels
@@ -92,17 +92,21 @@ class CpuLane:
         self.kv = kv
         self.block_size = block_size
         self.cores = cores
+        self.pinned: Cores | None = None
+
+    def move(self, cores: Cores) -> None:
+        """Compute on these cores from now on. Only the lane's thread may call it: it is pinned."""
+        if cores != self.cores:
+            self.kernels.set_cores(cores)
+            self.cores = cores
+        self.pin()
+        self.pinned = cores
 
     def pin(self) -> None:
         """Put the calling thread, which is the lane's, where the kernels expect it."""
         alone = self.kernels.name != REFERENCE
         os.sched_setaffinity(0, self.cores[:1] if alone else self.cores)
         torch.set_num_threads(1 if alone else len(self.cores))
-
-    def move(self, cores: Cores) -> None:
-        self.kernels.set_cores(cores)
-        self.cores = cores
-        self.pin()
 
     def run(self, plan: Plan) -> Result:
         """Carry out a plan. An exception fails the step, not the lane."""
@@ -205,7 +209,6 @@ class CpuDevice:
 
     def _work(self, name: Lane, lane: CpuLane) -> None:
         """A lane's thread: its plans in order, until close(). Everything it uses goes with it."""
-        lane.pin()
         try:
             while (plan := self._plans[name].get()) is not None:
                 self._results.put(self._step(name, lane, plan))
@@ -215,7 +218,7 @@ class CpuDevice:
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
-        if (cores := self._shares[name]) != lane.cores:
+        if (cores := self._shares[name]) != lane.pinned:
             try:
                 lane.move(cores)
             except Exception as error:
