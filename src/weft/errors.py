@@ -10,6 +10,7 @@ WeftError                    500
 │   └── NeverFits            400  the request needs more blocks than the pool has
 ├── Unauthorized             401
 ├── NotFound                 404
+├── BodyTooSlow              408
 ├── BodyTooLarge             413
 ├── UnsupportedMedia         415  a body that does not call itself JSON
 ├── QueueFull                429  with Retry-After
@@ -72,6 +73,12 @@ class NotFound(WeftError):
     status = 404
     type = "not_found_error"
     code = "not_found"
+
+
+class BodyTooSlow(WeftError):
+    status = 408
+    type = "invalid_request_error"
+    code = "body_too_slow"
 
 
 class BodyTooLarge(WeftError):

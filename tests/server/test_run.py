@@ -101,6 +101,7 @@ def life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     monkeypatch.setattr(run, "launch", functools.partial(launch, command=(sys.executable, str(STUB))))
     monkeypatch.setattr(run, "resolve_model", lambda model, revision: resolve_model("builtin"))
     monkeypatch.setattr(run.logs, "set_up", lambda level: None)
+    monkeypatch.setattr(run.gc, "freeze", lambda: None)  # this process goes on after the server
     made = Run(capsys)
     yield made
     made.http.close()

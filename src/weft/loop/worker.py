@@ -7,6 +7,7 @@ process sleeps in the kernel and a new request wakes it at once.
 from __future__ import annotations
 
 import faulthandler
+import gc
 import logging
 import os
 import shutil
@@ -70,11 +71,14 @@ def main(open_engine: OpenEngine | None = None) -> int:
     try:
         engine, ready = _open(orders.config, open_engine, sender)
         inbox.wake = engine.wake
+        gc.freeze()  # what is there now stays: no collection shall go through all of it while requests wait
         sender.send(ready)
         serve(engine, inbox, sender)
         return 0
     except Exception as error:  # the one place where the engine dies
-        log.debug("the engine died", exc_info=True)
+        # The parent shows the words. Where they come from is of use when it is a fault of ours.
+        level = logging.DEBUG if isinstance(error, WeftError) else logging.ERROR
+        log.log(level, "the engine died", exc_info=True)
         sender.send(died(error))
         return 1
     finally:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 from typing import TYPE_CHECKING
 
-from weft.errors import BodyTooLarge, InvalidRequest
+from weft.errors import BodyTooLarge, BodyTooSlow, InvalidRequest, WeftError
 from weft.server.errors import refuse
 
 if TYPE_CHECKING:
@@ -19,11 +19,6 @@ BODY_SECONDS = 60.0
 # Bytes of request line and headers, and seconds for sending them.
 MAX_HEADER_BYTES = 64 * 2**10
 HEADER_SECONDS = 30.0
-
-
-class BodyTooSlow(InvalidRequest):
-    status = 408
-    code = "body_too_slow"
 
 
 class BodyLimitMiddleware:
@@ -45,7 +40,7 @@ class BodyLimitMiddleware:
         try:
             self._check_declared(scope)
             body = await self._read(receive)
-        except (BodyTooLarge, InvalidRequest) as error:
+        except WeftError as error:
             await refuse(receive, send, error)
             return
         if body is not None:

@@ -10,6 +10,7 @@ slow is imported here, so that both load at the same time.
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import signal
 import sys
@@ -95,6 +96,7 @@ async def _run(setup: Setup) -> int:
         gate.open(app)
         health.state = State.READY
         _announce(setup, client, phases)
+        gc.freeze()  # what is there now stays: no collection shall go through all of it while clients wait
         await asyncio.wait((signals.first, client.death, serving), return_when=asyncio.FIRST_COMPLETED)
         if signals.first.done():
             await _drain(setup, client, health, gate, signals)
