@@ -46,6 +46,8 @@ class Reciter:
     refuse: WeftError | None = None
     fail: tuple[int, WeftError] | None = None
     ready: Ready = READY
+    tokenizer: Tokenizer = TOKENIZER
+    logprob: float = -0.5
     alive: bool = True
     dead_reason: str | None = None
     live: dict[str, Request] = field(default_factory=dict)
@@ -60,6 +62,11 @@ class Reciter:
     def abort(self, request_id: str) -> None:
         if request_id in self.live:
             self.aborted.append(request_id)
+
+    def score(self, token: int, k: int) -> TokenScore:
+        """The token itself is the most probable, the ids after it follow."""
+        top = tuple(((token + i) % self.ready.vocabulary, self.logprob - i) for i in range(k))
+        return TokenScore(token, self.logprob, 1, top)
 
     async def stats(self) -> Stats:
         return Stats(len(self.live), 0, 64, 0, 0, 0, 0, 0, 0, 0, 0, 1.0)
@@ -88,11 +95,12 @@ class Recital:
         if engine.refuse is not None:
             del engine.live[request.id]
             raise engine.refuse
-        prompt = TOKENIZER.decode(request.prompt)
+        prompt = engine.tokenizer.decode(request.prompt)
         if params.prompt_logprobs is not None:
-            yield PromptScores(request.id, tuple(score(token, params.prompt_logprobs) for token in request.prompt[1:]))
+            k = params.prompt_logprobs
+            yield PromptScores(request.id, tuple(engine.score(token, k) for token in request.prompt[1:]))
         scripts = [
-            [*TOKENIZER.encode(engine.say(prompt, index), add_special_tokens=False), *request.eos[:1]]
+            [*engine.tokenizer.encode(engine.say(prompt, index), add_special_tokens=False), *request.eos[:1]]
             for index in range(params.n)
         ]
         limits = [min(len(script), params.max_tokens or len(script)) for script in scripts]
@@ -119,16 +127,11 @@ class Recital:
         request, k = self.request, self.request.params.logprobs
         finish = (Finish.STOP if token in request.eos else Finish.LENGTH) if last else None
         stop = token if finish is Finish.STOP else None
-        return TokenOutput(request.id, index, token, None if k is None else score(token, k), finish, stop)
+        return TokenOutput(request.id, index, token, None if k is None else self.engine.score(token, k), finish, stop)
 
     def end(self, reason: Finish, error: str | None = None, code: str | None = None) -> RequestEnd:
         self.engine.live.pop(self.request.id, None)
         return RequestEnd(self.request.id, reason, len(self.request.prompt), CACHED, 0, Timing(0.0), error, code)
-
-
-def score(token: int, k: int) -> TokenScore:
-    """The token itself is the most probable, the ids after it follow."""
-    return TokenScore(token, -0.5, 1, tuple(((token + i) % TOKENIZER.vocabulary, -0.5 - i) for i in range(k)))
 
 
 @dataclass

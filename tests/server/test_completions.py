@@ -6,7 +6,11 @@ from typing import Any
 
 import msgspec
 import pytest
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers
 
+from weft.text.chat import ChatTemplate
+from weft.text.generation import GenerationDefaults
 from weft.text.hub import resolve_model
 from weft.text.tokenizer import Tokenizer
 
@@ -232,3 +236,27 @@ async def test_a_long_prompt_is_tokenised_beside_the_event_loop(site: Any, engin
     engine.ready = msgspec.structs.replace(engine.ready, max_model_len=10**5)
     await site.complete(prompt=words, max_tokens=1)
     assert list(engine.seen[-1].prompt) == TOKENIZER.encode(words)
+
+
+async def test_a_probability_of_zero_is_a_number_in_json(site: Any, engine: Any) -> None:
+    engine.logprob = float("-inf")
+    (choice,) = (await site.complete(logprobs=1, prompt_logprobs=1, max_tokens=1))["choices"]
+    assert choice["logprobs"]["token_logprobs"] == [-9999.0]
+    assert all(row["logprob"] == -9999.0 for row in choice["prompt_logprobs"][1].values())
+
+
+async def test_a_text_goes_on_from_its_prompt_and_an_answer_begins(sites: Any) -> None:
+    """With decoders that leave out the space before the first word of a text."""
+    words = Backend(models.WordLevel({"▁one": 0, "▁two": 1, "▁three": 2}, unk_token="▁one"))
+    words.pre_tokenizer = pre_tokenizers.Metaspace()
+    words.decoder = decoders.Metaspace()
+    plain = sites()
+    tokenizer = plain.engine.tokenizer = Tokenizer(words, {})
+    plain.engine.say = lambda prompt, index: "two three"
+    defaults, template = GenerationDefaults(), ChatTemplate("{{ messages[0].content }}", {})
+    site = plain.with_context(tokenizer=tokenizer, defaults=defaults, template=template)
+    (choice,) = (await site.complete(prompt="one", logprobs=0))["choices"]
+    assert choice["text"] == " two three" and choice["logprobs"]["text_offset"] == [0, 4]
+    answer = await site.chat(messages=[{"role": "user", "content": "one"}], logprobs=True)
+    assert answer["choices"][0]["message"]["content"] == "two three"
+    assert len(answer["choices"][0]["logprobs"]["content"]) == 2

@@ -170,6 +170,7 @@ BAD_BODIES = [
     b'{"prompt": "x", "temperature": Infinity}',
     b'{"prompt": "x", "temperature": -Infinity}',
     b'{"prompt": "x", "temperature": 1e999}',
+    b'{"messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"thinking": NaN}}',
     b'{"prompt": "x", "seed": ' + b"9" * 10_000 + b"}",
     b'{"prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}",
     b"[" * 100_000,
