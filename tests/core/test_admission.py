@@ -30,7 +30,14 @@ def test_a_prompt_that_fills_the_context_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("prompt", "message"),
-    [((), "empty"), ((1, 100), "prompt token 1 is 100.*between 0 and 99"), ((-1,), "prompt token 0 is -1")],
+    [
+        ((), "empty"),
+        ((1, 2.0), "not a list of token ids"),
+        (("a",), "not a list of token ids"),
+        ((2**70,), "not a list of token ids"),
+        ((1, 100), "prompt token 1 is 100.*between 0 and 99"),
+        ((-1,), "prompt token 0 is -1"),
+    ],
 )
 def test_a_prompt_that_is_none_is_refused(prompt: tuple[int, ...], message: str) -> None:
     with pytest.raises(InvalidRequest, match=message) as refused:
@@ -43,6 +50,13 @@ def test_parameters_out_of_bounds_are_refused() -> None:
         check((1,), temperature=float("nan"))
     with pytest.raises(InvalidRequest, match="token ids must be between 0 and 99"):
         check((1,), stop_token_ids=(100,))
+
+
+@pytest.mark.parametrize("priority", [2**31, -(2**31), 10**400])
+def test_a_priority_out_of_bounds_is_refused(priority: int) -> None:
+    with pytest.raises(InvalidRequest, match="between -2147483647 and 2147483647") as refused:
+        Admission(CAPACITY, SchedulerSettings()).check(Request("r", (1,), priority=priority), 0.0)
+    assert refused.value.param == "priority"
 
 
 def test_the_queue_is_bounded_in_requests() -> None:

@@ -43,6 +43,11 @@ def test_another_salt_shares_nothing() -> None:
     assert found(cache, TOKENS, "tenant b") == found(cache, TOKENS) == []
 
 
+def test_any_text_that_json_can_carry_is_a_salt() -> None:
+    cache, _ = filled(salt="\ud800")
+    assert found(cache, TOKENS, "\ud800") == [7, 8, 9] and found(cache, TOKENS, "\ud801") == []
+
+
 def test_digests_depend_on_the_secret_key() -> None:
     assert filled(b"one")[1] != filled(b"two")[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections import deque
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -12,6 +13,7 @@ from weft.core.request import Request
 from weft.errors import ContextTooLong, InvalidRequest, NeverFits, QueueFull
 
 RETRY_MOST = 60
+MAX_PRIORITY = 2**31 - 1
 STARTS_REMEMBERED = 64
 
 
@@ -46,6 +48,11 @@ class Admission:
         """Raises InvalidRequest, ContextTooLong, NeverFits or QueueFull; on return the request may be queued."""
         request.params.validate(self._capacity.vocabulary)
         self._check_prompt(request.prompt)
+        if not -MAX_PRIORITY <= request.priority <= MAX_PRIORITY:
+            raise InvalidRequest(
+                f"priority is {request.priority}; it must be between {-MAX_PRIORITY} and {MAX_PRIORITY}",
+                param="priority",
+            )
         self._check_size(len(request.prompt))
         self._check_queue(len(request.prompt), now)
 
@@ -64,6 +71,10 @@ class Admission:
         if not prompt:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
         vocabulary = self._capacity.vocabulary
+        try:
+            array("q", prompt)
+        except (TypeError, OverflowError) as error:
+            raise InvalidRequest(f"the prompt is not a list of token ids: {error}", param="prompt") from error
         if min(prompt) < 0 or max(prompt) >= vocabulary:
             at, token = next((i, token) for i, token in enumerate(prompt) if not 0 <= token < vocabulary)
             raise InvalidRequest(

@@ -40,7 +40,8 @@ class PrefixCache:
         """Bring the digests of a sequence up to its tokens: digests[0] is the salt's, digests[i + 1] full block i's."""
         size = self.block_size
         if not digests:
-            digests.append(blake2b(salt.encode(), digest_size=DIGEST_BYTES, key=self._key).digest())
+            first = salt.encode(errors="surrogatepass")  # JSON can carry half of a surrogate pair
+            digests.append(blake2b(first, digest_size=DIGEST_BYTES, key=self._key).digest())
         for i in range(len(digests) - 1, len(tokens) // size):
             words = array("q", tokens[i * size : (i + 1) * size]).tobytes()
             digests.append(blake2b(digests[i] + words, digest_size=DIGEST_BYTES, key=self._key).digest())

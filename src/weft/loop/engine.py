@@ -77,7 +77,8 @@ class Engine:
     def step(self, timeout: float | None) -> list[Event]:
         """Give every idle lane a plan, wait for results, and take them in: the events since the last call.
 
-        Waits up to `timeout` seconds (None: for ever) for the first event; an empty list on time-out or after `wake`.
+        Waits up to `timeout` seconds (None: for ever) for a result. An empty list on time-out, after `wake`, or when
+        what ended has nothing to tell, such as a part of a prompt.
         """
         if self.dead is None and not self._closed:
             self._launch()
