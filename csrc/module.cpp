@@ -6,6 +6,7 @@
 
 NB_MODULE(_native, module) {
   using namespace weft;
+  nb::set_leak_warnings(false);  // what is still open when the interpreter ends goes with the process
 
   module.def("levels", &levels);
 
