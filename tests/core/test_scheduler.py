@@ -364,6 +364,15 @@ def test_stop_ids_are_forbidden_until_min_tokens_were_generated(drive: Any) -> N
     assert driver.tokens["r", 0][0] == oracle([1], VOCABULARY, {first}) != first
 
 
+def test_a_device_that_draws_a_stop_id_too_early_does_not_end_the_sequence(drive: Any) -> None:
+    driver = drive()
+    driver.submit("r", [1], max_tokens=3, min_tokens=1, eos=(7,))
+    for _ in range(2):
+        driver.plan()
+        driver.land(change=lambda result: replace(result, sampled=(Sampled(0, 7),)))
+    assert driver.tokens["r", 0] == [7, 7] and driver.ends["r"].reason is Finish.STOP
+
+
 def test_prompt_scores_come_once_in_order_and_take_no_hits(drive: Any) -> None:
     driver = drive(max_num_batched_tokens=8, blocks=32)
     driver.submit("warm", range(20), max_tokens=1)

@@ -154,7 +154,7 @@ class Scheduler:
         budget = self.budget - len(pieces)
         started = list(self.running.prefilling)
         at = 0
-        while budget > 0 and len(pieces) < self.running.most:
+        while budget > 0:
             head = self.running.waiting.first
             ahead = head is not None and (at == len(started) or head.rank < started[at].rank)
             if head is not None and ahead and self._start(head, now):
