@@ -104,6 +104,7 @@ def test_outgrown_says_what_the_pool_has() -> None:
 def test_seeds_are_64_bits_differ_and_can_be_drawn_again() -> None:
     assert request_seed(-1, 0, 5) == 2**64 - 1
     assert request_seed(7, 0, 5) == request_seed(7, 1, 6) == 7
+    assert request_seed(0, 3, 5) == 0
     drawn = [request_seed(None, 3, number) for number in range(100)]
     assert len(set(drawn)) == 100 and drawn == [request_seed(None, 3, number) for number in range(100)]
     assert request_seed(None, 4, 0) != drawn[0]
