@@ -65,7 +65,7 @@ def make_model(config: ModelConfig, dtype: torch.dtype = torch.float32) -> Model
     generator = torch.Generator().manual_seed(99)
     rest: Mapping[str, torch.Tensor] = {
         EMBEDDING: torch.randn(config.vocabulary, config.hidden_size, generator=generator).to(dtype),
-        NORM: torch.ones(config.hidden_size, dtype=dtype),
+        NORM: torch.full((config.hidden_size,), 0.125, dtype=dtype),
     }
     rotation = Rotation(*Rotary(config.rope, config.head_dim).tables(config.context))
     return Model(config, rotation, lambda index: layers[index], lambda: rest, lambda name: f"the file of {name}")

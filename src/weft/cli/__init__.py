@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible HTTP API",
     "chat": "talk to a model in the terminal, in this process or on a server",
     "bench": "measure a running server",
+    "quantize": "make a 4-bit checkpoint from a model",
     "doctor": "tell what this machine can do and what is missing",
 }
 

@@ -180,7 +180,7 @@ def quantise_layers(
         rows.append(row)
         hidden = through(hidden, layer.norms, model, index, quantised_linears(layer))
     rest = dict(model.rest())
-    save_whole(shard(work, shapes.layers, shapes.layers), rest)
+    save_whole(shard(work, shapes.layers, shapes.layers), rest, {"format": "pt"})
     head = rest.get(HEAD, rest[EMBEDDING])
     quality = compare(exact, coarse, rest[NORM], head, shapes.eps, text.held_out)
     tell(Progress(phase, shapes.layers, shapes.layers))

@@ -13,11 +13,14 @@ def hadamard(x: torch.Tensor, size: int) -> torch.Tensor:
     """
     if size < 1 or size & (size - 1) or x.shape[-1] % size:
         raise ValueError(f"Hadamard blocks of {size} in {x.shape[-1]} channels: it must be a power of two that divides")
-    shape = x.shape
+    rows = x.reshape(-1, x.shape[-1])
     stride = 1
     while stride < size:
-        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * stride), 2, stride)
-        first, second = pairs[..., 0, :], pairs[..., 1, :]
-        x = torch.stack((first + second, first - second), dim=-2).reshape(shape)
+        pairs = rows.view(len(rows), -1, 2, stride)
+        first, second = pairs[:, :, 0], pairs[:, :, 1]
+        sums = torch.empty_like(pairs)
+        torch.add(first, second, out=sums[:, :, 0])
+        torch.sub(first, second, out=sums[:, :, 1])
+        rows = sums.view(len(rows), -1)
         stride *= 2
-    return x
+    return rows.view(x.shape)

@@ -11,6 +11,7 @@ import torch
 from torch.nn.functional import rms_norm
 
 CHUNK = 256  # rows of logits at a time
+EXACT = 300.0  # decibels
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +84,10 @@ class Summary:
 
 
 def decibels(signal: torch.Tensor, noisy: torch.Tensor) -> float:
-    """Power of `signal` over that of the difference; infinite where there is none."""
+    """Power of `signal` over that of the difference, at most EXACT (JSON has no infinity)."""
     lost = float((signal - noisy).double().square().mean())
     power = float(signal.double().square().mean())
-    return math.inf if lost == 0 else 10 * math.log10(max(power, 1e-300) / lost)
+    return EXACT if lost == 0 else min(EXACT, 10 * math.log10(max(power, 1e-300) / lost))
 
 
 def compare(

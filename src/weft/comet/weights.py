@@ -110,18 +110,16 @@ def _compensated(
     weight: torch.Tensor, part: slice, scale: torch.Tensor, factor: torch.Tensor, lowest: int, highest: int
 ) -> torch.Tensor:
     """Round the columns of `part`, and put their errors into the later columns of `weight`, in place."""
-    block = weight[:, part].clone()
-    local = factor[part, part]
-    values = torch.empty_like(block)
-    errors = torch.empty_like(block)
-    for column in range(block.shape[1]):
-        current = block[:, column : column + 1]
-        rounded = _round(current, scale, lowest, highest)
-        error = (current - rounded * scale) / local[column, column]
-        block[:, column:] -= error * local[column, column:]
-        values[:, column : column + 1], errors[:, column : column + 1] = rounded, error
-    weight[:, part.stop :] -= errors @ factor[part, part.stop :]
-    return values.to(torch.int8)
+    block = weight[:, part].T.contiguous()  # a column of the weight is a row here, so that it lies together in memory
+    local, scale = factor[part, part], scale[:, 0]
+    values, errors = torch.empty_like(block), torch.empty_like(block)
+    for column in range(len(block)):
+        rounded = _round(block[column], scale, lowest, highest)
+        error = (block[column] - rounded * scale) / local[column, column]
+        block[column + 1 :].addr_(local[column, column + 1 :], error, alpha=-1)
+        values[column], errors[column] = rounded, error
+    weight[:, part.stop :] -= errors.T @ factor[part, part.stop :]
+    return values.T.to(torch.int8)
 
 
 def _round(x: torch.Tensor, scale: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:

@@ -16,7 +16,6 @@ from weft.comet.layer import LayerPlan, SitePlan
 from weft.comet.report import LayerRow, SiteRow
 from weft.errors import CheckpointError
 
-ROW = "weft_report"  # key in a shard's metadata
 INDEX_FILE = "model.safetensors.index.json"
 
 
@@ -25,22 +24,24 @@ def shard(folder: Path, number: int, layers: int) -> Path:
     return folder / f"model-{number + 1:05}-of-{layers + 1:05}.safetensors"
 
 
-def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
     """Write a safetensors file beside its place, then move it there."""
     new = path.with_suffix(".new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, {"format": "pt"} | (metadata or {}))
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata)
+    new.chmod(0o644)  # safetensors makes files that only their owner reads
     new.replace(path)
 
 
 def save_layer(path: Path, index: int, tensors: dict[str, torch.Tensor], row: LayerRow) -> None:
-    named = {f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()}
-    save_whole(path, named, {ROW: json.dumps(asdict(row))})
+    """The shard of one layer, and beside it the layer's row of the report. Where the shard is, the row is too."""
+    _row_file(path).write_text(json.dumps(asdict(row)))
+    save_whole(path, {f"model.layers.{index}.{name}": tensor for name, tensor in tensors.items()}, {"format": "pt"})
 
 
 def load_layer(path: Path, index: int) -> tuple[dict[str, torch.Tensor], LayerRow]:
     """The tensors by their names below model.layers.N, and the layer's row of the report."""
-    tensors, metadata = _read(path)
-    raw = json.loads(metadata[ROW])
+    tensors, _ = _read(path)
+    raw = json.loads(_row_file(path).read_bytes())
     row = LayerRow(raw["index"], tuple(SiteRow(**site) for site in raw["sites"]), raw["held_out_decibels"])
     return {name.removeprefix(f"model.layers.{index}."): tensor for name, tensor in tensors.items()}, row
 
@@ -82,8 +83,13 @@ def write_index(folder: Path, layers: int) -> None:
         size += path.stat().st_size
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}, indent=2)
     (folder / INDEX_FILE).write_text(text + "\n")
-    for path in [*folder.glob("plan-*.safetensors"), *folder.glob("*.new")]:
-        path.unlink()
+    for pattern in ("plan-*.safetensors", "*.row", "*.new"):
+        for path in folder.glob(pattern):
+            path.unlink()
+
+
+def _row_file(path: Path) -> Path:
+    return path.with_suffix(".row")
 
 
 def _read(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
