@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from weft.comet.calibrate import Watch, coarse_at, embed, through
 from weft.comet.forward import SITES, plain_linears
-from weft.comet.layer import Method, plan_layer, prepare_layer, storable
+from weft.comet.layer import Method, key_scaling, plan_layer, prepare_layer, storable
 from weft.comet.packing import BLOCK
 
 from .conftest import FAMILIES, make_model, tiny_config
@@ -92,3 +92,18 @@ def test_balanced_gains_lose_nothing_in_their_own_dtype(dtype: torch.dtype) -> N
     assert torch.allclose(stored.to(dtype).float(), stored, rtol=1e-6)
     assert torch.allclose(scaling[norm != 0], wanted[norm != 0], rtol=0.01)
     assert scaling[3] == 1
+
+
+def test_keys_and_queries_are_scaled_towards_each_other() -> None:
+    _, config = tiny_config("biased llama")
+    model = make_model(config)
+    tensors = dict(model.layer(0))
+    head_dim = config.head_dim
+    weight = tensors["self_attn.k_proj.weight"].clone()
+    weight[[3, 3 + head_dim // 2]] *= 30  # a rotated pair of the first key head
+    tensors["self_attn.k_proj.weight"] = weight
+    rows = torch.randn(200, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    scaling = key_scaling(tensors, rows, config).view(config.kv_heads, head_dim)
+    assert torch.equal(scaling[:, : head_dim // 2], scaling[:, head_dim // 2 :])
+    assert scaling[0, 3] > 3 * scaling[0].median()
+    assert scaling[1].max() < 3 * scaling[1].median()

@@ -5,6 +5,7 @@ Where a site's scaling and order end up:
     attention, mlp   scaling in the norm's gain; order applied to the norm's output as it is quantised
     output           scaling in the rows of v_proj (the query heads that share a value head are scaled alike), where
                      also a Hadamard transform of each head is hidden; whole heads are put in order when quantised
+    keys             scaled in the rows of k_proj, and back in those of q_proj: for a 4-bit KV cache
     down             scaling in the rows of up_proj, order in the rows of gate_proj and up_proj: free
 """
 
@@ -14,14 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch.nn.functional import linear
 
 from weft.comet.fmpq import BlockCosts, Statistics, balance, block_errors, leading, paper_outliers
-from weft.comet.forward import INPUT_NORM, MLP_NORM, SITES, Shapes, Tensors, joined
+from weft.comet.forward import INPUT_NORM, MLP_NORM, Q_NORM, SITES, Shapes, Tensors, joined
 from weft.comet.hadamard import hadamard
 from weft.comet.packing import BLOCK
 from weft.comet.reference import InputForm, rotate
 
-V_PROJ, O_PROJ = "self_attn.v_proj", "self_attn.o_proj"
+Q_PROJ, K_PROJ, V_PROJ, O_PROJ = (f"self_attn.{letter}_proj" for letter in "qkvo")
 GATE, UP, DOWN = "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"
 NORMS = {"attention": INPUT_NORM, "mlp": MLP_NORM}
 
@@ -48,11 +50,13 @@ class SitePlan:
 
 @dataclass(frozen=True, slots=True)
 class LayerPlan:
-    """sites: by name. value_transform: v_proj and o_proj hide a Hadamard transform of each head. costs: for `allot`;
-    blocks: of the paper's method, which needs no allotment."""
+    """sites: by name. value_transform: v_proj and o_proj hide a Hadamard transform of each head. key_scaling: by which
+    k_proj's outputs are divided, and q_proj's multiplied, float32 [kv_heads * head_dim]. costs: for `allot`; blocks: of
+    the paper's method, which needs no allotment."""
 
     sites: dict[str, SitePlan]
     value_transform: bool
+    key_scaling: torch.Tensor
     costs: dict[str, BlockCosts]
     blocks: dict[str, int]
 
@@ -78,7 +82,7 @@ class PreparedLayer:
 def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: Shapes, method: Method) -> LayerPlan:
     """Decide scalings, orders and transforms of one layer; the split into 4 and 8 bits comes later, for all layers."""
     if method.name == "paper":
-        return _paper_plan(statistics, method)
+        return _paper_plan(statistics, shapes, method)
     hides = method.hadamard and _power_of_two(shapes.head_dim)
     sites, costs = {}, {}
     for site in SITES:
@@ -103,7 +107,22 @@ def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: S
         four, eight = rotated if better else plain, block_errors(rows, weight, bits=8, rotated=False)
         sites[site] = SitePlan(scaling, order, better)
         costs[site] = BlockCosts(tuple(four.tolist()), tuple(eight.tolist()), len(weight))
-    return LayerPlan(sites, hides, costs, {})
+    return LayerPlan(sites, hides, key_scaling(tensors, statistics["attention"].rows, shapes), costs, {})
+
+
+def key_scaling(tensors: Tensors, rows: torch.Tensor, shapes: Shapes) -> torch.Tensor:
+    """What keys are divided by and queries multiplied, so that 4-bit keys lose least: as `balance`, with keys for the
+    input and queries for the weight. Both members of a rotated pair, and all query heads of a key head, are scaled
+    alike. Ones where q and k are normalised after their projections."""
+    kv_heads, head_dim = shapes.kv_heads, shapes.head_dim
+    if Q_NORM in tensors:
+        return torch.ones(kv_heads * head_dim)
+    weight, bias = joined(tensors, "attention")
+    squares = linear(rows, weight, bias).square().mean(dim=0).view(-1, 2, head_dim // 2).mean(dim=1)
+    queries = squares[: shapes.heads].view(kv_heads, -1, head_dim // 2).mean(dim=1)
+    keys = squares[shapes.heads : shapes.heads + kv_heads]
+    by_head = [balance(key, query) for key, query in zip(keys, queries, strict=True)]
+    return torch.stack(by_head)[:, None].expand(-1, 2, -1).flatten()
 
 
 def storable(norm: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
@@ -115,13 +134,13 @@ def storable(norm: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
     return torch.where(usable, gain / stored, 1.0)
 
 
-def _paper_plan(statistics: Mapping[str, Statistics], method: Method) -> LayerPlan:
+def _paper_plan(statistics: Mapping[str, Statistics], shapes: Shapes, method: Method) -> LayerPlan:
     sites, blocks = {}, {}
     for site in SITES:
         seen = statistics[site]
         order, blocks[site] = paper_outliers(seen.largest, method.threshold)
         sites[site] = SitePlan(torch.ones_like(seen.largest), order, hadamard=False)
-    return LayerPlan(sites, False, {}, blocks)
+    return LayerPlan(sites, False, torch.ones(shapes.kv_heads * shapes.head_dim), {}, blocks)
 
 
 def prepare_layer(
@@ -134,6 +153,7 @@ def prepare_layer(
         new[norm] /= plan.sites[site].scaling
         for name in SITES[site]:
             new[f"{name}.weight"] *= plan.sites[site].scaling
+    _scale_keys(new, plan.key_scaling, shapes)
     _scale_values(new, plan.sites["output"].scaling, plan.value_transform, shapes)
     _scale_and_order_inner(new, plan.sites["down"].scaling, orders["down"])
     sites = {}
@@ -159,6 +179,14 @@ def prepare_weight(weight: torch.Tensor, form: InputForm) -> torch.Tensor:
         return rotated
     kept = form.outlier_blocks * BLOCK
     return torch.cat((rotated[:, :kept], rotated[:, kept:] / BLOCK), dim=1)
+
+
+def _scale_keys(new: dict[str, torch.Tensor], scaling: torch.Tensor, shapes: Shapes) -> None:
+    queries = scaling.view(shapes.kv_heads, 1, -1).expand(-1, shapes.heads // shapes.kv_heads, -1).flatten()
+    for name, factor in ((Q_PROJ, queries), (K_PROJ, 1 / scaling)):
+        new[f"{name}.weight"] = new[f"{name}.weight"] * factor[:, None]
+        if f"{name}.bias" in new:
+            new[f"{name}.bias"] = new[f"{name}.bias"] * factor
 
 
 def _scale_values(new: dict[str, torch.Tensor], scaling: torch.Tensor, transform: bool, shapes: Shapes) -> None:

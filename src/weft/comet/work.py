@@ -49,6 +49,7 @@ def load_layer(path: Path, index: int) -> tuple[dict[str, torch.Tensor], LayerRo
 def save_plan(path: Path, plan: LayerPlan) -> None:
     tensors = {f"{site}.scaling": one.scaling for site, one in plan.sites.items()}
     tensors |= {f"{site}.order": one.order for site, one in plan.sites.items()}
+    tensors["key_scaling"] = plan.key_scaling
     described = {
         "hadamard": {site: one.hadamard for site, one in plan.sites.items()},
         "value_transform": plan.value_transform,
@@ -69,7 +70,7 @@ def load_plan(path: Path) -> LayerPlan:
         site: BlockCosts(tuple(one["errors4"]), tuple(one["errors8"]), one["outputs"])
         for site, one in raw["costs"].items()
     }
-    return LayerPlan(sites, raw["value_transform"], costs, raw["blocks"])
+    return LayerPlan(sites, raw["value_transform"], tensors["key_scaling"], costs, raw["blocks"])
 
 
 def write_index(folder: Path, layers: int) -> None:
