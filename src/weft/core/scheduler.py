@@ -10,10 +10,11 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sampling, Slice, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Slice, Ticket, TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
 from weft.core.sequence import Live, Sequence, State, urgency
+from weft.core.slices import decode_slice, prefill_slice, shortfall
 from weft.errors import InvalidRequest, NeverFits, StepFailed
 
 __all__ = ["Scheduler", "SchedulerSettings"]
@@ -144,10 +145,7 @@ class Scheduler:
         for sequence in list(self.running.decoding):
             # A more urgent one may have taken its blocks a moment ago.
             if sequence.state is State.DECODE and self.running.grow(sequence):
-                tokens = sequence.tokens
-                start = len(tokens) - 1
-                sampling = self._sampling(sequence)
-                pieces.append(Slice(sequence.id, start, (tokens[start],), sequence.table, sampling))
+                pieces.append(decode_slice(sequence))
                 members.append(sequence)
 
     def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
@@ -164,33 +162,10 @@ class Scheduler:
                 at += 1
             else:
                 return
-            piece = self._prefill_slice(sequence, budget)
+            piece = prefill_slice(sequence, budget)
             budget -= len(piece.tokens)
             pieces.append(piece)
             members.append(sequence)
-
-    def _prefill_slice(self, sequence: Sequence, budget: int) -> Slice:
-        tokens, start = sequence.tokens, sequence.computed
-        end = min(len(tokens), start + budget)
-        return Slice(
-            sequence=sequence.id,
-            start=start,
-            tokens=tuple(tokens[start:end]),
-            blocks=sequence.table,
-            sample=self._sampling(sequence) if end == len(tokens) else None,
-            prompt_logprobs=sequence.live.request.params.prompt_logprobs if sequence.scores_due else None,
-            next_token=tokens[end] if sequence.scores_due and end < len(tokens) else None,
-        )
-
-    def _sampling(self, sequence: Sequence) -> Sampling:
-        live, tokens = sequence.live, sequence.tokens
-        prompt, params = live.request.prompt, live.request.params
-        # `forbidden` keeps stop ids away until min_tokens were generated.
-        forbidden = live.forbidden if len(tokens) - len(prompt) < params.min_tokens else ()
-        if params.penalised:
-            output = tuple(tokens[len(prompt) :])
-            return Sampling(params, sequence.seed, len(tokens), prompt, output, forbidden)
-        return Sampling(params, sequence.seed, len(tokens), forbidden=forbidden)
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         if not self.running.start(sequence):
@@ -218,25 +193,12 @@ class Scheduler:
             one, its_scores = drawn.get(piece.sequence), scores.get(piece.sequence, ())
             problem = result.error if result.error is not None else failed.get(piece.sequence)
             if problem is None:
-                problem = self._problem(piece, one, its_scores)
+                problem = shortfall(piece, one, its_scores, self.capacity.vocabulary)
             if problem is None:
                 self._advance(piece, sequence, one, its_scores, now, events)
             else:
                 self._end_request(sequence.live, Finish.ERROR, now, events, problem, STEP_FAILED)
         return events
-
-    def _problem(self, piece: Slice, drawn: Sampled | None, scores: tuple[TokenScore, ...]) -> str | None:
-        """What the device left out or made up, if anything."""
-        if piece.sample is not None:
-            if drawn is None:
-                return "the device returned no token for the sequence"
-            if not 0 <= drawn.token < self.capacity.vocabulary:
-                return f"the device returned token {drawn.token}, outside of the vocabulary"
-        if piece.prompt_logprobs is not None:
-            rows = len(piece.tokens) - (piece.next_token is None)
-            if len(scores) != rows:
-                return f"the device scored {len(scores)} prompt tokens instead of {rows}"
-        return None
 
     def _advance(
         self,

@@ -1,8 +1,4 @@
-"""A device without a model. The next token is a known function, `oracle`, of the whole prefix.
-
-The prefix is read through the blocks: computing a token stores it, and its position, in its KV slot, and what follows a
-slice depends on every slot from the sequence's beginning. So a block that is stale, shared by mistake, or not yet
-written changes the output at once, and whoever knows the prompt can tell.
+"""Devices without a model: each token is a hash of those before it, see oracle.py.
 
 A plan is executed (slots written and read) when its step is run, not when it is submitted; the plans of one lane run
 in order. `SimulatedDevice` runs them on a thread per lane that sleeps as long as the cost model says;
@@ -12,159 +8,24 @@ in order. `SimulatedDevice` runs them on a thread per lane that sleeps as long a
 from __future__ import annotations
 
 import json
-import math
 import queue
 import threading
-from array import array
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
-from hashlib import blake2b
+from collections.abc import Callable
 from pathlib import Path
 
 from weft.config import EngineConfig, parse_partition
-from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Sampled, Slice, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
 from weft.devices.cost import FREE, SMALL, CostModel
+from weft.devices.oracle import SLOT_BYTES, Executor, Faults, continuation, oracle
 from weft.errors import CheckpointError, ConfigError, DeviceError
 from weft.text.tokenizer import Tokenizer
 
-WORD = array("i").itemsize
-SLOT_BYTES = 2 * WORD
+__all__ = ["Faults", "ManualDevice", "SimulatedDevice", "continuation", "open_simulated", "oracle"]
+
 DEFAULT_MAX_MODEL_LEN = 4096
-LN2 = math.log(2.0)
 DESCRIPTION = Description("simulated", "none", "none", ("no model: each token is a hash of those before it",))
-
-
-def oracle(tokens: Sequence[int], vocabulary: int, forbidden: Collection[int] = ()) -> int:
-    """The token after `tokens`, whatever the temperature and the seed. Raises ValueError when all ids are forbidden."""
-    return _draw(blake2b(array("i", tokens).tobytes(), digest_size=8), vocabulary, forbidden)
-
-
-def continuation(prompt: Sequence[int], count: int, vocabulary: int) -> tuple[int, ...]:
-    """The `count` tokens that the simulated device generates after a prompt when nothing stops it."""
-    tokens = list(prompt)
-    for _ in range(count):
-        tokens.append(oracle(tokens, vocabulary))
-    return tuple(tokens[len(prompt) :])
-
-
-def _draw(prefix: blake2b, vocabulary: int, forbidden: Collection[int] = ()) -> int:
-    first = int.from_bytes(prefix.digest(), "little") % vocabulary
-    if not forbidden:
-        return first
-    banned = set(forbidden)
-    for step in range(vocabulary):
-        token = (first + step) % vocabulary
-        if token not in banned:
-            return token
-    raise ValueError(f"all {vocabulary} token ids are forbidden")
-
-
-def _score(token: int, first: int, k: int, vocabulary: int) -> TokenScore:
-    """A distribution for show: the oracle's token has probability 1/2, the ids after it 1/4, 1/8 and so on."""
-    rank = (token - first) % vocabulary + 1
-    top = tuple(((first + i) % vocabulary, -(i + 1) * LN2) for i in range(min(k, vocabulary)))
-    return TokenScore(token, -rank * LN2, rank, top)
-
-
-@dataclass(frozen=True, slots=True)
-class Faults:
-    """What goes wrong, by `Plan.step` (the scheduler counts from 1).
-
-    slow: seconds more. failed: the step ends in an error. lost: it never ends, nor does any later one of its lane.
-    dead: at this step the device dies. nan: (step, sequence) of slices that fail alone.
-    """
-
-    slow: Mapping[int, float] = field(default_factory=dict)
-    failed: frozenset[int] = frozenset()
-    lost: frozenset[int] = frozenset()
-    dead: int | None = None
-    nan: frozenset[tuple[int, int]] = frozenset()
-
-
-class Slots:
-    """The KV pool: for every slot the token and the position that were written into it; -1: nothing yet."""
-
-    def __init__(self, blocks: int, block_size: int, max_model_len: int) -> None:
-        self.block_size = block_size
-        self._tokens = array("i", [-1]) * (blocks * block_size)
-        self._positions = array("i", [-1]) * (blocks * block_size)
-        self._expected = array("i", range(max_model_len)).tobytes()
-
-    def write(self, piece: Slice) -> None:
-        size = self.block_size
-        for position, token in enumerate(piece.tokens, piece.start):
-            slot = piece.blocks[position // size] * size + position % size
-            self._tokens[slot] = token
-            self._positions[slot] = position
-
-    def prefix(self, blocks: Sequence[int], length: int) -> blake2b:
-        """A hash over the first `length` slots of a block table: the oracle's, where each holds what it should."""
-        tokens, positions = self._read(self._tokens, blocks, length), self._read(self._positions, blocks, length)
-        found = blake2b(tokens, digest_size=8)
-        if positions != self._expected[: length * WORD]:
-            found.update(b"foreign" + positions)
-        return found
-
-    def _read(self, values: array[int], blocks: Sequence[int], length: int) -> bytes:
-        size = self.block_size
-        needed = blocks[: -(-length // size)]
-        return b"".join([values[block * size : (block + 1) * size].tobytes() for block in needed])[: length * WORD]
-
-    @property
-    def nbytes(self) -> int:
-        return SLOT_BYTES * len(self._tokens)
-
-
-class Executor:
-    """Runs plans on the slots: what both devices share."""
-
-    def __init__(self, capacity: Capacity, faults: Faults) -> None:
-        self.capacity = capacity
-        self.faults = faults
-        self.slots = Slots(capacity.blocks, capacity.block_size, capacity.max_model_len)
-
-    def run(self, plan: Plan, seconds: float) -> Result:
-        """Write all slices, then read: as on a real device, where each layer writes the KV before attention reads it.
-
-        A failed step writes, too: what it leaves behind must not be trusted.
-        """
-        ticket = Ticket(plan.step, plan.lane)
-        for piece in plan.slices:
-            self.slots.write(piece)
-        if plan.step in self.faults.failed:
-            return Result(ticket, error=f"step {plan.step} failed: simulated fault", seconds=seconds)
-        sampled, scores, failed = [], [], []
-        for piece in plan.slices:
-            if (plan.step, piece.sequence) in self.faults.nan:
-                failed.append((piece.sequence, "the logits are not numbers (NaN): simulated fault"))
-                continue
-            if piece.prompt_logprobs is not None:
-                scores.append((piece.sequence, self._prompt_scores(piece, piece.prompt_logprobs)))
-            if piece.sample is not None:
-                try:
-                    sampled.append(self._sample(piece))
-                except ValueError as error:
-                    failed.append((piece.sequence, str(error)))
-        return Result(ticket, tuple(sampled), tuple(scores), tuple(failed), seconds=seconds)
-
-    def _sample(self, piece: Slice) -> Sampled:
-        vocabulary = self.capacity.vocabulary
-        prefix = self.slots.prefix(piece.blocks, piece.end)
-        forbidden = piece.sample.forbidden if piece.sample is not None else ()
-        token = _draw(prefix, vocabulary, forbidden)
-        k = piece.sample.params.logprobs if piece.sample is not None else None
-        score = None if k is None else _score(token, _draw(prefix, vocabulary), k, vocabulary)
-        return Sampled(piece.sequence, token, score)
-
-    def _prompt_scores(self, piece: Slice, k: int) -> tuple[TokenScore, ...]:
-        vocabulary = self.capacity.vocabulary
-        following = piece.tokens[1:] if piece.next_token is None else (*piece.tokens[1:], piece.next_token)
-        return tuple(
-            _score(token, _draw(self.slots.prefix(piece.blocks, end), vocabulary), k, vocabulary)
-            for end, token in enumerate(following, piece.start + 1)
-        )
 
 
 class ManualDevice:

@@ -1,0 +1,52 @@
+"""What a slice asks of the device, and whether the device has answered it."""
+
+from __future__ import annotations
+
+from weft.core.plan import Sampled, Sampling, Slice, TokenScore
+from weft.core.sequence import Sequence
+
+
+def decode_slice(sequence: Sequence) -> Slice:
+    """The last token, which was drawn and not computed yet."""
+    start = len(sequence.tokens) - 1
+    return Slice(sequence.id, start, (sequence.tokens[start],), sequence.table, sampling(sequence))
+
+
+def prefill_slice(sequence: Sequence, budget: int) -> Slice:
+    """Up to `budget` of the tokens that are not computed yet; the one with the last of them draws the next."""
+    tokens, start = sequence.tokens, sequence.computed
+    end = min(len(tokens), start + budget)
+    return Slice(
+        sequence=sequence.id,
+        start=start,
+        tokens=tuple(tokens[start:end]),
+        blocks=sequence.table,
+        sample=sampling(sequence) if end == len(tokens) else None,
+        prompt_logprobs=sequence.live.request.params.prompt_logprobs if sequence.scores_due else None,
+        next_token=tokens[end] if sequence.scores_due and end < len(tokens) else None,
+    )
+
+
+def sampling(sequence: Sequence) -> Sampling:
+    """How to draw the token after the ones that are known."""
+    live, tokens = sequence.live, sequence.tokens
+    prompt, params = live.request.prompt, live.request.params
+    # `forbidden` keeps stop ids away until min_tokens were generated.
+    forbidden = live.forbidden if len(tokens) - len(prompt) < params.min_tokens else ()
+    if params.penalised:
+        return Sampling(params, sequence.seed, len(tokens), prompt, tuple(tokens[len(prompt) :]), forbidden)
+    return Sampling(params, sequence.seed, len(tokens), forbidden=forbidden)
+
+
+def shortfall(piece: Slice, drawn: Sampled | None, scores: tuple[TokenScore, ...], vocabulary: int) -> str | None:
+    """What the device left out or made up, if anything."""
+    if piece.sample is not None:
+        if drawn is None:
+            return "the device returned no token for the sequence"
+        if not 0 <= drawn.token < vocabulary:
+            return f"the device returned token {drawn.token}, outside of the vocabulary"
+    if piece.prompt_logprobs is not None:
+        rows = len(piece.tokens) - (piece.next_token is None)
+        if len(scores) != rows:
+            return f"the device scored {len(scores)} prompt tokens instead of {rows}"
+    return None
