@@ -199,8 +199,6 @@ def test_broken_tensors_are_refused_by_file_and_name() -> None:
     assert "int32 [7, 16]; the config asks for int32 [8, 16]" in refused(plain | {"qweight": plain["qweight"][:7]})
     assert "float32" in refused(plain | {"qweight": plain["qweight"].float()})
     assert "not finite" in refused(plain | {"scales": plain["scales"] * torch.inf})
-    assert "does not put 32 channels" in refused(
-        plain | {"g_idx": torch.zeros(INPUTS, dtype=torch.int32)}
-    )
+    assert "does not put 32 channels" in refused(plain | {"g_idx": torch.zeros(INPUTS, dtype=torch.int32)})
     assert "groups of 32 do not divide" in refused(plain, (OUTPUTS, 72))
     assert "8 divides both" in refused(plain, (OUTPUTS + 1, INPUTS))
