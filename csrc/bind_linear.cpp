@@ -51,10 +51,10 @@ void bind_linear(nb::module_& module, BackendClass& backend) {
 
   backend.def(
       "linear",
-      [](Backend& self, const PackedLinear& packed, uintptr_t x, int64_t rows, uintptr_t y) {
-        self.kernels().linear(self.pool(), packed.weights(), at<const void>(x), rows, at<void>(y));
+      [](Backend& self, const PackedLinear& packed, uintptr_t x, int64_t rows, uintptr_t y, int type) {
+        self.kernels().linear(self.pool(), packed.weights(), at<const void>(x), rows, at<void>(y), Type(type));
       },
-      nb::arg("packed"), nb::arg("x"), nb::arg("rows"), nb::arg("y"), unlocked());
+      nb::arg("packed"), nb::arg("x"), nb::arg("rows"), nb::arg("y"), nb::arg("type"), unlocked());
 }
 
 }  // namespace weft

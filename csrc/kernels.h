@@ -40,8 +40,8 @@ struct AttentionCall;
 struct Kernels {
   // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
   void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
-  // x [rows, in] -> y [rows, out], both contiguous, of the weights' type.
-  void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+  // x [rows, in] of the weights' type -> y [rows, out] of that type or float32, both contiguous.
+  void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
   // Limits of the machine: reads memory once; multiplies in registers and returns the floating-point operations.
   void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);
   int64_t (*probe_multiply)(Pool& pool, Type type, int64_t steps);

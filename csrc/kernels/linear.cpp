@@ -24,30 +24,31 @@ constexpr int ROWS = 4;
 constexpr int vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
 #endif
 
-template <class T>
+// Out: the element of y, T's own or float.
+template <class T, class Out>
 struct Job {
   using Element = typename T::Element;
   const LinearWeights& weights;
   const Element* x;
-  Element* y;
+  Out* y;
 
   int64_t steps() const { return (weights.in + T::DEPTH - 1) / T::DEPTH; }
   const char* panel(int64_t i) const { return static_cast<const char*>(weights.panels) + i * weights.panel_bytes(); }
 };
 
 // COUNT vectors of `count` valid columns, with the bias, to one row of y.
-template <class T, int COUNT>
-WEFT_INLINE void finish(const f32v (&sums)[COUNT], const float* bias, typename T::Element* y, int64_t count) {
-  typename T::Element part[COUNT * lanes];
-  typename T::Element* to = count >= COUNT * lanes ? y : part;
+template <class Out, int COUNT>
+WEFT_INLINE void finish(const f32v (&sums)[COUNT], const float* bias, Out* y, int64_t count) {
+  Out part[COUNT * lanes];
+  Out* to = count >= COUNT * lanes ? y : part;
   WEFT_UNROLL for (int v = 0; v < COUNT; v++)
     store_from_float(to + v * lanes, bias != nullptr ? sums[v] + load<f32v>(bias + v * lanes) : sums[v]);
   if (to == part && count > 0) memcpy(y, part, size_t(count) * sizeof *y);
 }
 
 // HEIGHT rows from `row` on, all columns of a panel. PREFETCH: fetches half of the lines of `next` on the way.
-template <class T, int HEIGHT, bool PREFETCH>
-void tile(const Job<T>& job, int64_t panel, int64_t row, const char* next) {
+template <class T, class Out, int HEIGHT, bool PREFETCH>
+void tile(const Job<T, Out>& job, int64_t panel, int64_t row, const char* next) {
   constexpr int WIDTH = vectors(HEIGHT);
   const int64_t in = job.weights.in, full = in / T::DEPTH;
   const typename T::Element* x = job.x + row * in;
@@ -75,28 +76,28 @@ void tile(const Job<T>& job, int64_t panel, int64_t row, const char* next) {
     const int64_t column = panel * PANEL + first * lanes;
     const float* bias = job.weights.bias == nullptr ? nullptr : job.weights.bias + column;
     WEFT_UNROLL for (int r = 0; r < HEIGHT; r++)
-      finish<T, WIDTH>(sums[r], bias, job.y + (row + r) * job.weights.out + column, job.weights.out - column);
+      finish<Out, WIDTH>(sums[r], bias, job.y + (row + r) * job.weights.out + column, job.weights.out - column);
   }
 }
 
-template <class T, bool PREFETCH>
-void tile(const Job<T>& job, int64_t panel, int64_t row, int64_t height, const char* next) {
+template <class T, class Out, bool PREFETCH>
+void tile(const Job<T, Out>& job, int64_t panel, int64_t row, int64_t height, const char* next) {
   switch (height) {
-    case 1: return tile<T, 1, PREFETCH>(job, panel, row, next);
-    case 2: return tile<T, 2, PREFETCH>(job, panel, row, next);
-    case 3: return tile<T, 3, PREFETCH>(job, panel, row, next);
-    case 4: return tile<T, 4, PREFETCH>(job, panel, row, next);
+    case 1: return tile<T, Out, 1, PREFETCH>(job, panel, row, next);
+    case 2: return tile<T, Out, 2, PREFETCH>(job, panel, row, next);
+    case 3: return tile<T, Out, 3, PREFETCH>(job, panel, row, next);
+    case 4: return tile<T, Out, 4, PREFETCH>(job, panel, row, next);
 #if defined(WEFT_LEVEL_avx512)
-    case 5: return tile<T, 5, PREFETCH>(job, panel, row, next);
-    case 6: return tile<T, 6, PREFETCH>(job, panel, row, next);
+    case 5: return tile<T, Out, 5, PREFETCH>(job, panel, row, next);
+    case 6: return tile<T, Out, 6, PREFETCH>(job, panel, row, next);
 #endif
   }
 }
 
-template <class T>
+template <class T, class Out>
 void multiply(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y) {
   using Element = typename T::Element;
-  const Job<T> job{weights, static_cast<const Element*>(x), static_cast<Element*>(y)};
+  const Job<T, Out> job{weights, static_cast<const Element*>(x), static_cast<Out*>(y)};
   const int64_t panels = weights.panel_count(), tiles = (rows + ROWS - 1) / ROWS;
   // Rows are cut as well when there are too few panels to keep all threads busy to the end.
   int64_t cuts = 1;
@@ -109,9 +110,9 @@ void multiply(Pool& pool, const LinearWeights& weights, const void* x, int64_t r
       // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
       const int64_t row = rows * t / tiles, height = rows * (t + 1) / tiles - row;
       if (end - first > 1 && t - first < 2)
-        tile<T, true>(job, panel, row, height, next + (t - first) * 128);
+        tile<T, Out, true>(job, panel, row, height, next + (t - first) * 128);
       else
-        tile<T, false>(job, panel, row, height, next);
+        tile<T, Out, false>(job, panel, row, height, next);
     }
   });
 }
@@ -140,8 +141,10 @@ void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int
   pack_type(pool, shape, weight, row_stride, panels);
 }
 
-void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y) {
-  const auto multiply_type = weights.type == Type::float32 ? multiply<Float32> : multiply<BFloat16>;
+void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type) {
+  const auto multiply_type = weights.type == Type::float32 ? multiply<Float32, float>
+                             : type == Type::float32       ? multiply<BFloat16, float>
+                                                           : multiply<BFloat16, bf16>;
   multiply_type(pool, weights, x, rows, y);
 }
 

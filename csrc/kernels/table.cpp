@@ -4,7 +4,7 @@
 namespace weft::WEFT_LEVEL {
 
 void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
-void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y);
+void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
 void probe_read(Pool& pool, const void* memory, int64_t bytes);
 int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
 void norm(Pool& pool, const NormCall& call);

@@ -97,6 +97,15 @@ def test_a_result_can_go_into_a_given_buffer(backends: Any) -> None:
     assert torch.equal(y, backends.two.linear(x, packed))
 
 
+def test_float32_out_is_what_bfloat16_rounds(backends: Any) -> None:
+    x, weight = normal(0, 9, 131, dtype=torch.bfloat16), normal(1, 70, 131, dtype=torch.bfloat16)
+    packed = backends.two.pack_linear(weight)
+    y = backends.two.linear(x, packed, torch.float32)
+    assert y.dtype is torch.float32
+    torch.testing.assert_close(y.double(), x.double() @ weight.double().T, atol=1e-4, rtol=1e-4)
+    assert torch.equal(y.bfloat16(), backends.two.linear(x, packed))
+
+
 def test_wrong_arguments_are_refused(backends: Any) -> None:
     kernels = backends.one
     packed = kernels.pack_linear(torch.ones(5, 4))

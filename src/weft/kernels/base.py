@@ -1,7 +1,7 @@
 """The kernels that a decoder is made of: one contract, several backends (reference, cpu; triton later).
 
-plan/run: a `Batch` is built once per step on the host and reused by every layer. Weights and KV are opaque to the models:
-each backend keeps the layout its kernels stream best (`pack_linear`, `make_kv`).
+plan/run: a `Batch` is built once per step on the host and reused by every layer. Weights and KV are opaque to the
+models: each backend keeps the layout its kernels stream best (`pack_linear`, `make_kv`).
 
 Invariant: every row of every output depends only on that row's own inputs, in a fixed order of operations. It does
 not depend on the other rows of the batch, on the chunk a token was computed in, or on the number of threads. So a
@@ -49,8 +49,8 @@ class Kernels(Protocol):
         """Repack weight [out, in] (and bias [out]) into the backend's own storage; the tensors may be freed after."""
         ...
 
-    def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
-        """[T, in] -> [T, out] in x's dtype, accumulated in float32."""
+    def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[T, in] -> [T, out], accumulated in float32. dtype: x's own, or float32 for sums that are not rounded."""
         ...
 
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:

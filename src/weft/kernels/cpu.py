@@ -88,12 +88,12 @@ class CpuKernels:
         )
         return Linear(native, weight.dtype, inputs, outputs)
 
-    def linear(self, x: torch.Tensor, packed: Any) -> torch.Tensor:
-        return self.linear_into(x, packed, x.new_empty((x.shape[0], packed.outputs)))
+    def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        return self.linear_into(x, packed, x.new_empty((x.shape[0], packed.outputs), dtype=dtype))
 
     def linear_into(self, x: torch.Tensor, packed: Linear, y: torch.Tensor) -> torch.Tensor:
-        """`linear` into y [T, out], which is returned."""
-        if x.dtype is not packed.dtype or y.dtype is not packed.dtype:
+        """`linear` into y [T, out] of the weight's type or float32, which is returned."""
+        if x.dtype is not packed.dtype or y.dtype not in (packed.dtype, torch.float32):
             raise TypeError(f"x is {x.dtype} and y {y.dtype}; the weight was packed as {packed.dtype}")
         rows = x.shape[0]
         if x.shape != (rows, packed.inputs) or y.shape != (rows, packed.outputs):
@@ -103,7 +103,7 @@ class CpuKernels:
             )
         if not (x.is_contiguous() and y.is_contiguous()):
             raise ValueError("x and y must be contiguous")
-        self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr())
+        self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
         return y
 
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKv:

@@ -40,9 +40,9 @@ class ReferenceKernels:
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PlainLinear:
         return PlainLinear(weight, bias)
 
-    def linear(self, x: torch.Tensor, packed: PlainLinear) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, packed: PlainLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
         bias = None if packed.bias is None else packed.bias.float()
-        return linear(x.float(), packed.weight.float(), bias).to(x.dtype)
+        return linear(x.float(), packed.weight.float(), bias).to(dtype or x.dtype)
 
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PlainKv:
         shape = (blocks, block_size, kv_heads, head_dim)

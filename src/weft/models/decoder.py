@@ -68,5 +68,5 @@ class Decoder:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[R, hidden] -> float32 [R, vocabulary]."""
-        return self._kernels.linear(hidden, self._weights.head).float()
+        """[R, hidden] -> float32 [R, vocabulary]: the sums as they are, not rounded to the model's precision."""
+        return self._kernels.linear(hidden, self._weights.head, torch.float32)

@@ -1,7 +1,7 @@
 """A seam: the point between two compute stages where tensor-parallel ranks must be joined.
 
-A decoder is a generator (a *strand*) that yields a `Seam` and is sent back `(hidden, residual)`. It knows nothing of ranks
-or overlap; who drives it decides how a seam is carried out. `run` is the plain driver of one rank.
+A decoder is a generator (a *strand*) that yields a `Seam` and is sent back `(hidden, residual)`. It knows nothing of
+ranks or overlap; who drives it decides how a seam is carried out. `run` is the plain driver of one rank.
 """
 
 from __future__ import annotations
