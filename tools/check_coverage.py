@@ -1,4 +1,4 @@
-"""Fail when the line coverage of a package is under its floor. Usage: check_coverage.py coverage.json core=90 text=90"""
+"""Fail when the line coverage of a package is under its floor. Usage: check_coverage.py coverage.json core=90"""
 
 from __future__ import annotations
 

@@ -6,13 +6,13 @@ import sys
 import time
 from typing import Any
 
-from weft.loop.build import open_engine
 from workerloop import serve
 
 import weft
 from weft.config import EngineConfig
 from weft.core.request import PromptScores, Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
+from weft.loop.build import open_engine
 
 CONTEXT = 1024
 
