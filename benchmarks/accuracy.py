@@ -75,7 +75,6 @@ class Layers:
 
 def main() -> None:
     arguments = common.parser(__doc__.splitlines()[0]).parse_args()
-    watch = common.LoadWatch()
     folder = resolve_model("builtin")
     config = read_config(folder)
     checkpoint = Checkpoint(folder)
@@ -95,8 +94,7 @@ def main() -> None:
     show(rows)
     if arguments.plot is not None:
         draw(rows, arguments.plot)
-    note = common.load_note(watch)
-    common.report(arguments, claims(rows), rows, [note] if note else [])
+    common.report(arguments, claims(rows), rows)  # nothing here is a time, so other load does not matter
 
 
 def read_text(folder: Path, counts: tuple[int, int]) -> tuple[Text, torch.Tensor]:

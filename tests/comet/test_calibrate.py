@@ -4,25 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+import weft.comet.calibrate
 from weft.comet import reference
 from weft.comet.calibrate import (
     Model,
     Progress,
     Settings,
     Text,
+    Watch,
     embed,
     quantise_model,
     quantised_linears,
     through,
+    weighed,
 )
 from weft.comet.checkpoint import FmpqConfig, QuantisedLayer, read_layer
 from weft.comet.forward import plain_linears
-from weft.comet.layer import Method
+from weft.comet.layer import Method, PreparedLayer, plan_layer
 from weft.comet.report import Summary, as_text
 from weft.comet.weights import Rounding
 from weft.comet.work import INDEX_FILE, load_plan, shard
@@ -200,3 +204,46 @@ def test_the_report_names_every_layer_and_the_totals(tmp_path: Path, model_of: M
     raw = summary.as_json()
     assert raw["totals"]["outlier_share"] == summary.outlier_share
     assert [row["site"] for row in raw["layers"][1]["sites"]] == ["attention", "output", "mlp", "down"]
+
+
+def test_each_layer_is_calibrated_on_what_the_quantised_ones_before_it_make(
+    tmp_path: Path, model_of: ModelOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, seen = model_of(), []
+    original = weft.comet.calibrate.quantise_layer
+
+    def watching(prepared: PreparedLayer, hidden: torch.Tensor, *rest: Any) -> Any:
+        seen.append(hidden.clone())
+        return original(prepared, hidden, *rest)
+
+    monkeypatch.setattr(weft.comet.calibrate, "quantise_layer", watching)
+    config, _, _ = quantise(model, tmp_path / "q")
+    first = layers_of(tmp_path / "q", config, model)[0]
+    start = embed(model, TEXT.calibration)
+    assert torch.equal(seen[0], start)
+    assert torch.allclose(seen[1], through(start, first.norms, model, 0, quantised_linears(first)), atol=1e-5)
+
+
+def test_costs_are_what_4_bits_at_one_site_do_to_the_rows_after_the_layer(model_of: ModelOf) -> None:
+    model = model_of()
+    tensors, before = model.layer(0), embed(model, TEXT.calibration)
+    plain = plain_linears(tensors)
+    watch = Watch(plain, TEXT.calibration.numel())
+    after = through(before, tensors, model, 0, watch)
+    method = Method(name="fmpq", hadamard=False)
+    plan = plan_layer(tensors, watch.statistics(), model.shapes, method)
+    found = weighed(plan, tensors, model, 0, before, after)
+    one = plan.sites["down"]
+
+    def coarse(site: str, x: torch.Tensor) -> torch.Tensor:
+        if site != "down":
+            return plain(site, x)
+        ordered = (x / one.scaling)[:, one.order]
+        stored = reference.quantise_rows(ordered, 0, exact_a4=True).dequantised()
+        return plain(site, stored[:, one.order.argsort()] * one.scaling)
+
+    lost = (through(before, tensors, model, 0, coarse) - after).square().sum(dim=-1)
+    expected = float((lost / after.square().sum(dim=-1)).mean())
+    assert sum(found.costs["down"].errors4) == pytest.approx(expected, rel=0.02)
+    ratio = [new / old for new, old in zip(found.costs["down"].errors4, plan.costs["down"].errors4, strict=True)]
+    assert ratio[0] == pytest.approx(ratio[1], rel=1e-3)

@@ -104,6 +104,11 @@ def test_the_whole_budget_takes_all_and_none_takes_nothing() -> None:
     assert allot(sites, 5 / 17) == {"a": (0,), "b": ()}
 
 
+def test_gains_count_by_what_they_cost() -> None:
+    sites = {"dear": BlockCosts((3.0,), (0.0,), 5), "cheap": BlockCosts((2.0, 2.0), (0.0, 0.0), 2)}
+    assert allot(sites, 5 / 9) == {"dear": (), "cheap": (0, 1)}
+
+
 def test_chosen_blocks_lead_and_the_others_keep_their_order() -> None:
     order = torch.randperm(4 * BLOCK)
     parts = leading(order, (1, 3)).view(4, BLOCK)

@@ -21,7 +21,7 @@ def drawn(seed: int, rows: int, blocks: int) -> torch.Tensor:
     x = torch.randn(rows, blocks * BLOCK, generator=torch.Generator().manual_seed(seed))
     x[:, 3::37] *= 40
     x[0, :BLOCK] = 0
-    x[-1, :BLOCK] = torch.arange(BLOCK) / 2 - 31.5
+    x[-1, :BLOCK] = torch.arange(BLOCK) / 2 - 31.75  # the least and the greatest are equally far from zero
     return x
 
 

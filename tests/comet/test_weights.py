@@ -31,6 +31,9 @@ def lost(weight: torch.Tensor, stored: torch.Tensor, hessian: torch.Tensor) -> f
 
 def test_the_scale_that_loses_least_of_all_candidates_is_taken() -> None:
     block, importance = torch.randn(6, BLOCK), torch.rand(BLOCK)
+    # One -1 and many just below 1: it pays to clip the -1, and to let the many be -8 by a scale of the other sign.
+    block[5] = 0.96
+    block[5, 3] = -1
     scales = find_scales(block, importance, 4, search=True)
     for row, scale in zip(block, scales, strict=True):
         extreme = row[row.abs().argmax()]
