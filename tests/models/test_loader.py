@@ -21,8 +21,8 @@ from weft.errors import CheckpointError
 from weft.kernels.reference import PlainLinear, ReferenceKernels
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
-from weft.models.families import ModelConfig, read_config
-from weft.models.loader import Weights, compute_dtype, load_weights, weight_bytes
+from weft.models.families import read_config
+from weft.models.loader import Weights, compute_dtype, load_weights, stored_dtype, weight_bytes
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 SHAPE: dict[str, Any] = {
@@ -98,16 +98,23 @@ def test_any_stored_dtype_becomes_the_chosen_one(folder: Path, stored: torch.dty
 def test_auto_takes_the_dtype_of_the_checkpoint_and_says_where_it_cannot(folder: Path) -> None:
     raw = json.loads((folder / "config.json").read_text())
 
-    def of(dtype: str | None) -> ModelConfig:
+    def of(dtype: str) -> str | None:
         (folder / "config.json").write_text(json.dumps(raw | {"dtype": dtype}))
-        return read_config(folder)
+        return read_config(folder).dtype
 
     assert compute_dtype("auto", of("float32")) == (torch.float32, None)
     assert compute_dtype("auto", of("bfloat16")) == (torch.bfloat16, None)
-    assert compute_dtype("auto", of(None)) == (torch.bfloat16, None)
+    assert compute_dtype("auto", None) == (torch.bfloat16, None)
     assert compute_dtype("float32", of("float16")) == (torch.float32, None)
     dtype, note = compute_dtype("auto", of("float16"))
     assert dtype == torch.bfloat16 and note is not None and "float16" in note
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_weights_tell_their_dtype_where_the_config_does_not(dtype: str, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE), dtype=getattr(torch, dtype))
+    model.save_pretrained(tmp_path)
+    assert stored_dtype(tmp_path) == dtype
 
 
 def test_a_tied_model_uses_its_embedding_unless_it_brings_an_output_layer(tmp_path: Path) -> None:

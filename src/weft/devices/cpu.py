@@ -28,7 +28,7 @@ from weft.kernels import REFERENCE, open_kernels, resolve
 from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
-from weft.models.loader import compute_dtype, load_weights
+from weft.models.loader import compute_dtype, load_weights, stored_dtype
 
 Cores = tuple[int, ...]
 CLOSED = "the device is closed"
@@ -42,13 +42,14 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     cores = usable_cores(config.cores)
     partition = share_out(config.partition, len(cores))
     model = read_config(folder)
-    dtype, dtype_note = compute_dtype(config.dtype, model)
+    dummy = config.load_format == "dummy"
+    dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
     name, kernels_note = resolve(config.kernels)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
     kernels = {lane: open_kernels(name, own) for lane, own in shares.items()}
     try:
         first = next(iter(kernels.values()))
-        seed = config.seed if config.load_format == "dummy" else None
+        seed = config.seed if dummy else None
         weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say)
         token_bytes = model.layers * 2 * model.kv_heads * model.head_dim * dtype.itemsize
         pool = size_pool(config, model.context, token_bytes, free_memory())

@@ -24,6 +24,7 @@ from weft.models.families import ModelConfig
 from weft.models.rope import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' letters
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
@@ -65,16 +66,25 @@ class Source(Protocol):
     def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]: ...
 
 
-def compute_dtype(setting: str, config: ModelConfig) -> tuple[torch.dtype, str | None]:
-    """The dtype for --dtype `setting` (auto, float32, bfloat16), and a note where it is not the checkpoint's own."""
+def stored_dtype(folder: Path) -> str | None:
+    """What the embedding is stored in, for a config.json that does not say; None where weft reads no such dtype."""
+    entry = Checkpoint(folder).entries.get(EMBEDDING)
+    return None if entry is None else STORED.get(entry.dtype)
+
+
+def compute_dtype(setting: str, stored: str | None) -> tuple[torch.dtype, str | None]:
+    """The dtype for --dtype `setting` (auto, float32, bfloat16), and a note where it is not the checkpoint's own.
+
+    stored: what config.json or the weights say; None, where there are none to say it, is bfloat16.
+    """
     if setting != "auto":
         return DTYPES[setting], None
-    if config.dtype == "float16":
+    if stored == "float16":
         return torch.bfloat16, (
             "the checkpoint is float16, which weft does not compute in: --dtype auto takes bfloat16, "
             "with 8 significant bits for its 11; --dtype float32 loses nothing"
         )
-    return DTYPES[config.dtype or "bfloat16"], None
+    return DTYPES[stored or "bfloat16"], None
 
 
 def load_weights(
