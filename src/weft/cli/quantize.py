@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import shutil
 import sys
@@ -127,8 +128,21 @@ def _check(namespace: argparse.Namespace) -> None:
         problems.append("--outlier-budget is for --method fmpq; the paper's method has --outlier-threshold")
     if namespace.method == "fmpq" and threshold is not None:
         problems.append("--outlier-threshold is for --method paper; fmpq has --outlier-budget")
+    problems += _plot_problems(namespace.plot)
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _plot_problems(file: Path | None) -> list[str]:
+    """What would keep the picture from being drawn, found before the hours of work that come before it."""
+    if file is None:
+        return []
+    problems = []
+    if importlib.util.find_spec("matplotlib") is None:
+        problems.append("--plot needs matplotlib: pip install 'weft[plot]'")
+    if not file.parent.is_dir():
+        problems.append(f"--plot is {file}; there is no folder {file.parent}")
+    return problems
 
 
 def _settings(namespace: argparse.Namespace) -> Settings:
@@ -295,10 +309,8 @@ def _shown_progress() -> Iterator[Callable[[Progress], None]]:
 
 def plot(summary: Summary, file: Path) -> None:
     """Signal to error of each site over the layers, and the share of 8-bit blocks below."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ConfigError("--plot needs matplotlib: pip install 'weft[plot]'") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
