@@ -34,7 +34,7 @@ struct BatchView {  // kernels/base.py's Batch
   const int32_t* tables;
 };
 
-// Some rows of one slice and kv head, over partitions [first, end). A row is numbered token * group + head in the group.
+// Some rows of one slice and kv head, over partitions [first, end). A row's number is token * group + head in group.
 // partial < 0: these are all partitions that the rows see. Otherwise the totals of each partition are kept, from number
 // `partial` on, and merged later.
 struct Unit {

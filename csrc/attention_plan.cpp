@@ -38,7 +38,8 @@ Unit whole_unit(const AttentionCall& call, int64_t slice, int64_t kv_head, int64
 }
 
 double work_of(const AttentionCall& call, const Unit& unit) {
-  return 4.0 * double(unit.rows) * double(unit.end_partition - unit.first_partition) * PARTITION * double(call.kv.head_dim);
+  const int64_t positions = (unit.end_partition - unit.first_partition) * PARTITION;
+  return 4.0 * double(unit.rows) * double(positions) * double(call.kv.head_dim);
 }
 
 }  // namespace

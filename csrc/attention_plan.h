@@ -7,7 +7,7 @@
 
 namespace weft {
 
-// A table, slice, slot or position that reaches outside of the KV throws std::invalid_argument before memory is touched.
+// Throws std::invalid_argument, before memory is touched, where a batch reaches outside of the KV or is no batch.
 void check_slices(const BatchView& batch, const KvView& kv);
 void check_rows(const BatchView& batch, const KvView& kv, int64_t max_positions);
 

@@ -1,5 +1,6 @@
 // Attention, rotation, norms and gates.
 #include <memory>
+#include <string>
 
 #include "attention_plan.h"
 #include "bind.h"
@@ -17,8 +18,8 @@ class LayerKv {
     if (blocks < 1 || block_size < 16 || block_size % 16 != 0 || kv_heads < 1)
       throw std::invalid_argument("blocks of a multiple of 16 slots, and at least one of them, are needed");
     if (head_dim < 8 || head_dim > MAX_HEAD_DIM || head_dim % 8 != 0)
-      throw std::invalid_argument("head_dim is " + std::to_string(head_dim) + "; the kernels take multiples of 8 up to " +
-                                  std::to_string(MAX_HEAD_DIM));
+      throw std::invalid_argument("head_dim is " + std::to_string(head_dim) +
+                                  "; the kernels take multiples of 8 up to " + std::to_string(MAX_HEAD_DIM));
     const int64_t slots = blocks * block_size * kv_heads, element = type_ == Type::bfloat16 ? 2 : 4;
     memory_ = Memory(size_t(slots * (head_dim + view_.width()) * element));
     memory_.touch(backend.pool());
@@ -73,10 +74,10 @@ void rotary_write(Backend& self, const LayerKv& kv, const BatchView& batch, uint
                     at<const void>(q_norm), at<const void>(k_norm), eps, at<void>(q)});
 }
 
-void norm(Backend& self, int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int64_t rows, int64_t size,
-          uintptr_t out) {
-  self.kernels().norm(self.pool(), {Type(type), at<const void>(x), at<void>(residual), at<const void>(weight), eps, rows,
-                                    size, at<void>(out)});
+void norm(Backend& self, int type, uintptr_t x, uintptr_t residual, uintptr_t weight, float eps, int64_t rows,
+          int64_t size, uintptr_t out) {
+  self.kernels().norm(self.pool(), {Type(type), at<const void>(x), at<void>(residual), at<const void>(weight), eps,
+                                    rows, size, at<void>(out)});
 }
 
 void silu_mul(Backend& self, int type, uintptr_t gate_up, int64_t rows, int64_t size, uintptr_t out) {

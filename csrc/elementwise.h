@@ -7,8 +7,8 @@ namespace weft {
 
 struct NormCall {
   Type type;
-  const void* x;     // [rows, size]
-  void* residual;    // [rows, size]: x is added to it first, and the sum is normalised; or null
+  const void* x;       // [rows, size]
+  void* residual;      // [rows, size]: x is added to it first, and the sum is normalised; or null
   const void* weight;  // [size]
   float eps;
   int64_t rows, size;

@@ -1,13 +1,13 @@
 // Paged causal attention at one level. Prefill and decode are the same routine over some rows of one kv head.
 //
 // Work per row and sixteen positions at head_dim D: 2 * 16 D flops for the scores, as many for the values, and about
-// twenty vector instructions for the softmax. With AVX-512 BF16 and D = 64 that is 32 + 32 dot products of a register, a
-// cycle each, and ten cycles: some seven tenths of the time goes into the products. K and V come from L2 once per unit
-// of up to UNIT_ROWS rows. Decode reads them from memory, 4 D bytes per position and kv head, against 100 cycles for
-// sixteen positions of each of its query heads.
+// twenty vector instructions for the softmax. With AVX-512 BF16 and D = 64 that is 32 + 32 dot products of a register,
+// a cycle each, and ten to twenty cycles: some seven tenths of the time goes into the products. K and V come from L2
+// once per unit of up to UNIT_ROWS rows. Decode reads them from memory, 4 D bytes per position and kv head, against 100
+// cycles for sixteen positions of each of its query heads.
 //
-// Invariant: a row's bits depend on its own query and on the keys and values that it sees, and on nothing else. Its sums
-// run over lanes and partitions that absolute positions fix (attention.h). A position that it does not see weighs
+// Invariant: a row's bits depend on its own query and on the keys and values that it sees, and on nothing else. Its
+// sums run over lanes and partitions that absolute positions fix (attention.h). A position that it does not see weighs
 // exactly 0 in them; adding 0 changes nothing, so it does not matter how many of those a unit computes for its other
 // rows. Only a NaN or infinity in a value that the row must not see could matter (0 * NaN): so a row that comes out not
 // finite is computed again alone, with zeros in the place of such values.
@@ -19,6 +19,7 @@ namespace {
 constexpr int64_t VECTORS = PARTITION / lanes;  // a partition's positions, in vectors
 constexpr float NO_SCORE = -1e30f;              // the greatest score of a row that has seen nothing yet
 constexpr float LOG2_E = 1.44269504f;
+constexpr int64_t DECODE_ROWS = 12;             // so few rows are most likely those of one token
 constexpr int64_t PADDED_ROWS = (UNIT_ROWS + lanes - 1) / lanes * lanes;
 
 // One thread's working memory for one unit.
@@ -35,7 +36,6 @@ struct Work {
   const T* values[VECTORS];
 };
 
-
 void clear_totals(float* totals, int64_t rows, int64_t size) {
   for (int64_t i = 0; i < rows * size; i++) totals[i] = 0;
   for (int64_t row = 0; row < rows; row++) totals[row * size + TOP] = NO_SCORE;
@@ -43,7 +43,8 @@ void clear_totals(float* totals, int64_t rows, int64_t size) {
 
 // Where each vector of positions of the partition lies, from the block table.
 template <class T>
-void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end, Work<T>& work) {
+void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end,
+                  Work<T>& work) {
   const KvView& kv = call.kv;
   const int32_t* table = call.batch.tables + unit.slice * call.batch.table_width;
   for (int64_t v = first; v < end; v++) {
@@ -58,17 +59,18 @@ void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, in
 template <class T>
 void score(const AttentionCall& call, const Unit& unit, int64_t first, int64_t end, Work<T>& work) {
   const int64_t depth = call.kv.head_dim;
+  const bool decode = unit.rows <= DECODE_ROWS;
   for (int64_t v = first; v < end; v += TILE_VECTORS) {
     const int64_t count = end - v < TILE_VECTORS ? end - v : TILE_VECTORS;
     for_tiles(unit.rows, [&](int64_t row, int64_t rows) {
       TILES<T>.score[rows][count](work.queries + row * depth, depth, work.keys + v, call.kv.block_size,
-                                  work.values + v, &work.scores[row][v * lanes]);
+                                  decode ? work.values + v : nullptr, &work.scores[row][v * lanes]);
     });
   }
 }
 
-// Scores -> weights of one row that sees positions [from, until) of the partition. Returns the greatest score, scaled, and
-// the sum of the weights.
+// Scores -> weights of one row that sees positions [from, until) of the partition. Returns the greatest score, scaled,
+// and the sum of the weights.
 template <class T>
 void weigh(float* scores, typename Product<T>::Factor* weights, int64_t first, int64_t end, int64_t from, int64_t until,
            float factor, float& top, float& sum_of_weights) {
@@ -241,8 +243,8 @@ void merge(const AttentionCall& call, const Unit& unit) {
       const float keep = exp2(splat(total[TOP] - greater))[0], add = exp2(splat(part[TOP] - greater))[0];
       total[TOP] = greater;
       total[SUM] = total[SUM] * keep + part[SUM] * add;
-      for (int64_t c = 0; c < call.kv.width(); c += lanes)
-        store(total + VALUES + c, fma(load<f32v>(total + VALUES + c), splat(keep), load<f32v>(part + VALUES + c) * add));
+      for (int64_t c = VALUES; c < size; c += lanes)
+        store(total + c, fma(load<f32v>(total + c), splat(keep), load<f32v>(part + c) * add));
     }
   finish<T>(call, unit, totals, true);
 }

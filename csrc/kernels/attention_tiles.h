@@ -1,5 +1,5 @@
-// The two matrix products of attention, on tiles of sums that stay in registers. Each sum runs over the same terms in the
-// same order whatever the tile.
+// The two matrix products of attention, on tiles of sums that stay in registers. Each sum runs over the same terms in
+// the same order whatever the tile.
 #pragma once
 
 #include "attention.h"
@@ -78,8 +78,7 @@ constexpr int64_t TOP = 0, SUM = 1, VALUES = 2;
 #define UNROLL _Pragma("GCC unroll 8")
 
 // scores[R][positions] = queries[R][depth] . keys, for N vectors of positions.
-// Tiles of few rows are those of decode, which waits for memory: they ask for the values of the positions in time, on
-// addresses [depth * lanes] from `values` on.
+// Decode waits for memory: with `values` (or null) it asks in time for the positions' values, [depth * lanes] each.
 template <class T, int R, int N>
 void score_tile(const typename Product<T>::Factor* queries, int64_t depth, const T* const* keys, int64_t stride,
                 const T* const* values, float* scores) {
@@ -87,7 +86,7 @@ void score_tile(const typename Product<T>::Factor* queries, int64_t depth, const
   f32v sums[R][N] = {};
   for (int64_t d = 0; d < depth; d += X::P) {
     typename X::Pack packs[N];
-    if constexpr (R < TILE_ROWS) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d * lanes);
+    if (values != nullptr) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d * lanes);
     UNROLL for (int n = 0; n < N; n++) packs[n] = X::read(keys[n] + d * stride);
     UNROLL for (int r = 0; r < R; r++)
       UNROLL for (int n = 0; n < N; n++) sums[r][n] = X::add(sums[r][n], packs[n], queries + r * depth + d);

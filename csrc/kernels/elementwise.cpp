@@ -84,10 +84,13 @@ void silu_mul_of(Pool& pool, const GateCall& call) {
 
 // One head's q or k: normalised where `norm` is given, rotated, rounded once. x and out [2 * half].
 template <class T>
-WEFT_INLINE void rotate(const T* x, const T* norm, float eps, const float* cos, const float* sin, int64_t half, T* out) {
+WEFT_INLINE void rotate(const T* x, const T* norm, float eps, const float* cos, const float* sin, int64_t half,
+                        T* out) {
   float scale = 1;
-  if (norm != nullptr)
-    scale = norm_scale(sum_of_squares(2 * half, [=](int64_t i, int64_t n) { return load_some(x + i, n); }), 2 * half, eps);
+  if (norm != nullptr) {
+    const float squares = sum_of_squares(2 * half, [=](int64_t i, int64_t n) { return load_some(x + i, n); });
+    scale = norm_scale(squares, 2 * half, eps);
+  }
   for (int64_t i = 0; i < half; i += lanes) {
     const int64_t n = half - i;
     f32v first = load_some(x + i, n), second = load_some(x + half + i, n);
@@ -104,7 +107,8 @@ WEFT_INLINE void rotate(const T* x, const T* norm, float eps, const float* cos, 
 // A key's and a value's channels into their slot; see attention.h for the layout. The stores are of single elements (or
 // pairs) that belong to this slot: its neighbours may be written by another thread.
 void put_key(const KvView& kv, int64_t block, int64_t head, int64_t offset, const bf16* key) {
-  uint32_t* to = static_cast<uint32_t*>(kv.keys) + (block * kv.kv_heads + head) * kv.head_dim / 2 * kv.block_size + offset;
+  uint32_t* to = static_cast<uint32_t*>(kv.keys) + offset;
+  to += (block * kv.kv_heads + head) * kv.head_dim / 2 * kv.block_size;
   for (int64_t d = 0; d < kv.head_dim; d += 2) memcpy(to + d / 2 * kv.block_size, key + d, sizeof *to);
 }
 
