@@ -101,7 +101,7 @@ def _parser() -> Parser:
         metavar="FILE",
         help="UTF-8 text to calibrate on; its last tenth is held out (default: sources of Python's standard library)",
     )
-    add("--samples", type=int, default=64, metavar="N", help="calibration sequences (default: 64)")
+    add("--samples", type=int, default=32, metavar="N", help="calibration sequences (default: 32)")
     add("--length", type=int, metavar="N", help="tokens in each (default: 512, or the model's context if that is less)")
     add("--held-out", type=int, default=16, metavar="N", help="held-out sequences to measure on (default: 16)")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of text (default: 0)")
