@@ -23,7 +23,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,9 +82,8 @@ def main() -> None:
     text, sizes = read_text(folder, (4, 4) if arguments.quick else (32, 48))
     with torch.inference_mode():
         wanted = [None, "all of them"] if arguments.quick else [None, *INJECTIONS]
-        versions = make_versions(tensors, config, text, wanted)
         rows = []
-        for version in versions:
+        for version in make_versions(tensors, config, text, wanted):
             for method, build in methods(arguments.quick).items():
                 began = time.monotonic()
                 made = build(version.model, text)
@@ -108,21 +107,23 @@ def read_text(folder: Path, counts: tuple[int, int]) -> tuple[Text, torch.Tensor
     return Text(torch.tensor(calibration), torch.tensor(held_out)), torch.tensor(sizes, dtype=torch.float64)
 
 
-def make_versions(tensors: Tensors, config: ModelConfig, text: Text, names: Sequence[str | None]) -> list[Version]:
-    """The versions, each checked to compute what the built-in model computes."""
+def make_versions(tensors: Tensors, config: ModelConfig, text: Text, names: Sequence[str | None]) -> Iterator[Version]:
+    """The versions one after the other, each checked to compute what the built-in model (None) computes."""
     rotation = Rotation(*Rotary(config.rope, config.head_dim).tables(LENGTH))
     plain = as_model(tensors, config, rotation)
     residual = rows_of_the_residual(plain, text.calibration[:8])
-    versions = [Version("built-in", plain, log_probabilities(plain, exact(plain), text.held_out))]
-    for name in filter(None, names):
-        generator = torch.Generator().manual_seed(1)
-        model = as_model(INJECTIONS[name](tensors, config, generator, residual), config, rotation)
-        logs = log_probabilities(model, exact(model), text.held_out)
-        drift = float((versions[0].logs.exp() * (versions[0].logs - logs)).sum(dim=-1).mean())
+    logs = log_probabilities(plain, exact(plain), text.held_out)
+    for name in names:
+        if name is None:
+            yield Version("built-in", plain, logs)
+            continue
+        injected = INJECTIONS[name](tensors, config, torch.Generator().manual_seed(1), residual)
+        model = as_model(injected, config, rotation)
+        found = log_probabilities(model, exact(model), text.held_out)
+        drift = float((logs.exp() * (logs - found)).sum(dim=-1).mean())
         if not abs(drift) < PRESERVED_KL:
             raise SystemExit(f"the injection {name!r} changed the model: KL {drift:.2e}")
-        versions.append(Version(name, model, logs))
-    return versions
+        yield Version(name, model, found)
 
 
 def as_model(tensors: Tensors, config: ModelConfig, rotation: Rotation) -> Model:

@@ -41,7 +41,7 @@ def whole() -> dict[str, torch.Tensor]:
 def test_every_injection_preserves_the_model_and_makes_outliers(accuracy: ModuleType) -> None:
     tensors = whole()
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    versions = accuracy.make_versions(tensors, CONFIG, Text(TOKENS, TOKENS), [None, *accuracy.INJECTIONS])
+    versions = list(accuracy.make_versions(tensors, CONFIG, Text(TOKENS, TOKENS), [None, *accuracy.INJECTIONS]))
     assert len(versions) == 6
     assert all(torch.equal(tensors[name], before[name]) for name in tensors)
     plain = inputs(accuracy, versions[0])
@@ -81,11 +81,11 @@ def test_a_changed_model_is_no_version(accuracy: ModuleType, monkeypatch: pytest
 
     monkeypatch.setitem(accuracy.INJECTIONS, "wrong", wrong)
     with pytest.raises(SystemExit, match="the injection 'wrong' changed the model"):
-        accuracy.make_versions(whole(), CONFIG, Text(TOKENS, TOKENS), [None, "wrong"])
+        list(accuracy.make_versions(whole(), CONFIG, Text(TOKENS, TOKENS), [None, "wrong"]))
 
 
 def test_the_float_model_loses_nothing_and_coarser_ones_more(accuracy: ModuleType) -> None:
-    version = accuracy.make_versions(whole(), CONFIG, Text(TOKENS, TOKENS), [None])[0]
+    version = next(accuracy.make_versions(whole(), CONFIG, Text(TOKENS, TOKENS), [None]))
     sizes = torch.full((4,), 57.0, dtype=torch.float64)
     kl = []
     with torch.inference_mode():
