@@ -44,6 +44,7 @@ SCORED = 64
 CACHED_BYTES = 64 * 2**20
 SAME_MODEL = 0.1  # greatest mean difference of log-probabilities between engines that run one model in BF16
 FIRST_ID = 16
+EVERYBODY = ("weft", "transformers", "llama.cpp")
 CLAIMS = {
     "decode_vs_llamacpp": ("decode", "llama.cpp"),
     "decode_vs_transformers": ("decode", "transformers"),
@@ -261,8 +262,8 @@ def _rows(model: str, shape: models.Shape, rounds: Sequence[Round]) -> list[dict
     for case in CASES:
         rates = {
             name: common.Figure.of([done.rates[case.name, name] for done in rounds])
-            for case_name, name in rounds[0].rates
-            if case_name == case.name
+            for name in EVERYBODY
+            if (case.name, name) in rounds[0].rates
         }
         probes = [probe for done in rounds for probe in (done.before, done.after)]
         limit = common.Figure.of([case.limit(shape, probe["bandwidth"], probe["bf16"]) for probe in probes])
@@ -340,7 +341,7 @@ def _plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
             panel.hlines(row["limit"].median, place - 0.2, place + 0.7, color="grey", linestyle=":")
         panel.set(title=model, ylabel="tokens/s", yscale="log")
         panel.set_xticks(np.arange(len(cases)) + 0.3, [row["case"] for row in cases])
-        panel.legend()
+    panels[0][0].legend(loc="upper right", bbox_to_anchor=(1.0, 0.9))
     picture.savefig(path)
 
 
@@ -355,12 +356,12 @@ def _arguments() -> argparse.Namespace:
 
         return parse
 
-    everybody, every_model = ("weft", "transformers", "llama.cpp"), ("builtin", "llama-1.1b")
+    every_model = ("builtin", "llama-1.1b")
     parser = common.parser("weft against transformers and llama.cpp on this CPU.")
     parser.add_argument(
         "--models", type=listed(every_model), help=f"default: {','.join(every_model)}; --quick: builtin"
     )
-    parser.add_argument("--contestants", type=listed(everybody), default=list(everybody), metavar="NAMES")
+    parser.add_argument("--contestants", type=listed(EVERYBODY), default=list(EVERYBODY), metavar="NAMES")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"steady rounds to take ({ROUNDS})")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
