@@ -15,6 +15,9 @@ from weft.server.limits import HEADER_SECONDS, MAX_HEADER_BYTES
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+# Bytes that a connection takes in at a time. asyncio's own 256 KiB are allocated anew for each reading, and leave the
+# heap in pieces when thousands of connections come and go.
+READ_BYTES = 16 * 1024
 # Seconds that an idle connection is kept for the next request.
 KEEP_ALIVE_SECONDS = 30
 
@@ -26,6 +29,8 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if hasattr(transport, "max_size"):
+            transport.max_size = READ_BYTES
         self._deadline = self.loop.call_later(HEADER_SECONDS, self._hang_up)
 
     def data_received(self, data: bytes) -> None:
