@@ -21,6 +21,7 @@ T* at(uintptr_t address) {
 }
 
 void bind_linear(nb::module_& module, BackendClass& backend);
+void bind_w4ax(nb::module_& module, BackendClass& backend);
 void bind_probe(BackendClass& backend);
 void bind_attention(nb::module_& module, BackendClass& backend);
 

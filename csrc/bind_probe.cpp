@@ -16,6 +16,10 @@ void bind_probe(BackendClass& backend) {
         return self.kernels().probe_multiply(self.pool(), Type(type), steps);
       },
       nb::arg("type"), nb::arg("steps"), unlocked());
+  backend.def(
+      "probe_integers",
+      [](Backend& self, int64_t steps) { return self.kernels().probe_integers(self.pool(), steps); }, nb::arg("steps"),
+      unlocked());
 }
 
 }  // namespace weft

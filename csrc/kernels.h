@@ -36,15 +36,23 @@ struct NormCall;  // elementwise.h
 struct GateCall;
 struct RotaryCall;  // attention.h
 struct AttentionCall;
+struct W4AxWeights;  // w4ax.h
+struct QuantisedRows;
 
 struct Kernels {
   // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
   void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
   // x [rows, in] of the weights' type -> y [rows, out] of that type or float32, both contiguous.
   void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
+  // 4-bit weights: values [out, in] and scales [out, in / 128] -> panels, which are zero before.
+  void (*pack_w4ax)(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels);
+  // x [to.rows, in] -> integers, as the weights want them; and their product y [x.rows, out].
+  void (*quantise_w4ax)(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
+  void (*multiply_w4ax)(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
   // Limits of the machine: reads memory once; multiplies in registers and returns the floating-point operations.
   void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);
   int64_t (*probe_multiply)(Pool& pool, Type type, int64_t steps);
+  int64_t (*probe_integers)(Pool& pool, int64_t steps);
   void (*norm)(Pool& pool, const NormCall& call);
   void (*silu_mul)(Pool& pool, const GateCall& call);
   void (*rotary_write)(Pool& pool, const RotaryCall& call);

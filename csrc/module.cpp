@@ -27,6 +27,7 @@ NB_MODULE(_native, module) {
       .def("set_cores", [](Backend& self, const std::vector<int>& cores) { self.pool().set_cores(cores); }, unlocked())
       .def("close", &Backend::close, unlocked());
   bind_linear(module, backend);
+  bind_w4ax(module, backend);
   bind_probe(backend);
   bind_attention(module, backend);
 }

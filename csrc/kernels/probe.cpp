@@ -1,4 +1,5 @@
 // What the machine reaches now: the limits that the other kernels are measured against.
+#include "integer.h"
 #include "multiply.h"
 
 namespace weft::WEFT_LEVEL {
@@ -27,6 +28,27 @@ void multiply(int64_t steps) {
   sink = sum(total(sums));
 }
 
+void multiply_integers(int64_t steps) {
+  i32v all = {};
+  u32v weights = {}, x = {};
+  __asm__ volatile("" : "+m"(weights), "+m"(x));
+#if defined(WEFT_LEVEL_avx512)
+  i32v sums[SUMS] = {};
+  for (int64_t step = 0; step < steps; step++) {
+    WEFT_UNROLL for (int i = 0; i < SUMS; i++) sums[i] = dot(sums[i], weights, x);
+  }
+  for (int i = 0; i < SUMS; i++) all += sums[i];
+#else
+  i16v sums[SUMS];  // products of products, so that none is left out
+  for (int i = 0; i < SUMS; i++) sums[i] = (i16v)x;
+  for (int64_t step = 0; step < steps; step++) {
+    WEFT_UNROLL for (int i = 0; i < SUMS; i++) sums[i] = add_pairs<4>(weights, (u32v)sums[i]);
+  }
+  for (int i = 0; i < SUMS; i++) all += widen_pairs(sums[i]);
+#endif
+  sink = sum(__builtin_convertvector(all, f32v));
+}
+
 void read(const char* from, int64_t bytes) {
   constexpr int64_t STEP = 8 * sizeof(f32v);
   f32v sums[SUMS] = {};
@@ -53,6 +75,13 @@ int64_t probe_multiply(Pool& pool, Type type, int64_t steps) {
   const bool half = type == Type::bfloat16;
   pool.run(items, [&](int64_t, int) { half ? multiply<BFloat16>(steps) : multiply<Float32>(steps); });
   return items * steps * SUMS * lanes * (half ? 4 : 2);
+}
+
+// The same in integers of 8 bits, as the products of 4-bit weights are computed.
+int64_t probe_integers(Pool& pool, int64_t steps) {
+  const int64_t items = 16 * pool.size();
+  pool.run(items, [&](int64_t, int) { multiply_integers(steps); });
+  return items * steps * SUMS * lanes * 8;
 }
 
 }  // namespace weft::WEFT_LEVEL

@@ -5,8 +5,12 @@ namespace weft::WEFT_LEVEL {
 
 void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
 void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
+void pack_w4ax(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels);
+void quantise_w4ax(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
+void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
 void probe_read(Pool& pool, const void* memory, int64_t bytes);
 int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
+int64_t probe_integers(Pool& pool, int64_t steps);
 void norm(Pool& pool, const NormCall& call);
 void silu_mul(Pool& pool, const GateCall& call);
 void rotary_write(Pool& pool, const RotaryCall& call);
@@ -16,8 +20,12 @@ extern const Kernels kernels;
 const Kernels kernels = {
     .pack_linear = pack_linear,
     .linear = linear,
+    .pack_w4ax = pack_w4ax,
+    .quantise_w4ax = quantise_w4ax,
+    .multiply_w4ax = multiply_w4ax,
     .probe_read = probe_read,
     .probe_multiply = probe_multiply,
+    .probe_integers = probe_integers,
     .norm = norm,
     .silu_mul = silu_mul,
     .rotary_write = rotary_write,

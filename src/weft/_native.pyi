@@ -25,6 +25,33 @@ class PackedLinear:
     def bytes(self) -> int: ...
     def release(self) -> None: ...
 
+class PackedW4Ax:
+    """4-bit weights, and how their input is prepared. Addresses: values int8 [out, in], scales bfloat16
+    [out, in / 128], bias float32 [out] or 0, permutation int32 [in] or 0.
+
+    wide_blocks: so many leading blocks keep 8 bits a weight; the values of the others are -8 to 7.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        values: int,
+        scales: int,
+        bias: int,
+        permutation: int,
+        out: int,
+        in_: int,
+        outlier_blocks: int,
+        wide_blocks: int,
+        hadamard: bool,
+        exact_a4: bool,
+    ) -> None: ...
+    @property
+    def address(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def release(self) -> None: ...
+
 class LayerKv:
     """Zeroed keys and values of one layer, in the kernels' own layout. type: 0 float32, 1 bfloat16.
 
@@ -67,10 +94,18 @@ class Backend:
     def set_cores(self, cores: list[int]) -> None: ...
     def close(self) -> None: ...
     def linear(self, packed: PackedLinear, x: int, rows: int, y: int, type: int) -> None: ...
+    def quantise_w4ax(self, packed: PackedW4Ax, x: int, rows: int, type: int, quantised: int) -> None:
+        """quantised: rows * in / 128 * 136 bytes: values int8 [in / 128, rows, 128], then scales float32 and the sums
+        of the values int32, both [in / 128, rows]."""
+
+    def multiply_w4ax(self, packed: PackedW4Ax, quantised: int, rows: int, y: int, type: int) -> None: ...
     def probe_read(self, memory: Memory) -> None:
         """Reads all of it once."""
     def probe_multiply(self, type: int, steps: int) -> int:
         """Multiplies and adds in registers; returns the floating-point operations done."""
+    def probe_integers(self, steps: int) -> int:
+        """The same with integers of 8 bits."""
+
     def norm(self, type: int, x: int, residual: int, weight: int, eps: float, rows: int, size: int, out: int) -> None:
         """residual 0: out = RMSNorm(x). Otherwise residual += x, and out = RMSNorm(residual)."""
 

@@ -13,7 +13,9 @@ import torch
 
 from weft import _native
 from weft.errors import DeviceError
+from weft.kernels import quantised
 from weft.kernels.base import Batch
+from weft.kernels.quantised import W4AxLinear
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
@@ -88,11 +90,36 @@ class CpuKernels:
         )
         return Linear(native, weight.dtype, inputs, outputs)
 
+    def pack_w4ax(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        permutation: torch.Tensor | None = None,
+        outlier_blocks: int = 0,
+        hadamard: bool = False,
+        exact_a4: bool = False,
+    ) -> W4AxLinear:
+        """A 4-bit weight for `linear`, which then quantises its input as well: see kernels/quantised.py."""
+        return quantised.pack_w4ax(
+            self.native,
+            values,
+            scales,
+            bias,
+            permutation=permutation,
+            outlier_blocks=outlier_blocks,
+            hadamard=hadamard,
+            exact_a4=exact_a4,
+        )
+
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.linear_into(x, packed, x.new_empty((x.shape[0], packed.outputs), dtype=dtype))
 
-    def linear_into(self, x: torch.Tensor, packed: Linear, y: torch.Tensor) -> torch.Tensor:
-        """`linear` into y [T, out] of the weight's type or float32, which is returned."""
+    def linear_into(self, x: torch.Tensor, packed: Linear | W4AxLinear, y: torch.Tensor) -> torch.Tensor:
+        """`linear` into y [T, out] of the weight's type (x's, where the weight is quantised) or float32; returns y."""
+        if isinstance(packed, W4AxLinear):
+            return quantised.linear_into(self.native, x, packed, y)
         if x.dtype is not packed.dtype or y.dtype not in (packed.dtype, torch.float32):
             raise TypeError(f"x is {x.dtype} and y {y.dtype}; the weight was packed as {packed.dtype}")
         rows = x.shape[0]

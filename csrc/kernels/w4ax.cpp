@@ -1,0 +1,168 @@
+// Quantised rows times 4-bit weights (w4ax.h) -> y [rows, out].
+//
+// Two limits. A panel of a layer must arrive from memory: 4.125 bits a weight. And every weight meets every row in one
+// multiply-add of 8 bits: there is no arithmetic of 4 bits here, so the peak is that of 8 (AVX-512: 64 a cycle). Up to
+// about 7 rows memory is the slower one; so a tile of few rows reads the panel once, in order, and unpacks nibbles in
+// registers. With many rows, a block of weights (4 KiB) meets all rows of a group while it is in the L1 cache, tile by
+// tile, and meanwhile they fetch the next block.
+//
+// Bits: an integer sum of a block is exact. The floating-point sum over blocks is
+//     total += float(sum) * (scale of the row * scale of the column)
+// block after block, each operation rounded by itself: the same bits as comet/reference.py, at every level, for every
+// number of rows and threads. (A fused multiply-add would save nothing that counts: 3 operations on 32 products.)
+#include "integer.h"
+
+namespace weft::WEFT_LEVEL {
+
+namespace {
+
+constexpr int64_t GROUP = 96;  // rows whose totals (24 KiB) are kept while a panel passes
+
+// The rows of a tile: one block of them.
+struct Rows {
+  const int8_t* values;
+  const float* scales;
+  const int32_t* totals;
+};
+
+template <int BITS>
+WEFT_INLINE const char* scales_of(const char* block) {
+  return block + W4AxWeights::block_bytes(BITS == 8) - PANEL * 2;
+}
+
+// Adds a block's products to the sums [HEIGHT][PANEL] in float.
+template <int HEIGHT, int BITS>
+void tile(const char* block, const Rows& rows, float* sums) {
+  const bf16* scales = reinterpret_cast<const bf16*>(scales_of<BITS>(block));
+  for (int first = 0; first < PANEL / lanes; first += TILE_VECTORS) {
+    i32v products[HEIGHT][TILE_VECTORS];
+    WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+      WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) products[r][v] = splat(-excess<BITS> * rows.totals[r]);
+    }
+    multiply_block<HEIGHT, BITS>(block + first * sizeof(u32v), rows.values, products);
+    WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
+      const f32v scale = load_bf16(scales + (first + v) * lanes);
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+        float* sum = sums + r * PANEL + (first + v) * lanes;
+        const f32v product = __builtin_convertvector(products[r][v], f32v) * (splat(rows.scales[r]) * scale);
+        store(sum, load<f32v>(sum) + product);
+      }
+    }
+  }
+}
+
+template <int BITS>
+void tile(const char* block, const Rows& rows, int64_t height, float* sums) {
+  switch (height) {
+    case 1: return tile<1, BITS>(block, rows, sums);
+    case 2: return tile<2, BITS>(block, rows, sums);
+    case 3: return tile<3, BITS>(block, rows, sums);
+    case 4: return tile<4, BITS>(block, rows, sums);
+#if defined(WEFT_LEVEL_avx512)
+    case 5: return tile<5, BITS>(block, rows, sums);
+    case 6: return tile<6, BITS>(block, rows, sums);
+#endif
+  }
+}
+
+// A block of weights with `count` rows of a group, starting at x.
+template <int BITS>
+void multiply_rows(const char* block, const Rows& x, int64_t count, float* sums) {
+  const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
+  constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8), LINES = BYTES / 64;
+  for (int64_t t = 0; t < tiles; t++) {
+    // The next block. One tile is bound by memory, and there the hardware's prefetcher is the better one.
+    if (tiles > 1)
+      for (int64_t line = LINES * t / tiles; line < LINES * (t + 1) / tiles; line++)
+        __builtin_prefetch(block + BYTES + line * 64, 0, 3);
+    // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
+    const int64_t row = count * t / tiles, height = count * (t + 1) / tiles - row;
+    tile<BITS>(block, {x.values + row * BLOCK, x.scales + row, x.totals + row}, height, sums + row * PANEL);
+  }
+}
+
+template <class Out>
+void finish(const float* sums, const float* bias, Out* y, int64_t columns) {
+  Out part[PANEL];
+  for (int c = 0; c < PANEL; c += lanes) {
+    const f32v sum = load<f32v>(sums + c);
+    store_from_float(part + c, bias == nullptr ? sum : sum + load<f32v>(bias + c));
+  }
+  memcpy(y, part, size_t(columns < PANEL ? columns : PANEL) * sizeof *y);
+}
+
+template <class Out>
+void multiply_panel(const W4AxWeights& weights, const QuantisedRows& x, int64_t panel, int64_t row, int64_t count,
+                    Out* y) {
+  alignas(64) float sums[GROUP * PANEL];
+  memset(sums, 0, size_t(count * PANEL) * sizeof *sums);
+  const char* block = weights.panels + panel * weights.panel_bytes();
+  for (int64_t b = 0; b < weights.blocks(); b++) {
+    const int64_t at = b * x.rows + row;
+    const Rows rows{x.values + at * BLOCK, x.scales + at, x.totals + at};
+    const bool wide = b < weights.wide_blocks;
+    if (wide)
+      multiply_rows<8>(block, rows, count, sums);
+    else
+      multiply_rows<4>(block, rows, count, sums);
+    block += W4AxWeights::block_bytes(wide);
+  }
+  const float* bias = weights.bias == nullptr ? nullptr : weights.bias + panel * PANEL;
+  for (int64_t r = 0; r < count; r++)
+    finish(sums + r * PANEL, bias, y + (row + r) * weights.out + panel * PANEL, weights.out - panel * PANEL);
+}
+
+template <class Out>
+void multiply(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, Out* y) {
+  const int64_t panels = weights.panel_count(), groups = (x.rows + GROUP - 1) / GROUP;
+  if (groups == 0) return;
+  // Rows are cut into more items when there are too few panels to keep all threads busy to the end.
+  int64_t cuts = 1;
+  while (panels * cuts < 4 * pool.size() && x.rows >= cuts * 4 * TILE_ROWS) cuts *= 2;
+  const int64_t parts = groups > cuts ? groups : cuts;
+  pool.run(panels * cuts, [&](int64_t item, int) {
+    const int64_t panel = item / cuts, cut = item % cuts;
+    for (int64_t part = parts * cut / cuts; part < parts * (cut + 1) / cuts; part++) {
+      const int64_t row = x.rows * part / parts, end = x.rows * (part + 1) / parts;
+      multiply_panel(weights, x, panel, row, end - row, y);
+    }
+  });
+}
+
+void pack_block(const int8_t* from, int64_t row_stride, int64_t columns, bool wide, uint8_t* to) {
+  for (int64_t column = 0; column < columns; column++)
+    for (int64_t k = 0; k < BLOCK; k++) {
+      const int value = from[column * row_stride + k];
+      if (wide)
+        to[(k / 4 * PANEL + column) * 4 + k % 4] = uint8_t(value + 128);
+      else
+        to[(k / 8 * PANEL + column) * 4 + k % 4] |= uint8_t((value + 8) << (k / 4 % 2 * 4));
+    }
+}
+
+}  // namespace
+
+// values [out, in], scales [out, in / 128]; panels are zero before.
+void pack_w4ax(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels) {
+  pool.run(shape.panel_count(), [&](int64_t panel, int) {
+    char* to = panels + panel * shape.panel_bytes();
+    const int64_t first = panel * PANEL, left = shape.out - first, columns = left < PANEL ? left : PANEL;
+    for (int64_t b = 0; b < shape.blocks(); b++) {
+      const bool wide = b < shape.wide_blocks;
+      pack_block(values + first * shape.in + b * BLOCK, shape.in, columns, wide, reinterpret_cast<uint8_t*>(to));
+      to += W4AxWeights::block_bytes(wide);
+      bf16* scale = reinterpret_cast<bf16*>(to) - PANEL;
+      for (int64_t column = 0; column < columns; column++)
+        scale[column] = scales[(first + column) * shape.blocks() + b];
+    }
+  });
+}
+
+void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type) {
+  if (type == Type::float32)
+    multiply(pool, weights, x, static_cast<float*>(y));
+  else
+    multiply(pool, weights, x, static_cast<bf16*>(y));
+}
+
+}  // namespace weft::WEFT_LEVEL

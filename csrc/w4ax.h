@@ -1,0 +1,48 @@
+// The linear layer with 4-bit weights and integer activations: what a call is told. comet/reference.py is the truth.
+#pragma once
+
+#include "kernels.h"
+
+namespace weft {
+
+constexpr int64_t BLOCK = 128;  // channels that share a scale
+
+// Weights [out, in] as panels of 64 columns (outputs), each a run of `in / 128` blocks, so that a panel is read once and
+// in order. A block is the integers of 128 channels, and then one bfloat16 scale for each column:
+//   4 bits   [16][PANEL][4] bytes; byte j of pair p holds channel 8 p + j (low nibble) and 8 p + 4 + j, each plus 8
+//   8 bits   [32][PANEL][4] bytes; byte j of quad q holds channel 4 q + j, plus 128
+// That is 4.125 bits a weight, and a block begins on a cache line.
+struct W4AxWeights {
+  int64_t in, out;
+  int64_t outlier_blocks;  // so many leading blocks have 8-bit activations even where exact_a4
+  int64_t wide_blocks;     // so many leading blocks have 8-bit weights
+  bool hadamard;           // of the blocks that are no outlier blocks
+  bool exact_a4;           // these have 4-bit activations, too
+  const int32_t* permutation;  // [in], or null
+  const char* panels;
+  const float* bias;  // [panels * PANEL], or null
+
+  static constexpr int64_t block_bytes(bool wide) { return BLOCK * PANEL / (wide ? 1 : 2) + PANEL * 2; }
+  int64_t blocks() const { return in / BLOCK; }
+  int64_t panel_count() const { return (out + PANEL - 1) / PANEL; }
+  int64_t panel_bytes() const {
+    return wide_blocks * block_bytes(true) + (blocks() - wide_blocks) * block_bytes(false);
+  }
+};
+
+// The quantised input of a layer, in one piece of memory: block after block, so that a tile of rows reads it in order.
+struct QuantisedRows {
+  int64_t rows;
+  int8_t* values;   // [blocks][rows][BLOCK]
+  float* scales;    // [blocks][rows]
+  int32_t* totals;  // [blocks][rows], of the values
+
+  QuantisedRows(void* memory, int64_t rows, int64_t blocks)
+      : rows(rows),
+        values(static_cast<int8_t*>(memory)),
+        scales(reinterpret_cast<float*>(values + blocks * rows * BLOCK)),
+        totals(reinterpret_cast<int32_t*>(scales + blocks * rows)) {}
+  static int64_t bytes(int64_t rows, int64_t blocks) { return blocks * rows * (BLOCK + 8); }
+};
+
+}  // namespace weft
