@@ -167,6 +167,8 @@ def _open_model(folder: Path, length: int | None) -> Model:
     from weft.models.rope import Rotary
 
     config = read_config(folder)
+    if config.quantization is not None:
+        raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
     if length is not None and length > config.context:
         raise ConfigError(f"--length is {length}; the model's context is {config.context} tokens")
     length = min(USUAL_LENGTH, config.context) if length is None else length

@@ -6,6 +6,7 @@ import torch
 
 from weft.comet import reference
 from weft.comet.checkpoint import QuantisedSite
+from weft.comet.reference import InputForm, QuantisedLinear
 from weft.kernels.reference import PlainLinear, ReferenceKernels
 
 
@@ -20,6 +21,20 @@ class QuantisedReferenceKernels(ReferenceKernels):
     def __init__(self, cores: tuple[int, ...], *, exact_a4: bool = False) -> None:
         super().__init__(cores)
         self.exact_a4 = exact_a4
+
+    def pack_w4ax(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        permutation: torch.Tensor | None = None,
+        outlier_blocks: int = 0,
+        hadamard: bool = False,
+    ) -> QuantisedSite:
+        """The site itself: nothing is repacked."""
+        form = InputForm(values.shape[1], permutation, outlier_blocks, hadamard)
+        return QuantisedSite(form, QuantisedLinear(values, scales, bias))
 
     def linear(
         self, x: torch.Tensor, packed: PlainLinear | QuantisedSite, dtype: torch.dtype | None = None

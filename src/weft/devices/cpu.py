@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from weft.comet.linear import QuantisedReferenceKernels
 from weft.config import EngineConfig, parse_cores, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
@@ -46,7 +47,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
     name, kernels_note = resolve(config.kernels)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
-    kernels = {lane: open_kernels(name, own) for lane, own in shares.items()}
+    kernels = {lane: _open_kernels(name, own) for lane, own in shares.items()}
     try:
         first = next(iter(kernels.values()))
         seed = config.seed if dummy else None
@@ -82,6 +83,11 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         cores=cores,
         partition=partition,
     )
+
+
+def _open_kernels(name: str, cores: Cores) -> Kernels:
+    # The reference kernels that know quantised linears, too.
+    return QuantisedReferenceKernels(cores) if name == REFERENCE else open_kernels(name, cores)
 
 
 class CpuLane:

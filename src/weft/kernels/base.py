@@ -49,6 +49,23 @@ class Kernels(Protocol):
         """Repack weight [out, in] (and bias [out]) into the backend's own storage; the tensors may be freed after."""
         ...
 
+    def pack_w4ax(
+        self,
+        values: torch.Tensor,
+        scales: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        *,
+        permutation: torch.Tensor | None = None,
+        outlier_blocks: int = 0,
+        hadamard: bool = False,
+    ) -> Any:
+        """Repack an integer weight for `linear`: values int8 [out, in], scales [out, in / 128], bias [out].
+
+        The input of such a linear is permuted (place i takes channel permutation[i]), transformed outside of its
+        leading outlier blocks where `hadamard` says so, and quantised, as weft/comet/reference.py has it.
+        """
+        ...
+
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[T, in] -> [T, out], accumulated in float32. dtype: x's own, or float32 for sums that are not rounded."""
         ...

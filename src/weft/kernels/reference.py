@@ -6,10 +6,12 @@ All arithmetic is float32 and is rounded once, to the dtype of the activations, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.functional import linear, silu
 
+from weft.errors import DeviceError
 from weft.kernels.base import Batch
 
 
@@ -39,6 +41,10 @@ class ReferenceKernels:
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PlainLinear:
         return PlainLinear(weight, bias)
+
+    def pack_w4ax(self, *_weight: Any, **_form: Any) -> Any:
+        # The reference of quantised linears is comet/reference.py, which these kernels may not import.
+        raise DeviceError("these kernels have no quantised linears; weft.comet.linear.QuantisedReferenceKernels have")
 
     def linear(self, x: torch.Tensor, packed: PlainLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
         bias = None if packed.bias is None else packed.bias.float()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +55,9 @@ class Checkpoint:
     def __contains__(self, name: str) -> bool:
         return name in self.entries
 
-    def check(self, shapes: Mapping[str, Shape], optional: Iterable[str] = ()) -> None:
+    def check(
+        self, shapes: Mapping[str, Shape], optional: Iterable[str] = (), readable: Collection[str] = READABLE
+    ) -> None:
         """Raise CheckpointError unless the tensors are those of `shapes`, of readable dtypes.
 
         `optional` may be absent. The rotary frequencies that old Llama checkpoints carry are passed over: they follow
@@ -77,8 +79,9 @@ class Checkpoint:
                 raise CheckpointError(
                     f"{entry.file}: {name} has the shape {list(entry.shape)}; config.json asks for {list(shape)}"
                 )
-            if entry.dtype not in READABLE:
-                raise CheckpointError(f"{entry.file}: {name} has the dtype {entry.dtype}; weft reads {_list(READABLE)}")
+            if entry.dtype not in readable:
+                words = _list([*readable])
+                raise CheckpointError(f"{entry.file}: {name} has the dtype {entry.dtype}; weft reads {words}")
 
     def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The named tensors, in their stored dtype; views of mappings that go when the last tensor of a file goes."""

@@ -56,6 +56,7 @@ class ModelConfig:
     windows: for each layer, how many positions a token attends to (its own included), or None for all.
     qkv_bias, output_bias, mlp_bias: which linear layers have one. qk_norm: RMSNorm on each head of q and k.
     tied: the output layer is the embedding. dtype: what the weights are stored in, None where the file does not say.
+    quantization: the file's `quantization_config`; None for plain weights.
     """
 
     family: str
@@ -76,6 +77,7 @@ class ModelConfig:
     qk_norm: bool
     tied: bool
     dtype: str | None
+    quantization: Mapping[str, Any] | None = None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -119,6 +121,7 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
         qk_norm=family == "qwen3",
         tied=keys.flag("tie_word_embeddings"),
         dtype=_dtype(keys),
+        quantization=raw.get("quantization_config"),
     )
 
 
@@ -144,9 +147,11 @@ def _family(keys: Keys) -> str:
 
 
 def _refuse_the_unknown(keys: Keys) -> None:
-    if keys.raw.get("quantization_config") is not None:
+    quantised = keys.raw.get("quantization_config")
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == "fmpq"):
         raise keys.error(
-            "quantization_config", "weft reads unquantised weights (float32, bfloat16, float16); take that checkpoint"
+            "quantization_config",
+            "weft serves unquantised weights (float32, bfloat16, float16) and what `weft quantize` makes of them",
         )
     if keys.raw.get("auto_map") is not None:
         raise keys.error(

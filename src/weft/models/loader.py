@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from weft.comet.checkpoint import parse
 from weft.errors import CheckpointError
 from weft.kernels.base import Kernels
+from weft.models import quantised
 from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
 from weft.models.rope import Rotary
@@ -103,6 +105,8 @@ def load_weights(
     """
     if say is not None:
         say("weights")
+    if config.quantization is not None:
+        return _load_quantised(folder, config, kernels, dtype)
     _check_memory(config, dtype)
     source: Source
     if dummy_seed is None:
@@ -110,6 +114,33 @@ def load_weights(
         checkpoint.check(tensor_shapes(config), optional=[HEAD] if config.tied else [])
     else:
         source = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
+    layers = (_layer(source, config, index, kernels, dtype) for index in range(config.layers))
+    return _assemble(source, config, kernels, dtype, layers, weight_bytes(config, dtype))
+
+
+def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
+    fmpq = parse(config.quantization, config)
+    source = Checkpoint(folder)
+    shapes = outer_shapes(config)
+    for index in range(config.layers):
+        shapes |= quantised.layer_shapes(config, fmpq, index)
+    source.check(shapes, optional=[HEAD] if config.tied else [], readable=quantised.BYTES)
+    layers = (
+        LayerWeights(**quantised.take_layer(source, config, fmpq, index, kernels, dtype))
+        for index in range(config.layers)
+    )
+    return _assemble(source, config, kernels, dtype, layers, quantised.stored_bytes(source))
+
+
+def _assemble(
+    source: Source,
+    config: ModelConfig,
+    kernels: Kernels,
+    dtype: torch.dtype,
+    layers: Iterable[LayerWeights],
+    size: int,
+) -> Weights:
+    """What stands around the layers, and they, one at a time."""
     with torch.no_grad():
         embedding = _plain(source, EMBEDDING, dtype)
         # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
@@ -119,11 +150,11 @@ def load_weights(
         return Weights(
             dtype=dtype,
             embedding=embedding,
-            layers=tuple(_layer(source, config, index, kernels, dtype) for index in range(config.layers)),
+            layers=tuple(layers),
             norm=_plain(source, NORM, dtype),
             head=packed_head,
             rotary=Rotary(config.rope, config.head_dim),
-            size=weight_bytes(config, dtype),
+            size=size,
         )
 
 
@@ -187,12 +218,18 @@ def layer_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
     return shapes
 
 
+def outer_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """The tensors outside of the layers; the output layer too, which a tied checkpoint usually leaves out."""
+    table = (config.vocabulary, config.hidden_size)
+    return {EMBEDDING: table, NORM: (config.hidden_size,), HEAD: table}
+
+
 def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Every tensor of the model and its shape; the output layer too, which a tied checkpoint usually leaves out."""
-    shapes: dict[str, Shape] = {EMBEDDING: (config.vocabulary, config.hidden_size)}
+    """Every tensor of the model and its shape."""
+    shapes = outer_shapes(config)
     for index in range(config.layers):
         shapes |= layer_shapes(config, index)
-    return shapes | {NORM: (config.hidden_size,), HEAD: (config.vocabulary, config.hidden_size)}
+    return shapes
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:

@@ -1,0 +1,76 @@
+"""fmpq checkpoints (docs/fmpq_checkpoint.md): which tensors they hold, and a layer of them as the decoder's weights."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+
+from weft.comet.checkpoint import FmpqConfig, QuantisedSite, read_layer, site_shapes, tensor_shapes
+from weft.comet.forward import INPUT_NORM, K_NORM, MLP_NORM, Q_NORM
+from weft.kernels.base import Kernels
+from weft.models.checkpoint import Checkpoint, Shape
+from weft.models.families import ModelConfig
+
+BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1}  # what a file may hold, in safetensors' letters
+
+
+def layer_shapes(config: ModelConfig, fmpq: FmpqConfig, index: int) -> dict[str, Shape]:
+    """The tensors of layer `index`, by their names in the files, and their shapes."""
+    shapes = {name: shape for name, (shape, _) in tensor_shapes(fmpq, config, index).items()}
+    biased = {
+        "attention": config.qkv_bias,
+        "output": config.output_bias,
+        "mlp": config.mlp_bias,
+        "down": config.mlp_bias,
+    }
+    for site, (rows, _) in site_shapes(config).items():
+        if biased[site]:
+            shapes |= {f"{name}.bias": (count,) for name, count in rows.items()}
+    shapes |= {INPUT_NORM: (config.hidden_size,), MLP_NORM: (config.hidden_size,)}
+    if config.qk_norm:
+        shapes |= {Q_NORM: (config.head_dim,), K_NORM: (config.head_dim,)}
+    return {f"{_prefix(index)}{name}": shape for name, shape in shapes.items()}
+
+
+def take_layer(
+    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, index: int, kernels: Kernels, dtype: torch.dtype
+) -> dict[str, Any]:
+    """The fields of LayerWeights. Raises CheckpointError naming file and tensor."""
+    names = list(layer_shapes(config, fmpq, index))
+    prefix = _prefix(index)
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in source.take(names).items()}
+    layer = read_layer(tensors, fmpq, config, index, source.entries[names[0]].file)
+    norms = {name: norm.to(dtype, copy=True) for name, norm in layer.norms.items()}
+    return {
+        "input_norm": norms[INPUT_NORM],
+        "mlp_norm": norms[MLP_NORM],
+        "q_norm": norms.get(Q_NORM),
+        "k_norm": norms.get(K_NORM),
+        "qkv": _pack(layer.sites["attention"], kernels),
+        "output": _pack(layer.sites["output"], kernels),
+        "gate_up": _pack(layer.sites["mlp"], kernels),
+        "down": _pack(layer.sites["down"], kernels),
+    }
+
+
+def stored_bytes(source: Checkpoint) -> int:
+    """Bytes of all tensors as the files hold them; packed, they take as much and some padding."""
+    return sum(math.prod(entry.shape) * BYTES[entry.dtype] for entry in source.entries.values())
+
+
+def _pack(site: QuantisedSite, kernels: Kernels) -> Any:
+    form, linear = site.form, site.linear
+    return kernels.pack_w4ax(
+        linear.values,
+        linear.scales,
+        linear.bias,
+        permutation=form.permutation,
+        outlier_blocks=form.outlier_blocks,
+        hadamard=form.hadamard,
+    )
+
+
+def _prefix(index: int) -> str:
+    return f"model.layers.{index}."
