@@ -30,17 +30,18 @@ void multiply(int64_t steps) {
 
 void multiply_integers(int64_t steps) {
   i32v all = {};
-  u32v weights = {}, x = {};
-  __asm__ volatile("" : "+m"(weights), "+m"(x));
+  u32v weights = {};
 #if defined(WEFT_LEVEL_avx512)
   i32v sums[SUMS] = {};
+  u32v x = {};
+  __asm__ volatile("" : "+m"(weights), "+m"(x), "+m"(sums));  // nor that they are equal: it would keep one sum
   for (int64_t step = 0; step < steps; step++) {
     WEFT_UNROLL for (int i = 0; i < SUMS; i++) sums[i] = dot(sums[i], weights, x);
   }
   for (int i = 0; i < SUMS; i++) all += sums[i];
 #else
-  i16v sums[SUMS];  // products of products, so that none is left out
-  for (int i = 0; i < SUMS; i++) sums[i] = (i16v)x;
+  i16v sums[SUMS] = {};  // products of products, so that none is left out
+  __asm__ volatile("" : "+m"(weights), "+m"(sums));
   for (int64_t step = 0; step < steps; step++) {
     WEFT_UNROLL for (int i = 0; i < SUMS; i++) sums[i] = add_pairs<4>(weights, (u32v)sums[i]);
   }
