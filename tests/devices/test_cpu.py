@@ -464,7 +464,7 @@ def test_a_device_describes_itself(open_tiny: Open) -> None:
     assert any("slow" in note for note in description.notes)
     rows = dict(device.memory())
     # 2 layers x keys and values x 2 heads x 16 channels x 4 bytes
-    assert rows["KV pool: 64 blocks = 1024 tokens = 8 sequences of 128"] == 1024 * 2 * 2 * 2 * 16 * 4
+    assert rows["KV pool"] == 1024 * 2 * 2 * 2 * 16 * 4
     assert set(rows) >= {"weights"} and all(size > 0 for size in rows.values())
 
 

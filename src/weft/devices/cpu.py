@@ -263,17 +263,13 @@ def memory_rows(
 ) -> tuple[tuple[str, int], ...]:
     """(what, bytes) for the start-up table."""
     tokens = capacity.blocks * capacity.block_size
-    sequences = tokens // capacity.max_model_len
     attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
     widest = max(attention, 3 * model.intermediate_size) + 3 * model.hidden_size
     activations = capacity.max_tokens * widest * dtype.itemsize
-    logits = capacity.max_slices * model.vocabulary * (4 + dtype.itemsize)
+    logits = capacity.max_slices * model.vocabulary * torch.float32.itemsize
     return (
         ("weights", weights),
-        (
-            f"KV pool: {capacity.blocks} blocks = {tokens} tokens = {sequences} sequences of {capacity.max_model_len}",
-            tokens * token_bytes,
-        ),
+        ("KV pool", tokens * token_bytes),
         ("activations, at most about", activations + logits),
     )
 

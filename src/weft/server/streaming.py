@@ -119,7 +119,8 @@ class Answer(Response):
 
     def _log(self, outcome: str, seconds: float) -> None:
         counts = usage(self._call)
-        log.info(
+        # The engine logs the end of every request; this is the front end's view of it.
+        log.debug(
             "%s: %d prompt tokens, %d generated, %.3f s, %s",
             self._call.id,
             counts["prompt_tokens"],
