@@ -86,7 +86,7 @@ def assert_same_bits(found: torch.Tensor, expected: torch.Tensor) -> None:
 
 @st.composite
 def layers(draw: st.DrawFn) -> dict[str, Any]:
-    blocks = draw(st.integers(1, 5))
+    blocks = draw(st.one_of(st.integers(1, 5), st.sampled_from([16, 17, 33])))  # around the piece of a row
     outliers = draw(st.sampled_from([0, 1, blocks]))
     return {
         "blocks": blocks,
@@ -137,6 +137,18 @@ def test_quantised_rows_are_the_references_bit_for_bit(
     assert torch.equal(values, expected.values)
     assert_same_bits(scales, expected.scales)
     assert torch.equal(totals, expected.values.view(m, -1, BLOCK).sum(-1, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("exact_a4", [False, True])
+def test_a_block_is_zero_below_the_least_magnitude(backends: Any, exact_a4: bool) -> None:
+    least = torch.tensor(reference.TINY)
+    x = torch.zeros(4, BLOCK)
+    x[:, 5] = torch.stack((least, -least, least.nextafter(torch.tensor(0.0)), torch.tensor(2.0**-101)))
+    packed = backends.one.pack_w4ax(torch.ones(3, BLOCK, dtype=torch.int8), torch.ones(3, 1), exact_a4=exact_a4)
+    expected = reference.quantise_rows(x, 0, exact_a4=exact_a4)
+    assert expected.values.any(dim=1).tolist() == [True, True, False, False]
+    values, scales, _ = unpack_rows(quantise_rows(backends.one.native, x, packed), 4)
+    assert torch.equal(values, expected.values) and torch.equal(scales, expected.scales)
 
 
 @many
