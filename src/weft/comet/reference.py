@@ -9,8 +9,9 @@ every row is quantised block by block:
              s = e / -8;  q = rint(x * (-8 / e)), clipped to -8 .. 7: so e itself is -8, and all 16 levels are in use.
              A scale may be negative.
 
-All in float32, one rounding for each operation, halves to even. A block whose largest magnitude is under 2**-100 is
-zero with scale 0; a block with an infinity or a NaN has scale NaN, so that its outputs are NaN.
+All in float32, one rounding for each operation, halves to even; 127 / a and -8 / e are a reciprocal and a product, as
+torch divides a number by a tensor. A block whose largest magnitude is under 2**-100 is zero with scale 0; a block with
+an infinity or a NaN has scale NaN, so that its outputs are NaN.
 
 Weights are integers of 4 bits (or 8, for the outlier blocks) with one scale for each output and block. Then
 
