@@ -1,6 +1,7 @@
 #include "attention_plan.h"
 
 #include <algorithm>
+#include <memory>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -119,6 +120,20 @@ AttentionPlan plan_attention(const AttentionCall& call, int threads) {
       plan.units.push_back(unit);
   }
   return plan;
+}
+
+void attend(Backend& backend, AttentionCall& call) {
+  check_slices(call.batch, call.kv);
+  const AttentionPlan plan = plan_attention(call, backend.pool().size());
+  std::unique_ptr<float[]> partials;
+  if (plan.partials > 0) partials.reset(new float[size_t(plan.partials * UNIT_ROWS * call.kv.totals())]);
+  call.shared = plan.shared;
+  call.units = plan.units.data();
+  call.unit_count = int64_t(plan.units.size());
+  call.merges = plan.merges.data();
+  call.merge_count = int64_t(plan.merges.size());
+  call.partials = partials.get();
+  backend.kernels().attention(backend.pool(), call);
 }
 
 }  // namespace weft

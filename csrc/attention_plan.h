@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "backend.h"
 
 namespace weft {
 
@@ -20,5 +21,8 @@ struct AttentionPlan {
 
 // Results do not depend on the number of threads that it plans for.
 AttentionPlan plan_attention(const AttentionCall& call, int threads);
+
+// Checks the call, plans how its work is cut (the fields below `window`) and carries it out.
+void attend(Backend& backend, AttentionCall& call);
 
 }  // namespace weft

@@ -15,11 +15,6 @@ namespace nb = nanobind;
 using BackendClass = nb::class_<Backend>;
 using unlocked = nb::call_guard<nb::gil_scoped_release>;
 
-template <class T>
-T* at(uintptr_t address) {
-  return reinterpret_cast<T*>(address);
-}
-
 void bind_linear(nb::module_& module, BackendClass& backend);
 void bind_w4ax(nb::module_& module, BackendClass& backend);
 void bind_probe(BackendClass& backend);

@@ -1,46 +1,12 @@
 // Attention, rotation, norms and gates.
-#include <memory>
-#include <string>
-
 #include "attention_plan.h"
 #include "bind.h"
 #include "elementwise.h"
+#include "packed.h"
 
 namespace weft {
 
 namespace {
-
-// One layer's keys and values: see attention.h for the layout.
-class LayerKv {
- public:
-  LayerKv(Backend& backend, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, int type)
-      : type_(Type(type)), view_{nullptr, nullptr, blocks, block_size, kv_heads, head_dim} {
-    if (blocks < 1 || block_size < 16 || block_size % 16 != 0 || kv_heads < 1)
-      throw std::invalid_argument("blocks of a multiple of 16 slots, and at least one of them, are needed");
-    if (head_dim < 8 || head_dim > MAX_HEAD_DIM || head_dim % 8 != 0)
-      throw std::invalid_argument("head_dim is " + std::to_string(head_dim) +
-                                  "; the kernels take multiples of 8 up to " + std::to_string(MAX_HEAD_DIM));
-    const int64_t slots = blocks * block_size * kv_heads, element = type_ == Type::bfloat16 ? 2 : 4;
-    memory_ = Memory(size_t(slots * (head_dim + view_.width()) * element));
-    memory_.touch(backend.pool());
-    view_.keys = memory_.data();
-    view_.values = memory_.data() + slots * head_dim * element;
-  }
-
-  const KvView& view() const {
-    if (memory_.data() == nullptr) throw std::runtime_error("the KV is released");
-    return view_;
-  }
-  Type type() const { return type_; }
-  size_t bytes() const { return memory_.bytes(); }
-  uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_.data()); }
-  void release() { memory_.release(); }
-
- private:
-  Type type_;
-  KvView view_;
-  Memory memory_;
-};
 
 void attention(Backend& self, const LayerKv& kv, const BatchView& batch, uintptr_t q, int64_t heads, float scale,
                int64_t window, uintptr_t out) {
@@ -53,17 +19,7 @@ void attention(Backend& self, const LayerKv& kv, const BatchView& batch, uintptr
   call.heads = heads;
   call.scale = scale;
   call.window = window;
-  check_slices(batch, call.kv);
-  const AttentionPlan plan = plan_attention(call, self.pool().size());
-  std::unique_ptr<float[]> partials;
-  if (plan.partials > 0) partials.reset(new float[size_t(plan.partials * UNIT_ROWS * call.kv.totals())]);
-  call.shared = plan.shared;
-  call.units = plan.units.data();
-  call.unit_count = int64_t(plan.units.size());
-  call.merges = plan.merges.data();
-  call.merge_count = int64_t(plan.merges.size());
-  call.partials = partials.get();
-  self.kernels().attention(self.pool(), call);
+  attend(self, call);
 }
 
 void rotary_write(Backend& self, const LayerKv& kv, const BatchView& batch, uintptr_t qkv, uintptr_t cos, uintptr_t sin,

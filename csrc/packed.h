@@ -1,0 +1,123 @@
+// What Python holds of a model: packed weights and paged KV. Each owns its memory, which may be given back early.
+//
+// Everything is made by the threads of a backend, and may then be used by the backends of all lanes.
+#pragma once
+
+#include <string>
+
+#include "attention.h"
+#include "backend.h"
+#include "w4ax.h"
+
+namespace weft {
+
+template <class T>
+T* at(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+// Owns the panels and the padded bias.
+class PackedLinear {
+ public:
+  PackedLinear(Backend& backend, uintptr_t weight, int64_t row_stride, uintptr_t bias, int64_t out, int64_t in, int type)
+      : weights_{Type(type), in, out, nullptr, nullptr} {
+    Pool& pool = backend.pool();
+    panels_ = Memory(size_t(weights_.panel_count() * weights_.panel_bytes()));
+    backend.kernels().pack_linear(pool, weights_, at<void>(weight), row_stride, panels_.data());
+    weights_.panels = panels_.data();
+    if (bias == 0) return;
+    bias_ = Memory(size_t(weights_.panel_count() * PANEL) * sizeof(float));
+    const float* given = at<const float>(bias);
+    for (int64_t i = 0; i < out; i++) bias_.as<float>()[i] = given[i];
+    weights_.bias = bias_.as<float>();
+  }
+
+  const LinearWeights& weights() const {
+    if (weights_.panels == nullptr) throw std::runtime_error("the packed weights are released");
+    return weights_;
+  }
+  size_t bytes() const { return panels_.bytes() + bias_.bytes(); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(panels_.data()); }
+  void release() {
+    panels_.release();
+    bias_.release();
+    weights_.panels = weights_.bias = nullptr;
+  }
+
+ private:
+  Memory panels_, bias_;
+  LinearWeights weights_;
+};
+
+// Owns the panels, the padded bias and the permutation.
+class PackedW4Ax {
+ public:
+  PackedW4Ax(Backend& backend, uintptr_t values, uintptr_t scales, uintptr_t bias, uintptr_t permutation, int64_t out,
+             int64_t in, int64_t outlier_blocks, int64_t wide_blocks, bool hadamard, bool exact_a4)
+      : weights_{in, out, outlier_blocks, wide_blocks, hadamard, exact_a4, nullptr, nullptr, nullptr} {
+    Pool& pool = backend.pool();
+    panels_ = Memory(size_t(weights_.panel_count() * weights_.panel_bytes()));
+    backend.kernels().pack_w4ax(pool, weights_, at<const int8_t>(values), at<const bf16>(scales), panels_.data());
+    weights_.panels = panels_.data();
+    if (bias != 0) weights_.bias = copy(bias_, at<const float>(bias), out, weights_.panel_count() * PANEL);
+    if (permutation != 0) weights_.permutation = copy(permutation_, at<const int32_t>(permutation), in, in);
+  }
+
+  const W4AxWeights& weights() const {
+    if (weights_.panels == nullptr) throw std::runtime_error("the packed weights are released");
+    return weights_;
+  }
+  size_t bytes() const { return panels_.bytes() + bias_.bytes() + permutation_.bytes(); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(panels_.data()); }
+  void release() {
+    panels_.release();
+    bias_.release();
+    permutation_.release();
+    weights_.panels = nullptr;
+  }
+
+ private:
+  template <class T>
+  static const T* copy(Memory& to, const T* from, int64_t count, int64_t room) {
+    to = Memory(size_t(room) * sizeof(T));
+    for (int64_t i = 0; i < count; i++) to.as<T>()[i] = from[i];
+    return to.as<T>();
+  }
+
+  Memory panels_, bias_, permutation_;
+  W4AxWeights weights_;
+};
+
+// One layer's keys and values: see attention.h for the layout.
+class LayerKv {
+ public:
+  LayerKv(Backend& backend, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, int type)
+      : type_(Type(type)), view_{nullptr, nullptr, blocks, block_size, kv_heads, head_dim} {
+    if (blocks < 1 || block_size < 16 || block_size % 16 != 0 || kv_heads < 1)
+      throw std::invalid_argument("blocks of a multiple of 16 slots, and at least one of them, are needed");
+    if (head_dim < 8 || head_dim > MAX_HEAD_DIM || head_dim % 8 != 0)
+      throw std::invalid_argument("head_dim is " + std::to_string(head_dim) +
+                                  "; the kernels take multiples of 8 up to " + std::to_string(MAX_HEAD_DIM));
+    const int64_t slots = blocks * block_size * kv_heads, element = type_ == Type::bfloat16 ? 2 : 4;
+    memory_ = Memory(size_t(slots * (head_dim + view_.width()) * element));
+    memory_.touch(backend.pool());
+    view_.keys = memory_.data();
+    view_.values = memory_.data() + slots * head_dim * element;
+  }
+
+  const KvView& view() const {
+    if (memory_.data() == nullptr) throw std::runtime_error("the KV is released");
+    return view_;
+  }
+  Type type() const { return type_; }
+  size_t bytes() const { return memory_.bytes(); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_.data()); }
+  void release() { memory_.release(); }
+
+ private:
+  Type type_;
+  KvView view_;
+  Memory memory_;
+};
+
+}  // namespace weft
