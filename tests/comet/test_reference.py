@@ -99,6 +99,26 @@ def test_accumulators_are_the_integer_dot_products(
     assert np.array_equal(accumulators.numpy(), expected)
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 9), st.integers(1, 3))
+def test_zero_points_are_subtracted_from_the_integers(seed: int, tokens: int, outputs: int, blocks: int) -> None:
+    generator = np.random.default_rng(seed)
+    x = generator.integers(-127, 128, (tokens, blocks, BLOCK))
+    w = generator.integers(-8, 8, (outputs, blocks, BLOCK))
+    z = generator.integers(-8, 8, (outputs, blocks))
+    scales = torch.from_numpy(generator.uniform(-1, 1, (outputs, blocks)).astype(np.float32))
+    rows = QuantisedRows(torch.from_numpy(x).to(torch.int8).flatten(1), torch.ones(tokens, blocks))
+    weight = QuantisedLinear(
+        torch.from_numpy(w).to(torch.int8).flatten(1), scales, None, torch.from_numpy(z).to(torch.int8)
+    )
+    expected = np.einsum("tbk,nbk->tnb", x, w - z[..., None])
+    accumulators = reference.accumulate(rows, weight)
+    assert accumulators.dtype == torch.int32
+    assert np.array_equal(accumulators.numpy(), expected)
+    floats = (w - z[..., None]) * scales.numpy()[..., None]
+    assert np.array_equal(weight.dequantised().numpy(), floats.astype(np.float32).reshape(outputs, -1))
+
+
 @pytest.mark.parametrize("outlier_blocks", [0, 1, 3])
 @pytest.mark.parametrize("rotated", [False, True])
 def test_the_output_is_the_product_of_what_was_stored(outlier_blocks: int, rotated: bool) -> None:

@@ -31,10 +31,11 @@ class QuantisedReferenceKernels(ReferenceKernels):
         permutation: torch.Tensor | None = None,
         outlier_blocks: int = 0,
         hadamard: bool = False,
+        zeros: torch.Tensor | None = None,
     ) -> QuantisedSite:
         """The site itself: nothing is repacked."""
         form = InputForm(values.shape[1], permutation, outlier_blocks, hadamard)
-        return QuantisedSite(form, QuantisedLinear(values, scales, bias))
+        return QuantisedSite(form, QuantisedLinear(values, scales, bias, zeros))
 
     def linear(
         self, x: torch.Tensor, packed: PlainLinear | QuantisedSite, dtype: torch.dtype | None = None

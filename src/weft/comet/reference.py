@@ -13,9 +13,10 @@ All in float32, one rounding for each operation, halves to even; 127 / a and -8 
 torch divides a number by a tensor. A block whose largest magnitude is under 2**-100 is zero with scale 0; a block with
 an infinity or a NaN has scale NaN, so that its outputs are NaN.
 
-Weights are integers of 4 bits (or 8, for the outlier blocks) with one scale for each output and block. Then
+Weights are integers of 4 bits (or 8, for the outlier blocks) with one scale, and in checkpoints of others one zero point
+z, for each output and block. Then
 
-    accumulator[t, n, b] = sum over the block of q_x * q_w                                   int32, exact
+    accumulator[t, n, b] = (sum over the block of q_x * q_w) - z * (sum over the block of q_x)      int32, exact
     y[t, n] = sum over b, in order, of accumulator * (scale_x[t, b] * scale_w[n, b]), + bias      float32
 """
 
@@ -64,16 +65,21 @@ class QuantisedRows:
 
 @dataclass(frozen=True, slots=True)
 class QuantisedLinear:
-    """Integer weights [N, K] (int8; -8..7, in the outlier blocks up to -127..127), columns in the order of the prepared
-    input; scales float32 [N, K / 128]; bias float32 [N] or None."""
+    """Integer weights [N, K] (int8; -8..7, in the outlier blocks up to -128..127), columns in the order of the prepared
+    input; scales float32 [N, K / 128]; bias float32 [N] or None; zeros int8 [N, K / 128], -8..7, or None where all are 0.
+    A weight is (value - zero) * scale.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
+    zeros: torch.Tensor | None = None
 
     def dequantised(self) -> torch.Tensor:
         """float32 [N, K]."""
-        return (split(self.values) * self.scales[..., None]).flatten(-2)
+        values = split(self.values).float()
+        values = values if self.zeros is None else values - self.zeros[..., None]
+        return (values * self.scales[..., None]).flatten(-2)
 
 
 def prepare(x: torch.Tensor, form: InputForm) -> torch.Tensor:
@@ -100,11 +106,15 @@ def quantise_rows(prepared: torch.Tensor, outlier_blocks: int, *, exact_a4: bool
 
 
 def accumulate(rows: QuantisedRows, weight: QuantisedLinear) -> torch.Tensor:
-    """int32 [T, N, K / 128]: the integer dot products of each block."""
+    """int32 [T, N, K / 128]: the integer dot products of each block, zero points subtracted."""
     x = split(rows.values.int())
     w = split(weight.values.int())
-    # int32 products of torch are exact; a block's sum is at most 128 * 128 * 127, far from overflow.
-    return torch.stack([x[:, block] @ w[:, block].T for block in range(x.shape[1])], dim=-1)
+    # int32 products of torch are exact; a block's sum is at most 128 * 136 * 127, far from overflow.
+    products = torch.stack([x[:, block] @ w[:, block].T for block in range(x.shape[1])], dim=-1)
+    if weight.zeros is None:
+        return products
+    totals = x.sum(dim=-1, dtype=torch.int32)
+    return products - totals[:, None, :] * weight.zeros.int()
 
 
 def combine(accumulators: torch.Tensor, rows: QuantisedRows, weight: QuantisedLinear) -> torch.Tensor:
