@@ -33,6 +33,7 @@ from weft.kernels.quantised import BLOCK, W4AxLinear
 # (out, in): a decoder block of the 1.1B, and the shapes of the claim. No weight is still in a cache at its next turn:
 # COPIES of each take turns.
 LLAMA = ((2560, 2048), (2048, 2048), (11264, 2048), (2048, 5632))
+DOWN = 5632  # channels of the input that comes in the right order
 SQUARE = ((2048, 5632), (4096, 4096))
 COPIES = 8
 FEW, MANY = (1, 2, 4, 8), (16, 64, 128, 512)
@@ -88,7 +89,9 @@ def _arguments() -> argparse.Namespace:
 def _layer(kernels: CpuKernels, shape: tuple[int, int]) -> W4AxLinear:
     values = torch.randint(-8, 8, shape, dtype=torch.int8)
     scales = torch.rand(shape[0], shape[1] // BLOCK, dtype=torch.bfloat16)
-    return kernels.pack_w4ax(values, scales, permutation=torch.randperm(shape[1]), outlier_blocks=1, hadamard=True)
+    # As in a checkpoint: the order of the channels of `down` is hidden in the weights before it.
+    order = None if shape[1] == DOWN else torch.randperm(shape[1])
+    return kernels.pack_w4ax(values, scales, permutation=order, outlier_blocks=1, hadamard=True)
 
 
 def _few(

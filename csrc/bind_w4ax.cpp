@@ -6,11 +6,11 @@ namespace weft {
 
 void bind_w4ax(nb::module_& module, BackendClass& backend) {
   nb::class_<PackedW4Ax>(module, "PackedW4Ax")
-      .def(nb::init<Backend&, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t, bool,
-                    bool>(),
-           nb::arg("backend"), nb::arg("values"), nb::arg("scales"), nb::arg("bias"), nb::arg("permutation"),
-           nb::arg("out"), nb::arg("in_"), nb::arg("outlier_blocks"), nb::arg("wide_blocks"), nb::arg("hadamard"),
-           nb::arg("exact_a4"), unlocked())
+      .def(nb::init<Backend&, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, int64_t, int64_t, int64_t, int64_t,
+                    bool, bool, bool>(),
+           nb::arg("backend"), nb::arg("values"), nb::arg("scales"), nb::arg("zeros"), nb::arg("bias"),
+           nb::arg("permutation"), nb::arg("out"), nb::arg("in_"), nb::arg("outlier_blocks"), nb::arg("wide_blocks"),
+           nb::arg("hadamard"), nb::arg("exact_a4"), nb::arg("general"), unlocked())
       .def_prop_ro("address", &PackedW4Ax::address)
       .def_prop_ro("bytes", &PackedW4Ax::bytes)
       .def("release", &PackedW4Ax::release);

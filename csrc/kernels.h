@@ -37,6 +37,7 @@ struct GateCall;
 struct RotaryCall;  // attention.h
 struct AttentionCall;
 struct W4AxWeights;  // w4ax.h
+struct W4AxSource;
 struct QuantisedRows;
 
 struct Kernels {
@@ -44,8 +45,8 @@ struct Kernels {
   void (*pack_linear)(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
   // x [rows, in] of the weights' type -> y [rows, out] of that type or float32, both contiguous.
   void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
-  // 4-bit weights: values [out, in] and scales [out, in / 128] -> panels, which are zero before.
-  void (*pack_w4ax)(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels);
+  // 4-bit weights -> panels, which are zero before.
+  void (*pack_w4ax)(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels);
   // x [to.rows, in] -> integers, as the weights want them; and their product y [x.rows, out].
   void (*quantise_w4ax)(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
   void (*multiply_w4ax)(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);

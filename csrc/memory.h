@@ -1,18 +1,24 @@
 // Big blocks of zeroed memory, on huge pages where the kernel gives them.
+//
+// A packed weight takes some megabytes, so in a mapping of its own much of it would lie on small pages at either end,
+// and be read more slowly. Therefore blocks are cut one after the other from regions of many huge pages.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 
 #include "threads.h"
 
 namespace weft {
 
-// Owns one anonymous mapping; given back to the system by release() or the destructor.
+class Region;
+
+// Owns one block; its pages are given back to the system by release() or the destructor.
 class Memory {
  public:
   Memory() = default;
-  // Aligned to a page at least, so to a cache line; zeroed. Throws std::bad_alloc.
+  // Aligned to a cache line at least; zeroed. Throws std::bad_alloc.
   explicit Memory(size_t bytes);
   ~Memory() { release(); }
   Memory(Memory&& other) noexcept;
@@ -30,6 +36,7 @@ class Memory {
   }
 
  private:
+  std::shared_ptr<Region> region_;
   char* data_ = nullptr;
   size_t bytes_ = 0;
 };

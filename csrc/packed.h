@@ -52,12 +52,14 @@ class PackedLinear {
 // Owns the panels, the padded bias and the permutation.
 class PackedW4Ax {
  public:
-  PackedW4Ax(Backend& backend, uintptr_t values, uintptr_t scales, uintptr_t bias, uintptr_t permutation, int64_t out,
-             int64_t in, int64_t outlier_blocks, int64_t wide_blocks, bool hadamard, bool exact_a4)
-      : weights_{in, out, outlier_blocks, wide_blocks, hadamard, exact_a4, nullptr, nullptr, nullptr} {
+  PackedW4Ax(Backend& backend, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
+             uintptr_t permutation, int64_t out, int64_t in, int64_t outlier_blocks, int64_t wide_blocks, bool hadamard,
+             bool exact_a4, bool general)
+      : weights_{in, out, outlier_blocks, wide_blocks, hadamard, exact_a4, general, nullptr, nullptr, nullptr} {
     Pool& pool = backend.pool();
     panels_ = Memory(size_t(weights_.panel_count() * weights_.panel_bytes()));
-    backend.kernels().pack_w4ax(pool, weights_, at<const int8_t>(values), at<const bf16>(scales), panels_.data());
+    backend.kernels().pack_w4ax(
+        pool, weights_, {at<const int8_t>(values), at<const float>(scales), at<const int8_t>(zeros)}, panels_.data());
     weights_.panels = panels_.data();
     if (bias != 0) weights_.bias = copy(bias_, at<const float>(bias), out, weights_.panel_count() * PANEL);
     if (permutation != 0) weights_.permutation = copy(permutation_, at<const int32_t>(permutation), in, in);

@@ -11,23 +11,35 @@ constexpr int64_t BLOCK = 128;  // channels that share a scale
 // in order. A block is the integers of 128 channels, and then one bfloat16 scale for each column:
 //   4 bits   [16][PANEL][4] bytes; byte j of pair p holds channel 8 p + j (low nibble) and 8 p + 4 + j, each plus 8
 //   8 bits   [32][PANEL][4] bytes; byte j of quad q holds channel 4 q + j, plus 128
-// That is 4.125 bits a weight, and a block begins on a cache line.
+// That is 4.125 bits a weight, and a block begins on a cache line. Weights of the general form (those of others, mostly)
+// have float32 scales instead, and then a zero point for each column, int8: 4.3125 bits.
 struct W4AxWeights {
   int64_t in, out;
   int64_t outlier_blocks;  // so many leading blocks have 8-bit activations even where exact_a4
   int64_t wide_blocks;     // so many leading blocks have 8-bit weights
   bool hadamard;           // of the blocks that are no outlier blocks
   bool exact_a4;           // these have 4-bit activations, too
+  bool general;            // scales of 32 bits, and zero points
   const int32_t* permutation;  // [in], or null
   const char* panels;
   const float* bias;  // [panels * PANEL], or null
 
-  static constexpr int64_t block_bytes(bool wide) { return BLOCK * PANEL / (wide ? 1 : 2) + PANEL * 2; }
+  static constexpr int64_t integer_bytes(bool wide) { return BLOCK * PANEL / (wide ? 1 : 2); }
+  static constexpr int64_t block_bytes(bool wide, bool general) {
+    return integer_bytes(wide) + PANEL * (general ? 5 : 2);
+  }
   int64_t blocks() const { return in / BLOCK; }
   int64_t panel_count() const { return (out + PANEL - 1) / PANEL; }
   int64_t panel_bytes() const {
-    return wide_blocks * block_bytes(true) + (blocks() - wide_blocks) * block_bytes(false);
+    return wide_blocks * block_bytes(true, general) + (blocks() - wide_blocks) * block_bytes(false, general);
   }
+};
+
+// What weights are packed from.
+struct W4AxSource {
+  const int8_t* values;  // [out, in]
+  const float* scales;   // [out, in / 128]
+  const int8_t* zeros;   // [out, in / 128], or null; only in the general form
 };
 
 // The quantised input of a layer, in one piece of memory: block after block, so that a tile of rows reads it in order.

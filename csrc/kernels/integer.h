@@ -6,7 +6,14 @@
 
 namespace weft::WEFT_LEVEL {
 
+typedef int8_t i8v __attribute__((vector_size(lanes)));
 typedef int16_t i16v __attribute__((vector_size(lanes * 4)));
+
+// What to fetch during a tile: so many cache lines for each 8 channels, from here on.
+struct Ahead {
+  const char* from;
+  int64_t lines;
+};
 
 WEFT_INLINE i32v splat(int32_t x) { return i32v{} + x; }
 WEFT_INLINE u32v low_nibbles(u32v x) { return x & 0x0f0f0f0fu; }
@@ -26,8 +33,11 @@ WEFT_INLINE i32v dot(i32v sum, u32v weights, u32v x) {
 
 // weights: a block from the first of TILE_VECTORS columns on. x: [HEIGHT][BLOCK]. Adds to the sums.
 template <int HEIGHT, int BITS>
-WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS]) {
+WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
+                                const Ahead& ahead) {
+  const char* next = ahead.from;
   for (int pair = 0; pair < BLOCK / 8; pair++) {
+    for (int64_t line = 0; line < ahead.lines; line++, next += 64) __builtin_prefetch(next, 0, 3);
     WEFT_UNROLL for (int half = 0; half < 2; half++) {
       u32v w[TILE_VECTORS];
       WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
@@ -79,7 +89,9 @@ template <int BITS>
 constexpr int QUADS = BITS == 4 ? 8 : 1;  // that 16 bits hold: 8 * 2 * 15 * 127 < 2^15
 
 template <int HEIGHT, int BITS>
-WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS]) {
+WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
+                                const Ahead& ahead) {
+  for (int64_t line = 0; line < ahead.lines * BLOCK / 8; line++) __builtin_prefetch(ahead.from + line * 64, 0, 3);
   for (int first = 0; first < BLOCK / 4; first += QUADS<BITS>) {
     i16v narrow[HEIGHT][TILE_VECTORS] = {};
     for (int quad = first; quad < first + QUADS<BITS>; quad++) {

@@ -14,7 +14,6 @@ constexpr float TINY = 0x1p-100f;
 constexpr float WHOLE = 0x1.8p23f;  // a float this large has no fraction: adding it rounds, halves to even
 
 typedef f32v Block[VECTORS];
-typedef int8_t i8v __attribute__((vector_size(lanes)));
 
 template <class Element>
 WEFT_INLINE void gather(const Element* row, const int32_t* permutation, int64_t block, Block& x) {

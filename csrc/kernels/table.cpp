@@ -5,7 +5,7 @@ namespace weft::WEFT_LEVEL {
 
 void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int64_t row_stride, void* panels);
 void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
-void pack_w4ax(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels);
+void pack_w4ax(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels);
 void quantise_w4ax(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
 void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
 void probe_read(Pool& pool, const void* memory, int64_t bytes);

@@ -25,23 +25,38 @@ struct Rows {
   const int32_t* totals;
 };
 
-template <int BITS>
-WEFT_INLINE const char* scales_of(const char* block) {
-  return block + W4AxWeights::block_bytes(BITS == 8) - PANEL * 2;
-}
+// What a block says of its columns, after the integers.
+template <bool GENERAL>
+struct Columns {
+  const bf16* scales;
+  explicit Columns(const char* from) : scales(reinterpret_cast<const bf16*>(from)) {}
+  f32v scale(int64_t column) const { return load_bf16(scales + column); }
+  i32v zero(int64_t) const { return i32v{}; }
+};
 
-// Adds a block's products to the sums [HEIGHT][PANEL] in float.
-template <int HEIGHT, int BITS>
-void tile(const char* block, const Rows& rows, float* sums) {
-  const bf16* scales = reinterpret_cast<const bf16*>(scales_of<BITS>(block));
+template <>
+struct Columns<true> {
+  const float* scales;
+  const int8_t* zeros;
+  explicit Columns(const char* from)
+      : scales(reinterpret_cast<const float*>(from)), zeros(reinterpret_cast<const int8_t*>(scales + PANEL)) {}
+  f32v scale(int64_t column) const { return load<f32v>(scales + column); }
+  i32v zero(int64_t column) const { return __builtin_convertvector(load<i8v>(zeros + column), i32v); }
+};
+
+// Adds a block's products to the sums [HEIGHT][PANEL] in float, and fetches what is ahead.
+template <int HEIGHT, int BITS, bool GENERAL>
+void tile(const char* block, const Rows& rows, float* sums, const Ahead& ahead) {
+  const Columns<GENERAL> columns(block + W4AxWeights::integer_bytes(BITS == 8));
   for (int first = 0; first < PANEL / lanes; first += TILE_VECTORS) {
     i32v products[HEIGHT][TILE_VECTORS];
-    WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
-      WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) products[r][v] = splat(-excess<BITS> * rows.totals[r]);
-    }
-    multiply_block<HEIGHT, BITS>(block + first * sizeof(u32v), rows.values, products);
     WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
-      const f32v scale = load_bf16(scales + (first + v) * lanes);
+      const i32v zero = splat(excess<BITS>) + columns.zero((first + v) * lanes);
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) products[r][v] = zero * splat(-rows.totals[r]);
+    }
+    multiply_block<HEIGHT, BITS>(block + first * sizeof(u32v), rows.values, products, ahead);
+    WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
+      const f32v scale = columns.scale((first + v) * lanes);
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
         float* sum = sums + r * PANEL + (first + v) * lanes;
         const f32v product = __builtin_convertvector(products[r][v], f32v) * (splat(rows.scales[r]) * scale);
@@ -51,33 +66,32 @@ void tile(const char* block, const Rows& rows, float* sums) {
   }
 }
 
-template <int BITS>
-void tile(const char* block, const Rows& rows, int64_t height, float* sums) {
+template <int BITS, bool GENERAL>
+void tile(const char* block, const Rows& rows, int64_t height, float* sums, const Ahead& ahead) {
   switch (height) {
-    case 1: return tile<1, BITS>(block, rows, sums);
-    case 2: return tile<2, BITS>(block, rows, sums);
-    case 3: return tile<3, BITS>(block, rows, sums);
-    case 4: return tile<4, BITS>(block, rows, sums);
+    case 1: return tile<1, BITS, GENERAL>(block, rows, sums, ahead);
+    case 2: return tile<2, BITS, GENERAL>(block, rows, sums, ahead);
+    case 3: return tile<3, BITS, GENERAL>(block, rows, sums, ahead);
+    case 4: return tile<4, BITS, GENERAL>(block, rows, sums, ahead);
 #if defined(WEFT_LEVEL_avx512)
-    case 5: return tile<5, BITS>(block, rows, sums);
-    case 6: return tile<6, BITS>(block, rows, sums);
+    case 5: return tile<5, BITS, GENERAL>(block, rows, sums, ahead);
+    case 6: return tile<6, BITS, GENERAL>(block, rows, sums, ahead);
 #endif
   }
 }
 
-// A block of weights with `count` rows of a group, starting at x.
-template <int BITS>
+// A block of weights with `count` rows of a group, starting at x. The tiles fetch the next block meanwhile, evenly; but
+// one or two rows are bound by memory, and there the hardware's prefetcher is the better one.
+template <int BITS, bool GENERAL>
 void multiply_rows(const char* block, const Rows& x, int64_t count, float* sums) {
+  constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8, GENERAL);
   const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-  constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8), LINES = BYTES / 64;
+  const int64_t lines = count < 3 ? 0 : (BYTES / 64 / (BLOCK / 8) + tiles - 1) / tiles, step = lines * 64;
   for (int64_t t = 0; t < tiles; t++) {
-    // The next block. One tile is bound by memory, and there the hardware's prefetcher is the better one.
-    if (tiles > 1)
-      for (int64_t line = LINES * t / tiles; line < LINES * (t + 1) / tiles; line++)
-        __builtin_prefetch(block + BYTES + line * 64, 0, 3);
     // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
     const int64_t row = count * t / tiles, height = count * (t + 1) / tiles - row;
-    tile<BITS>(block, {x.values + row * BLOCK, x.scales + row, x.totals + row}, height, sums + row * PANEL);
+    const Rows rows{x.values + row * BLOCK, x.scales + row, x.totals + row};
+    tile<BITS, GENERAL>(block, rows, height, sums + row * PANEL, {block + BYTES + t * step * (BLOCK / 8), lines});
   }
 }
 
@@ -91,7 +105,7 @@ void finish(const float* sums, const float* bias, Out* y, int64_t columns) {
   memcpy(y, part, size_t(columns < PANEL ? columns : PANEL) * sizeof *y);
 }
 
-template <class Out>
+template <bool GENERAL, class Out>
 void multiply_panel(const W4AxWeights& weights, const QuantisedRows& x, int64_t panel, int64_t row, int64_t count,
                     Out* y) {
   alignas(64) float sums[GROUP * PANEL];
@@ -102,17 +116,17 @@ void multiply_panel(const W4AxWeights& weights, const QuantisedRows& x, int64_t 
     const Rows rows{x.values + at * BLOCK, x.scales + at, x.totals + at};
     const bool wide = b < weights.wide_blocks;
     if (wide)
-      multiply_rows<8>(block, rows, count, sums);
+      multiply_rows<8, GENERAL>(block, rows, count, sums);
     else
-      multiply_rows<4>(block, rows, count, sums);
-    block += W4AxWeights::block_bytes(wide);
+      multiply_rows<4, GENERAL>(block, rows, count, sums);
+    block += W4AxWeights::block_bytes(wide, GENERAL);
   }
   const float* bias = weights.bias == nullptr ? nullptr : weights.bias + panel * PANEL;
   for (int64_t r = 0; r < count; r++)
     finish(sums + r * PANEL, bias, y + (row + r) * weights.out + panel * PANEL, weights.out - panel * PANEL);
 }
 
-template <class Out>
+template <bool GENERAL, class Out>
 void multiply(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, Out* y) {
   const int64_t panels = weights.panel_count(), groups = (x.rows + GROUP - 1) / GROUP;
   if (groups == 0) return;
@@ -124,7 +138,7 @@ void multiply(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, Ou
     const int64_t panel = item / cuts, cut = item % cuts;
     for (int64_t part = parts * cut / cuts; part < parts * (cut + 1) / cuts; part++) {
       const int64_t row = x.rows * part / parts, end = x.rows * (part + 1) / parts;
-      multiply_panel(weights, x, panel, row, end - row, y);
+      multiply_panel<GENERAL>(weights, x, panel, row, end - row, y);
     }
   });
 }
@@ -142,27 +156,37 @@ void pack_block(const int8_t* from, int64_t row_stride, int64_t columns, bool wi
 
 }  // namespace
 
-// values [out, in], scales [out, in / 128]; panels are zero before.
-void pack_w4ax(Pool& pool, const W4AxWeights& shape, const int8_t* values, const bf16* scales, char* panels) {
+void pack_w4ax(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels) {
   pool.run(shape.panel_count(), [&](int64_t panel, int) {
     char* to = panels + panel * shape.panel_bytes();
     const int64_t first = panel * PANEL, left = shape.out - first, columns = left < PANEL ? left : PANEL;
     for (int64_t b = 0; b < shape.blocks(); b++) {
       const bool wide = b < shape.wide_blocks;
-      pack_block(values + first * shape.in + b * BLOCK, shape.in, columns, wide, reinterpret_cast<uint8_t*>(to));
-      to += W4AxWeights::block_bytes(wide);
-      bf16* scale = reinterpret_cast<bf16*>(to) - PANEL;
-      for (int64_t column = 0; column < columns; column++)
-        scale[column] = scales[(first + column) * shape.blocks() + b];
+      const int8_t* values = from.values + first * shape.in + b * BLOCK;
+      pack_block(values, shape.in, columns, wide, reinterpret_cast<uint8_t*>(to));
+      char* scales = to + W4AxWeights::integer_bytes(wide);
+      for (int64_t column = 0; column < columns; column++) {
+        const int64_t at = (first + column) * shape.blocks() + b;
+        if (shape.general) {
+          reinterpret_cast<float*>(scales)[column] = from.scales[at];
+          scales[PANEL * 4 + column] = char(from.zeros == nullptr ? 0 : from.zeros[at]);
+        } else {
+          reinterpret_cast<bf16*>(scales)[column] = narrow(from.scales[at]);
+        }
+      }
+      to += W4AxWeights::block_bytes(wide, shape.general);
     }
   });
 }
 
 void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type) {
+  const auto into = [&](auto* out) {
+    weights.general ? multiply<true>(pool, weights, x, out) : multiply<false>(pool, weights, x, out);
+  };
   if (type == Type::float32)
-    multiply(pool, weights, x, static_cast<float*>(y));
+    into(static_cast<float*>(y));
   else
-    multiply(pool, weights, x, static_cast<bf16*>(y));
+    into(static_cast<bf16*>(y));
 }
 
 }  // namespace weft::WEFT_LEVEL

@@ -26,10 +26,11 @@ class PackedLinear:
     def release(self) -> None: ...
 
 class PackedW4Ax:
-    """4-bit weights, and how their input is prepared. Addresses: values int8 [out, in], scales bfloat16
-    [out, in / 128], bias float32 [out] or 0, permutation int32 [in] or 0.
+    """4-bit weights, and how their input is prepared. Addresses: values int8 [out, in], scales float32 and zeros int8
+    [out, in / 128] (or 0), bias float32 [out] or 0, permutation int32 [in] or 0.
 
-    wide_blocks: so many leading blocks keep 8 bits a weight; the values of the others are -8 to 7.
+    wide_blocks: so many leading blocks keep 8 bits a weight; the values of the others are -8 to 7. general: scales are
+    kept in 32 bits and zeros are subtracted; otherwise scales are kept in bfloat16, and there are no zeros.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class PackedW4Ax:
         backend: Backend,
         values: int,
         scales: int,
+        zeros: int,
         bias: int,
         permutation: int,
         out: int,
@@ -45,6 +47,7 @@ class PackedW4Ax:
         wide_blocks: int,
         hadamard: bool,
         exact_a4: bool,
+        general: bool,
     ) -> None: ...
     @property
     def address(self) -> int: ...

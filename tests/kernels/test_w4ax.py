@@ -139,6 +139,35 @@ def test_quantised_rows_are_the_references_bit_for_bit(
     assert torch.equal(totals, expected.values.view(m, -1, BLOCK).sum(-1, dtype=torch.int32))
 
 
+@many
+@given(layer=layers(), m=rows, zeros=st.booleans())
+def test_zero_points_and_scales_of_32_bits_are_exact_too(
+    backends: Any, layer: dict[str, Any], m: int, zeros: bool
+) -> None:
+    form, weight = make(layer)
+    seed, (n, blocks) = layer["seed"], weight.scales.shape
+    scales = torch.randn(n, blocks, generator=random(seed + 7))  # more digits than bfloat16 has
+    points = torch.randint(-8, 8, (n, blocks), generator=random(seed + 8), dtype=torch.int8)
+    # What is left after the subtraction must fit the reference's int8.
+    values = weight.values.clamp(-119, 119)
+    shifted = values - points.repeat_interleave(BLOCK, dim=1) if zeros else values
+    x = made_input(seed, m, form.channels, torch.float32)
+    quantised = reference.quantise_rows(reference.prepare(x, form), form.outlier_blocks, exact_a4=False)
+    truth = QuantisedLinear(shifted, scales, weight.bias)
+    expected = reference.combine(reference.accumulate(quantised, truth), quantised, truth)
+    for kernels in (backends.one, backends.two):
+        packed = kernels.pack_w4ax(
+            values,
+            scales,
+            weight.bias,
+            permutation=form.permutation,
+            outlier_blocks=form.outlier_blocks,
+            hadamard=form.hadamard,
+            zeros=points if zeros else None,
+        )
+        assert_same_bits(kernels.linear(x, packed), expected)
+
+
 @pytest.mark.parametrize("exact_a4", [False, True])
 def test_a_block_is_zero_below_the_least_magnitude(backends: Any, exact_a4: bool) -> None:
     least = torch.tensor(reference.TINY)
@@ -212,6 +241,8 @@ def test_a_layer_takes_four_bits_a_weight_and_its_scales(backends: Any) -> None:
     assert four.bytes == n * 2048 * 4.125 / 8
     eight = packed_of(backends.one, form, made_weight(0, n, 16, 1, extreme=False, bias=False))
     assert eight.bytes == four.bytes + n * BLOCK / 2
+    general = backends.one.pack_w4ax(torch.zeros(n, 2048, dtype=torch.int8), torch.full((n, 16), 0.1))
+    assert general.bytes == n * 2048 * 4.3125 / 8
 
 
 def test_no_rows_give_no_rows(backends: Any) -> None:
@@ -229,9 +260,12 @@ def test_wrong_weights_are_refused(backends: Any) -> None:
         pack(values[:, :100], ones)
     with pytest.raises(ValueError, match="scales have shape"):
         pack(values, torch.ones(5, 2))
-    for scale in (1 + 2.0**-12, torch.nan, torch.inf, 1e39):
-        with pytest.raises(ValueError, match="bfloat16 must hold them"):
+    for scale in (torch.nan, torch.inf, 1e39):
+        with pytest.raises(ValueError, match="scales must be finite"):
             pack(values, ones.double() * scale)
+    for zeros in (torch.zeros(5, 1), torch.zeros(5, 2, dtype=torch.int8)):
+        with pytest.raises(ValueError, match="zeros are"):
+            pack(values, ones, zeros=zeros)
     with pytest.raises(ValueError, match="bias has shape"):
         pack(values, ones, torch.ones(4))
     with pytest.raises(ValueError, match="1 blocks"):

@@ -58,8 +58,11 @@ class Kernels(Protocol):
         permutation: torch.Tensor | None = None,
         outlier_blocks: int = 0,
         hadamard: bool = False,
+        zeros: torch.Tensor | None = None,
     ) -> Any:
         """Repack an integer weight for `linear`: values int8 [out, in], scales [out, in / 128], bias [out].
+
+        zeros: int8 [out, in / 128] or None: a weight is (value - zero) * scale.
 
         The input of such a linear is permuted (place i takes channel permutation[i]), transformed outside of its
         leading outlier blocks where `hadamard` says so, and quantised, as weft/comet/reference.py has it.

@@ -99,6 +99,7 @@ class CpuKernels:
         permutation: torch.Tensor | None = None,
         outlier_blocks: int = 0,
         hadamard: bool = False,
+        zeros: torch.Tensor | None = None,
         exact_a4: bool = False,
     ) -> W4AxLinear:
         """A 4-bit weight for `linear`, which then quantises its input as well: see kernels/quantised.py."""
@@ -110,6 +111,7 @@ class CpuKernels:
             permutation=permutation,
             outlier_blocks=outlier_blocks,
             hadamard=hadamard,
+            zeros=zeros,
             exact_a4=exact_a4,
         )
 

@@ -39,10 +39,12 @@ def pack_w4ax(
     permutation: torch.Tensor | None = None,
     outlier_blocks: int = 0,
     hadamard: bool = False,
+    zeros: torch.Tensor | None = None,
     exact_a4: bool = False,
 ) -> W4AxLinear:
-    """Repack values int8 [N, K], -8 to 7, and scales [N, K / 128], which bfloat16 must hold exactly; bias [N].
+    """Repack values int8 [N, K], -8 to 7, with scales [N, K / 128] and zeros int8 [N, K / 128] or None; bias [N].
 
+    A weight is (value - zero) * scale. Scales that bfloat16 holds exactly take half the memory, where there are no zeros.
     The first `outlier_blocks` blocks of 128 channels may hold values from -127 to 127; they then keep 8 bits. The input
     is prepared first: place i takes channel permutation[i], and with `hadamard` the other blocks are transformed. Its
     blocks are quantised to 8 bits; with `exact_a4` those that are no outlier blocks to 4. Raises ValueError, TypeError.
@@ -53,9 +55,12 @@ def pack_w4ax(
         raise ValueError(
             f"scales have shape {list(scales.shape)}; values of {[outputs, inputs]} need {[outputs, blocks]}"
         )
-    stored = scales.to(torch.bfloat16).contiguous()
-    if not (bool(stored.isfinite().all()) and torch.equal(stored.to(scales.dtype), scales)):
-        raise ValueError("scales must be finite, and bfloat16 must hold them exactly: round them before quantising")
+    stored = scales.to(torch.float32).contiguous()
+    if not bool(stored.isfinite().all()):
+        raise ValueError("scales must be finite")
+    if zeros is not None and (zeros.dtype is not torch.int8 or zeros.shape != (outputs, blocks)):
+        raise ValueError(f"zeros are {zeros.dtype} {list(zeros.shape)}; they must be int8 {[outputs, blocks]}")
+    offsets = None if zeros is None else zeros.contiguous()
     if bias is not None and bias.shape != (outputs,):
         raise ValueError(f"bias has shape {list(bias.shape)}; the weight needs {[outputs]}")
     if not 0 <= outlier_blocks <= blocks:
@@ -67,6 +72,7 @@ def pack_w4ax(
         backend,
         rows.data_ptr(),
         stored.data_ptr(),
+        0 if offsets is None else offsets.data_ptr(),
         0 if floats is None else floats.data_ptr(),
         0 if order is None else order.data_ptr(),
         outputs,
@@ -75,6 +81,7 @@ def pack_w4ax(
         _wide_blocks(rows, outlier_blocks),
         hadamard,
         exact_a4,
+        offsets is not None or not torch.equal(stored.bfloat16().float(), stored),
     )
     return W4AxLinear(native, inputs, outputs)
 
