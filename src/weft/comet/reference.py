@@ -13,8 +13,8 @@ All in float32, one rounding for each operation, halves to even; 127 / a and -8 
 torch divides a number by a tensor. A block whose largest magnitude is under 2**-100 is zero with scale 0; a block with
 an infinity or a NaN has scale NaN, so that its outputs are NaN.
 
-Weights are integers of 4 bits (or 8, for the outlier blocks) with one scale, and in checkpoints of others one zero point
-z, for each output and block. Then
+Weights are integers of 4 bits (or 8, for the outlier blocks) with one scale for each output and block; checkpoints of
+others also have a zero point z for each. Then
 
     accumulator[t, n, b] = (sum over the block of q_x * q_w) - z * (sum over the block of q_x)      int32, exact
     y[t, n] = sum over b, in order, of accumulator * (scale_x[t, b] * scale_w[n, b]), + bias      float32
@@ -66,7 +66,7 @@ class QuantisedRows:
 @dataclass(frozen=True, slots=True)
 class QuantisedLinear:
     """Integer weights [N, K] (int8; -8..7, in the outlier blocks up to -128..127), columns in the order of the prepared
-    input; scales float32 [N, K / 128]; bias float32 [N] or None; zeros int8 [N, K / 128], -8..7, or None where all are 0.
+    input; scales float32 [N, K / 128]; bias float32 [N] or None; zeros int8 [N, K / 128], -8..7, None where all are 0.
     A weight is (value - zero) * scale.
     """
 
