@@ -138,7 +138,7 @@ def test_packed_weights_are_freed_with_the_object(backends: Any) -> None:
     assert resident() - before > 30 * 2**20
     del packed
     gc.collect()
-    assert resident() - before < 2 * 2**20
+    assert resident() - before < 5 * 2**20  # a huge page at either end may be shared with what comes next
 
 
 def test_released_weights_are_refused(backends: Any) -> None:

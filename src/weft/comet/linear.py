@@ -6,7 +6,6 @@ import torch
 
 from weft.comet import reference
 from weft.comet.checkpoint import QuantisedSite
-from weft.comet.packing import BLOCK
 from weft.comet.reference import InputForm, QuantisedLinear
 from weft.kernels.reference import PlainLinear, ReferenceKernels
 
@@ -35,8 +34,6 @@ class QuantisedReferenceKernels(ReferenceKernels):
         zeros: torch.Tensor | None = None,
     ) -> QuantisedSite:
         """The site itself: nothing is repacked."""
-        if zeros is not None:  # 4-bit values and zeros: the differences fit in 8 bits
-            values = values - zeros.repeat_interleave(BLOCK, dim=1)
         form = InputForm(values.shape[1], permutation, outlier_blocks, hadamard)
         return QuantisedSite(form, QuantisedLinear(values, scales, bias, zeros))
 

@@ -44,7 +44,7 @@ def pack_w4ax(
 ) -> W4AxLinear:
     """Repack values int8 [N, K], -8 to 7, with scales [N, K / 128] and zeros int8 [N, K / 128] or None; bias [N].
 
-    A weight is (value - zero) * scale. Scales that bfloat16 holds exactly take half the memory, where there are no zeros.
+    A weight is (value - zero) * scale. Scales that bfloat16 holds exactly take half the memory without zeros.
     The first `outlier_blocks` blocks of 128 channels may hold values from -127 to 127; they then keep 8 bits. The input
     is prepared first: place i takes channel permutation[i], and with `hadamard` the other blocks are transformed. Its
     blocks are quantised to 8 bits; with `exact_a4` those that are no outlier blocks to 4. Raises ValueError, TypeError.
