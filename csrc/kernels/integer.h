@@ -62,7 +62,7 @@ constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;  // 8 sums of 16 bits, 2 weights,
 template <int BITS>
 constexpr int32_t excess = BITS == 4 ? 8 : 0;
 
-// Products of neighbouring bytes, added in 16 bits: at most 2 * 127 * 127, or 2 * 15 * 127 with nibbles. maddubs takes an
+// Products of neighbouring bytes, added in 16 bits: at most 2 * 128 * 127, or 2 * 15 * 127 with nibbles. maddubs takes an
 // unsigned and a signed operand, and would saturate at 2 * 255 * 127; so 8-bit weights are signed, and lend x their sign.
 template <int BITS>
 WEFT_INLINE i16v add_pairs(u32v weights, u32v x) {

@@ -45,7 +45,7 @@ def pack_w4ax(
     """Repack values int8 [N, K], -8 to 7, with scales [N, K / 128] and zeros int8 [N, K / 128] or None; bias [N].
 
     A weight is (value - zero) * scale. Scales that bfloat16 holds exactly take half the memory without zeros.
-    The first `outlier_blocks` blocks of 128 channels may hold values from -127 to 127; they then keep 8 bits. The input
+    The first `outlier_blocks` blocks of 128 channels may hold values from -128 to 127; they then keep 8 bits. The input
     is prepared first: place i takes channel permutation[i], and with `hadamard` the other blocks are transformed. Its
     blocks are quantised to 8 bits; with `exact_a4` those that are no outlier blocks to 4. Raises ValueError, TypeError.
     """
@@ -137,7 +137,7 @@ def _wide_blocks(values: torch.Tensor, outlier_blocks: int) -> int:
     """How many leading blocks need 8 bits: all outlier blocks, or none. Raises ValueError for a value out of range."""
     border = outlier_blocks * BLOCK
     outliers, others = values[:, :border], values[:, border:]
-    for part, low, high in ((outliers, -127, 127), (others, -8, 7)):
+    for part, low, high in ((outliers, -128, 127), (others, -8, 7)):
         if part.numel() and not low <= int(part.min()) <= int(part.max()) <= high:
             raise ValueError(f"values go from {int(part.min())} to {int(part.max())}; they must be {low} to {high}")
     narrow = not outliers.numel() or -8 <= int(outliers.min()) <= int(outliers.max()) <= 7
