@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTISED = ("fmpq", "gptq", "awq", "compressed-tensors")  # quant_method of `quantization_config`
 LARGEST_WIDTH = 2**20
 
 
@@ -148,10 +149,11 @@ def _family(keys: Keys) -> str:
 
 def _refuse_the_unknown(keys: Keys) -> None:
     quantised = keys.raw.get("quantization_config")
-    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") == "fmpq"):
+    if quantised is not None and not (isinstance(quantised, dict) and quantised.get("quant_method") in QUANTISED):
         raise keys.error(
             "quantization_config",
-            "weft serves unquantised weights (float32, bfloat16, float16) and what `weft quantize` makes of them",
+            "weft serves unquantised weights (float32, bfloat16, float16), and those whose quant_method is "
+            "fmpq (made by `weft quantize`), gptq, awq or compressed-tensors",
         )
     if keys.raw.get("auto_map") is not None:
         raise keys.error(

@@ -10,19 +10,20 @@ import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from weft.comet.checkpoint import parse
+from weft.comet.checkpoint import METHOD, parse
 from weft.errors import CheckpointError
 from weft.kernels.base import Kernels
 from weft.models import quantised
 from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
+from weft.models.foreign import ForeignCheckpoint, outer_bytes
 from weft.models.rope import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -50,7 +51,10 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything that the decoders of one process share. embedding [vocabulary, hidden]; size: bytes of all."""
+    """Everything that the decoders of one process share. embedding [vocabulary, hidden]; size: bytes of all.
+
+    notes: what people should know of them, one sentence each.
+    """
 
     dtype: torch.dtype
     embedding: torch.Tensor
@@ -59,6 +63,7 @@ class Weights:
     head: Any
     rotary: Rotary
     size: int
+    notes: tuple[str, ...] = ()
 
 
 class Source(Protocol):
@@ -106,7 +111,8 @@ def load_weights(
     if say is not None:
         say("weights")
     if config.quantization is not None:
-        return _load_quantised(folder, config, kernels, dtype)
+        load = _load_quantised if config.quantization.get("quant_method") == METHOD else _load_foreign
+        return load(folder, config, kernels, dtype)
     _check_memory(config, dtype)
     source: Source
     if dummy_seed is None:
@@ -130,6 +136,15 @@ def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: 
         for index in range(config.layers)
     )
     return _assemble(source, config, kernels, dtype, layers, quantised.stored_bytes(source))
+
+
+def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
+    checkpoint = ForeignCheckpoint(folder, config)
+    layers = (LayerWeights(**checkpoint.layer(index, kernels, dtype)) for index in range(config.layers))
+    weights = _assemble(checkpoint.source, config, kernels, dtype, layers, 0)
+    head = checkpoint.head(kernels, dtype)
+    size = checkpoint.size + outer_bytes(config, dtype, head_packed=head is not None)
+    return replace(weights, head=weights.head if head is None else head, size=size, notes=checkpoint.notes())
 
 
 def _assemble(
