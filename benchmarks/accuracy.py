@@ -33,7 +33,17 @@ import torch
 from outliers import EMBEDDING, HEAD, INJECTIONS, NORM, Tensors
 from torch.nn.functional import linear, rms_norm
 
-from weft.comet.calibrate import Model, Progress, Settings, Text, make_plans, quantise_model, quantised_linears, through
+from weft.comet.calibrate import (
+    Job,
+    Model,
+    Progress,
+    Settings,
+    Text,
+    make_plans,
+    quantise_model,
+    quantised_linears,
+    through,
+)
 from weft.comet.checkpoint import read_layer
 from weft.comet.corpus import standard_library, windows
 from weft.comet.forward import SITES, KeysValues, Linears, Rotation, joined, plain_linears, run_layer
@@ -247,7 +257,9 @@ def paper(model: Model, text: Text, *, gptq: bool) -> Settings:
     for threshold in THRESHOLDS:
         with tempfile.TemporaryDirectory() as work:
             method = Method(name="paper", threshold=threshold)
-            plans = make_plans(model, text.calibration[:4], method, Path(work), lambda _: None)
+            plans = make_plans(
+                Job(model, Text(text.calibration[:4], text.held_out), Settings(method, Rounding()), Path(work), _quiet)
+            )
         work_of = {site: joined(model.layer(0), site)[0].shape for site in SITES}
         eight = sum(plan.blocks[site] * BLOCK * work_of[site][0] for plan in plans for site in SITES)
         whole = len(plans) * sum(math.prod(shape) for shape in work_of.values())
@@ -260,9 +272,7 @@ def fmpq(model: Model, text: Text, settings: Settings, keys_values: KeysValues |
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         few = Text(text.calibration, text.held_out[:1])
-        config, summary = quantise_model(
-            model, few, settings, work, lambda told: print(told.note) if told.note else None
-        )
+        config, summary = quantise_model(model, few, settings, work, _warnings)
         layers = []
         for index in range(model.shapes.layers):
             path = shard(work, index, model.shapes.layers)
@@ -274,9 +284,13 @@ def fmpq(model: Model, text: Text, settings: Settings, keys_values: KeysValues |
     return Layers([(layer.norms, quantised_linears(layer)) for layer in layers], keys_values, summary.outlier_share)
 
 
-def warnings(progress: Progress) -> None:
+def _warnings(progress: Progress) -> None:
     if progress.note:
         print(progress.note)
+
+
+def _quiet(_: Progress) -> None:
+    pass
 
 
 def kv4(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from weft.comet.calibrate import EMBEDDING, NORM, Model
+from weft.comet.calibrate import Model
 from weft.comet.forward import Rotation
+from weft.comet.outer import EMBEDDING, NORM
 from weft.models.families import ModelConfig, parse_config
 from weft.models.loader import layer_shapes
 from weft.models.rope import Rotary

@@ -17,8 +17,6 @@ from weft.comet.calibrate import (
     Progress,
     Settings,
     Text,
-    Watch,
-    embed,
     quantise_model,
     quantised_linears,
     through,
@@ -27,7 +25,9 @@ from weft.comet.calibrate import (
 from weft.comet.checkpoint import FmpqConfig, QuantisedLayer, read_layer
 from weft.comet.forward import plain_linears
 from weft.comet.layer import Method, PreparedLayer, plan_layer
+from weft.comet.outer import as_it_was
 from weft.comet.report import Summary, as_text
+from weft.comet.watch import Watch
 from weft.comet.weights import Rounding
 from weft.comet.work import INDEX_FILE, load_plan, shard
 from weft.errors import CheckpointError
@@ -68,7 +68,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_the_stored_layers_come_near_the_float_ones(tmp_path: Path, model_of: ModelOf, family: str) -> None:
     model = model_of(family)
     config, summary, _ = quantise(model, tmp_path / "q")
-    hidden = coarse = embed(model, TEXT.held_out)
+    hidden = coarse = as_it_was(model.rest()).embed(TEXT.held_out)
     for index, layer in enumerate(layers_of(tmp_path / "q", config, model)):
         tensors = model.layer(index)
         hidden = through(hidden, tensors, model, index, plain_linears(tensors))
@@ -200,7 +200,7 @@ def test_the_report_names_every_layer_and_the_totals(tmp_path: Path, model_of: M
     _, summary, _ = quantise(model_of(), tmp_path / "q")
     text = as_text(summary)
     assert "8-bit activations" in text and "top-1 flips" in text
-    assert len(text.splitlines()) == 2 + 2 + 8
+    assert len(text.splitlines()) == 2 + 2 + 10
     raw = summary.as_json()
     assert raw["totals"]["outlier_share"] == summary.outlier_share
     assert [row["site"] for row in raw["layers"][1]["sites"]] == ["attention", "output", "mlp", "down"]
@@ -219,14 +219,14 @@ def test_each_layer_is_calibrated_on_what_the_quantised_ones_before_it_make(
     monkeypatch.setattr(weft.comet.calibrate, "quantise_layer", watching)
     config, _, _ = quantise(model, tmp_path / "q")
     first = layers_of(tmp_path / "q", config, model)[0]
-    start = embed(model, TEXT.calibration)
+    start = as_it_was(model.rest()).embed(TEXT.calibration)
     assert torch.equal(seen[0], start)
     assert torch.allclose(seen[1], through(start, first.norms, model, 0, quantised_linears(first)), atol=1e-5)
 
 
 def test_costs_are_what_4_bits_at_one_site_do_to_the_rows_after_the_layer(model_of: ModelOf) -> None:
     model = model_of()
-    tensors, before = model.layer(0), embed(model, TEXT.calibration)
+    tensors, before = model.layer(0), as_it_was(model.rest()).embed(TEXT.calibration)
     plain = plain_linears(tensors)
     watch = Watch(plain, TEXT.calibration.numel())
     after = through(before, tensors, model, 0, watch)

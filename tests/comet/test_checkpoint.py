@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from weft.comet.checkpoint import (
     FmpqConfig,
+    HeadForm,
     QuantisedLayer,
     QuantisedSite,
     layer_tensors,
@@ -66,7 +68,7 @@ def layer_of(config: FmpqConfig, index: int, biased: bool = False) -> QuantisedL
 def test_a_layer_comes_back_from_its_tensors(bits: int, biased: bool, index: int) -> None:
     config = config_of(bits)
     layer = layer_of(config, index, biased)
-    tensors = layer_tensors(layer, SHAPES, bits)
+    tensors = layer_tensors(layer, config, SHAPES)
     assert tensors.keys() - set(tensor_shapes(config, SHAPES, index)) == {
         "input_layernorm.weight",
         *(f"{name}.bias" for names in SITES.values() for name in names if biased),
@@ -85,15 +87,24 @@ def test_a_layer_comes_back_from_its_tensors(bits: int, biased: bool, index: int
             assert torch.equal(other.form.permutation, one.form.permutation)
 
 
-def test_the_config_comes_back_from_its_json() -> None:
-    assert parse(config_of(8).as_json(), SHAPES) == config_of(8)
+@pytest.mark.parametrize("head", [None, HeadForm(4, 0, True), HeadForm(4, 1, False), HeadForm(8, 1, False)])
+@pytest.mark.parametrize("embedding_bits", [4, 8, 16])
+def test_the_config_comes_back_from_its_json(head: HeadForm | None, embedding_bits: int) -> None:
+    config = replace(config_of(8), head=head, embedding_bits=embedding_bits)
+    assert parse(config.as_json(), SHAPES) == config
+
+
+def test_a_config_of_version_1_leaves_embedding_and_output_layer_as_they_were() -> None:
+    raw = config_of().as_json() | {"version": 1}
+    del raw["head"], raw["embedding_bits"]
+    assert parse(raw, SHAPES) == config_of()
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
         ({"quant_method": "awq"}, "quantization_config.quant_method is 'awq'"),
-        ({"version": 2}, "quantization_config.version is 2"),
+        ({"version": 3}, "quantization_config.version is 3"),
         ({"version": True}, "quantization_config.version is True"),
         ({"block_size": 64}, "quantization_config.block_size is 64"),
         ({"outlier_weight_bits": 6}, "quantization_config.outlier_weight_bits is 6; it must be 4 or 8"),
@@ -102,7 +113,11 @@ def test_the_config_comes_back_from_its_json() -> None:
         ({"hadamard": {"attention": [1, 0]}}, "it must list 2 bools"),
         ({"outlier_blocks": {"attention": [0, 2]}}, "it must list 2 ints from 0 to 1, one for each layer"),
         ({"outlier_blocks": {"attention": [0, True]}}, "it must list 2 ints"),
-        ({"modules_to_not_convert": []}, "modules_to_not_convert is []"),
+        ({"modules_to_not_convert": []}, "modules_to_not_convert is []; it must be ['lm_head']"),
+        ({"embedding_bits": 6}, "quantization_config.embedding_bits is 6; it must be 4 or 8 or 16"),
+        ({"head": 4}, "quantization_config.head is 4; it must be null or an object"),
+        ({"head": {"weight_bits": 4, "outlier_blocks": 2, "hadamard": True}}, "outlier_blocks from 0 to 1"),
+        ({"head": {"weight_bits": 8, "outlier_blocks": 0, "hadamard": False}}, "all 1 blocks are outlier blocks"),
     ],
 )
 def test_a_config_that_cannot_be_honoured_is_refused_by_key(change: dict[str, Any], words: str) -> None:
@@ -121,7 +136,7 @@ def test_a_config_that_is_no_object_or_not_divisible_is_refused() -> None:
 def broken(name: str, tensor: torch.Tensor | None) -> str:
     """The error for a layer whose tensor `name` is replaced, or missing."""
     config = config_of(8)
-    tensors = layer_tensors(layer_of(config, 0), SHAPES, 8)
+    tensors = layer_tensors(layer_of(config, 0), config, SHAPES)
     if tensor is None:
         del tensors[name]
     else:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from weft.comet.calibrate import EMBEDDING, NORM, embed, through
+from weft.comet.calibrate import through
 from weft.comet.forward import plain_linears
+from weft.comet.outer import as_it_was
 from weft.comet.report import compare
 
 from .conftest import FAMILIES, make_model, tiny_config
@@ -33,7 +34,7 @@ def test_a_model_computes_what_transformers_computes(family: str) -> None:
     assert missing.missing_keys == ["lm_head.weight"] and not missing.unexpected_keys
     tokens = torch.randint(0, config.vocabulary, (3, 17), generator=torch.Generator().manual_seed(1))
 
-    hidden = embed(model, tokens)
+    hidden = as_it_was(model.rest()).embed(tokens)
     for index in range(config.layers):
         tensors = model.layer(index)
         hidden = through(hidden, tensors, model, index, plain_linears(tensors))
@@ -42,7 +43,8 @@ def test_a_model_computes_what_transformers_computes(family: str) -> None:
         last = oracle.model.norm(hidden)
     assert torch.allclose(last, expected.hidden_states[-1], rtol=1e-3, atol=1e-3)
 
-    quality = compare(hidden, hidden, model.rest()[NORM], model.rest()[EMBEDDING], config.eps, tokens)
+    logits = as_it_was(model.rest()).logits(config.eps)
+    quality = compare(hidden, hidden, logits, logits, tokens)
     nats = torch.nn.functional.cross_entropy(expected.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
     assert quality.tokens == 3 * 16
     assert quality.float_nats == quality.nats == pytest.approx(float(nats), rel=1e-4)

@@ -7,10 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.comet.calibrate import Watch, coarse_at, embed, through
+from weft.comet.calibrate import coarse_at, through
 from weft.comet.forward import SITES, plain_linears
 from weft.comet.layer import Method, key_scaling, plan_layer, prepare_layer, storable
+from weft.comet.outer import as_it_was
 from weft.comet.packing import BLOCK
+from weft.comet.watch import Watch
 
 from .conftest import FAMILIES, make_model, tiny_config
 
@@ -22,7 +24,7 @@ def test_any_split_of_any_family_preserves_the_layer(family: str, rotated: bool,
     model = make_model(config)
     tensors = model.layer(0)
     tokens = torch.randint(0, config.vocabulary, (2, 11), generator=torch.Generator().manual_seed(3))
-    before = embed(model, tokens)
+    before = as_it_was(model.rest()).embed(tokens)
     watch = Watch(plain_linears(tensors), tokens.numel())
     after = through(before, tensors, model, 0, watch)
     plan = plan_layer(tensors, watch.statistics(), config, Method(hadamard=rotated))
@@ -43,7 +45,7 @@ def test_balance_takes_outliers_out_of_the_inputs() -> None:
     tensors = model.layer(0)
     tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
     watch = Watch(plain_linears(tensors), tokens.numel())
-    through(embed(model, tokens), tensors, model, 0, watch)
+    through(as_it_was(model.rest()).embed(tokens), tensors, model, 0, watch)
     statistics = watch.statistics()
     plan = plan_layer(tensors, statistics, config, Method())
     for site in ("attention", "mlp"):
@@ -59,7 +61,7 @@ def test_a_plan_orders_by_what_channels_carry_and_costs_fall() -> None:
     tensors = model.layer(0)
     tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
     watch = Watch(plain_linears(tensors), tokens.numel())
-    through(embed(model, tokens), tensors, model, 0, watch)
+    through(as_it_was(model.rest()).embed(tokens), tensors, model, 0, watch)
     down = plan_layer(tensors, watch.statistics(), config, Method()).costs["down"]
     assert down.errors4[0] > 4 * down.errors4[1]
     assert all(eight < four / 50 for four, eight in zip(down.errors4, down.errors8, strict=True))
@@ -71,7 +73,7 @@ def test_the_papers_plan_only_permutes() -> None:
     tensors = model.layer(0)
     tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
     watch = Watch(plain_linears(tensors), tokens.numel())
-    before = embed(model, tokens)
+    before = as_it_was(model.rest()).embed(tokens)
     after = through(before, tensors, model, 0, watch)
     plan = plan_layer(tensors, watch.statistics(), config, Method(name="paper"))
     assert plan.blocks["mlp"] == 1

@@ -10,20 +10,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn.functional import rms_norm
 
-from weft.comet.calibrate import (
-    EMBEDDING,
-    NORM,
-    Model,
-    Settings,
-    Text,
-    embed,
-    quantise_model,
-    quantised_linears,
-    through,
-)
+from weft.comet.calibrate import Model, Settings, Text, quantise_model, quantised_linears, through
 from weft.comet.checkpoint import QuantisedLayer, read_layer
 from weft.comet.layer import Method
 from weft.comet.linear import QuantisedReferenceKernels
+from weft.comet.outer import EMBEDDING, NORM, as_it_was
 from weft.comet.weights import Rounding
 from weft.comet.work import shard
 from weft.core.plan import Slice
@@ -98,7 +89,7 @@ def test_the_decoder_serves_quantised_layers_as_they_are(
     found = torch.cat(hidden, dim=1)
 
     with torch.inference_mode():
-        expected = embed(model, tokens)
+        expected = as_it_was(model.rest()).embed(tokens)
         for index, layer in enumerate(layers):
             expected = through(expected, layer.norms, model, index, quantised_linears(layer, exact_a4=exact_a4))
         expected = rms_norm(expected, (config.hidden_size,), model.rest()[NORM], config.eps)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import weft.cli.quantize
 import weft.comet.calibrate
 from weft.cli import main
 from weft.comet.checkpoint import parse
@@ -64,6 +65,33 @@ def test_a_folder_is_made_whole(folder: Path, tmp_path: Path, capsys: pytest.Cap
     assert report["totals"]["outlier_share"] <= 0.1
     assert report["settings"]["method"]["budget"] == 0.1
     assert report["sizes"]["file_bytes"] == sum(path.stat().st_size for path in out.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("flags", "stored"),
+    [
+        ([], {"embed_tokens.weight_outlier", "lm_head.weight_outlier"}),
+        (["--head-bits", "4", "--embedding-bits", "4"], {"embed_tokens.weight_packed", "lm_head.permutation"}),
+        (["--head-bits", "16", "--embedding-bits", "16"], {"embed_tokens.weight"}),
+        (["--head-bits", "16", "--embedding-bits", "8"], {"embed_tokens.weight_outlier", "lm_head.weight"}),
+    ],
+)
+def test_head_and_embedding_have_the_bits_that_are_asked_for(
+    folder: Path, tmp_path: Path, flags: list[str], stored: set[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["quantize", str(folder), "-o", str(out), *FEW, *flags]) == 0
+    names = json.loads((out / "model.safetensors.index.json").read_text())["weight_map"]
+    assert stored <= {name.removeprefix("model.") for name in names}
+    assert ("lm_head.weight" in names) == ("lm_head.weight" in stored)  # a tied head is written only where it must be
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert (report["head"] is None) == ("16" in flags[:2])
+
+
+def test_a_wide_model_has_4_bits_throughout(folder: Path) -> None:
+    namespace = weft.cli.quantize._parser().read([str(folder), "-o", "out"])
+    bits = {width: weft.cli.quantize._settings(namespace, width) for width in (768, 2048)}
+    assert {width: (one.head_bits, one.embedding_bits) for width, one in bits.items()} == {768: (8, 8), 2048: (4, 4)}
 
 
 def test_a_stopped_command_goes_on(

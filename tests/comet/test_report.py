@@ -17,7 +17,11 @@ def test_quality_is_that_of_both_models_logits() -> None:
     coarse = exact + 0.5 * noise
     norm, head = torch.rand(16, generator=generator), torch.randn(40, 16, generator=generator)
     tokens = torch.randint(0, 40, (3, 200), generator=generator)
-    quality = compare(exact, coarse, norm, head, 1e-5, tokens)
+
+    def logits(rows: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.rms_norm(rows, (16,), norm, 1e-5) @ head.T
+
+    quality = compare(exact, coarse, logits, logits, tokens)
     first, second = ((rms_norm(hidden, (16,), norm, 1e-5) @ head.T)[:, :-1].flatten(0, 1) for hidden in (exact, coarse))
     targets = tokens[:, 1:].flatten()
     assert quality.tokens == 3 * 199

@@ -54,6 +54,37 @@ def test_four_bits_say_nearly_what_the_model_says(quantised: Path) -> None:
     assert 1e-3 < divergence(logits(quantised, kernels, tokens), logits(BUILTIN, kernels, tokens)) < 0.5
 
 
+@pytest.fixture(scope="module")
+def all_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with embedding and output layer in 4 bits too, as wide models have them."""
+    out = tmp_path_factory.mktemp("quantised") / "builtin-4"
+    few = ["--samples", "2", "--length", "64", "--held-out", "1"]
+    assert main(["quantize", "builtin", "-o", str(out), *few, "--head-bits", "4", "--embedding-bits", "4"]) == 0
+    return out
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_head_and_embedding_in_4_bits_are_served(all_in_4_bits: Path, name: str) -> None:
+    tokens = [int(token) for token in torch.randint(16, 4096, (40,), generator=torch.Generator().manual_seed(0))]
+    slow = QuantisedReferenceKernels((0,))
+    expected = logits(all_in_4_bits, slow, tokens)
+    assert divergence(expected, logits(BUILTIN, slow, tokens)) < 0.5
+    kernels = open_kernels(name, (0,))
+    try:
+        found = logits(all_in_4_bits, kernels, tokens)
+    finally:
+        kernels.close()
+    assert divergence(found, expected) < 1e-3
+
+
+def test_the_weights_of_a_model_in_4_bits_take_26_percent(all_in_4_bits: Path) -> None:
+    config = read_config(all_in_4_bits)
+    weights = load_weights(all_in_4_bits, config, QuantisedReferenceKernels((0,)), torch.bfloat16)
+    plain = load_weights(BUILTIN, read_config(BUILTIN), QuantisedReferenceKernels((0,)), torch.bfloat16)
+    # 4.125 of 16 bits are 25.8 %; norms and permutations are the rest.
+    assert 0.25 < weights.size / plain.size < 0.265
+
+
 @pytest.mark.parametrize("name", NATIVE)
 def test_native_kernels_say_what_the_reference_says(quantised: Path, name: str) -> None:
     # The linears are equal bit for bit (tests/kernels/test_w4ax.py). The norms between them are not, and where a number
@@ -90,6 +121,15 @@ def test_broken_files_are_told_by_name(quantised: Path, tmp_path: Path) -> None:
     tensors[name][0] = tensors[name][1]
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match=rf"{file.name}: attention.permutation of layer 0 is no permutation"):
+        LLM(str(folder), kernels="reference")
+
+    folder = broken(quantised, tmp_path / "head")
+    name = "lm_head.weight_scale"
+    file = folder / json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    tensors = load_file(file)
+    tensors[name][7, 0] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{file.name}: lm_head.weight_scale has a value that is not finite"):
         LLM(str(folder), kernels="reference")
 
     folder = broken(quantised, tmp_path / "short")

@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # torch comes with these
 STATE_FILE, REPORT_FILE, CONFIG_FILE = "state.json", "quantization_report.json", "config.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 USUAL_LENGTH = 512  # tokens in a calibration sequence
+NARROW = 1024  # hidden channels; below, 4 bits in the embedding and the output layer cost more than they save
 HELD_OUT_PART = 10  # of a --calibration file, one part in this many is held out
 
 
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str]) -> int:
     folder = resolve_model(namespace.model, namespace.revision)
     model = _open_model(folder, namespace.length)
     text = _text(folder, namespace, model)
-    settings = _settings(namespace)
+    settings = _settings(namespace, model.shapes.hidden_size)
     _begin(work, _fingerprint(folder, settings, text))
     with _shown_progress() as tell:
         from weft.comet.calibrate import quantise_model
@@ -95,6 +96,13 @@ def _parser() -> Parser:
         default=4,
         help="bits of the weights in 8-bit blocks (default: 4)",
     )
+    for flag, what in (("--head-bits", "output layer"), ("--embedding-bits", "embedding")):
+        add(
+            flag,
+            choices=("auto", "4", "8", "16"),
+            default="auto",
+            help=f"bits of the {what}; 16: as it is; auto: 4, or 8 for models narrower than {NARROW} (default: auto)",
+        )
     add(
         "--calibration",
         type=Path,
@@ -145,7 +153,7 @@ def _plot_problems(file: Path | None) -> list[str]:
     return problems
 
 
-def _settings(namespace: argparse.Namespace) -> Settings:
+def _settings(namespace: argparse.Namespace, hidden_size: int) -> Settings:
     from weft.comet.calibrate import Settings
     from weft.comet.layer import Method
     from weft.comet.weights import Rounding
@@ -154,16 +162,21 @@ def _settings(namespace: argparse.Namespace) -> Settings:
     given = {"budget": namespace.outlier_budget, "threshold": namespace.outlier_threshold}
     chosen = {name: value for name, value in given.items() if value is not None}
     method = Method(name=namespace.method, hadamard=namespace.hadamard and not paper, **chosen)
-    return Settings(method, Rounding(outlier_bits=namespace.weight_bits_outlier, compensate=not paper))
+    rounding = Rounding(outlier_bits=namespace.weight_bits_outlier, compensate=not paper)
+    auto = 8 if hidden_size < NARROW else 4
+    head, embedding = (
+        auto if bits == "auto" else int(bits) for bits in (namespace.head_bits, namespace.embedding_bits)
+    )
+    return Settings(method, rounding, head, embedding)
 
 
 def _open_model(folder: Path, length: int | None) -> Model:
     """Raises CheckpointError for a folder that is not a whole float model, ConfigError for too long a --length."""
-    from weft.comet.calibrate import HEAD, Model
+    from weft.comet.calibrate import Model
     from weft.comet.forward import Rotation
     from weft.models.checkpoint import Checkpoint
     from weft.models.families import read_config
-    from weft.models.loader import EMBEDDING, NORM, layer_shapes, tensor_shapes
+    from weft.models.loader import EMBEDDING, HEAD, NORM, layer_shapes, tensor_shapes
     from weft.models.rope import Rotary
 
     config = read_config(folder)

@@ -1,6 +1,7 @@
 """From a float model to a quantised one, layer after layer: never more than one layer of weights in memory.
 
-    pass 1   the calibration text through the float layers; each layer's plan (scalings, orders, block costs) is kept
+    pass 1   the calibration text through the float layers; each layer's plan (scalings, orders, block costs) is kept,
+             and at the end that of the output layer
     then     the 8-bit blocks are allotted over the whole model
     pass 2   the text through the layers again: a layer is put into its plan's form, its inputs are seen as the layers
              before it, already quantised, make them; its weights are rounded, and the text goes on through the result
@@ -22,6 +23,7 @@ from torch.nn.functional import linear
 from weft.comet import reference
 from weft.comet.checkpoint import (
     FmpqConfig,
+    HeadForm,
     QuantisedLayer,
     QuantisedSite,
     check_divisible,
@@ -29,16 +31,26 @@ from weft.comet.checkpoint import (
     read_layer,
     site_shapes,
 )
-from weft.comet.fmpq import Statistics, allot
+from weft.comet.fmpq import allot
 from weft.comet.forward import SITES, Linears, Rotation, Shapes, Tensors, plain_linears, run_layer
 from weft.comet.layer import LayerPlan, Method, PreparedLayer, PreparedSite, plan_layer, prepare_layer
-from weft.comet.report import LayerRow, SiteRow, Summary, compare, decibels
+from weft.comet.outer import (
+    EMBEDDING,
+    HEAD_SITE,
+    Outer,
+    as_it_was,
+    outer_tensors,
+    plan_head,
+    prepare_head,
+    quantise_embedding,
+)
+from weft.comet.packing import BLOCK
+from weft.comet.report import EmbeddingRow, LayerRow, SiteRow, Summary, compare, decibels
+from weft.comet.watch import Moments, Watch, every
 from weft.comet.weights import Rounding, quantise_weight
 from weft.comet.work import load_layer, load_plan, save_layer, save_plan, save_whole, shard, write_index
 
 CHUNK = 4096  # tokens that go through a layer at a time
-KEPT_ROWS = 2048  # of each input, for the errors of its blocks
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
 
 Chosen = Mapping[str, tuple[int, ...]]  # for each site of a layer, the blocks that keep 8 bits
 
@@ -65,8 +77,12 @@ class Text:
 
 @dataclass(frozen=True, slots=True)
 class Settings:
+    """head_bits and embedding_bits: 4 or 8; 16 leaves the output layer, or the embedding, as it is."""
+
     method: Method
     rounding: Rounding
+    head_bits: int = 16
+    embedding_bits: int = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,32 +98,45 @@ class Progress:
 Tell = Callable[[Progress], None]
 
 
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One quantisation: what goes in, where the files go, and who is told."""
+
+    model: Model
+    text: Text
+    settings: Settings
+    work: Path
+    tell: Tell
+
+    def warn(self, phase: str, index: int) -> Callable[[str, str], None]:
+        total = self.model.shapes.layers
+        return lambda site, note: self.tell(Progress(phase, index, total, f"layer {index}, {site}: {note}"))
+
+
 def quantise_model(model: Model, text: Text, settings: Settings, work: Path, tell: Tell) -> tuple[FmpqConfig, Summary]:
     """Quantise into `work`: shards and their index. Raises CheckpointError for inputs that blocks do not divide."""
     for site, (rows, columns) in site_shapes(model.shapes).items():
         name = f"model.layers.0.{next(iter(rows))}.weight"
         check_divisible(columns, model.file(name), f"{name} ({site})")
+    job = Job(model, text, settings, work, tell)
     with torch.inference_mode():
-        plans = make_plans(model, text.calibration, settings.method, work, tell)
+        plans = make_plans(job)
         chosen = choose(plans, settings.method)
-        config = FmpqConfig(
-            outlier_weight_bits=settings.rounding.outlier_bits,
-            outlier_blocks={site: tuple(len(blocks[site]) for blocks in chosen) for site in SITES},
-            hadamard={site: tuple(plan.sites[site].hadamard for plan in plans) for site in SITES},
-        )
-        summary = quantise_layers(model, text, settings, plans, chosen, config, work, tell)
+        config = make_config(settings, plans, chosen, model.shapes)
+        summary = quantise_layers(job, plans, chosen, config)
     write_index(work, model.shapes.layers)
     return config, summary
 
 
-def make_plans(model: Model, tokens: torch.Tensor, method: Method, work: Path, tell: Tell) -> list[LayerPlan]:
-    """Pass 1."""
-    phase, layers = "looking at the layers", model.shapes.layers
+def make_plans(job: Job) -> list[LayerPlan]:
+    """Pass 1: a plan for each layer, and one more for an output layer of 4 bits."""
+    phase, model, method = "looking at the layers", job.model, job.settings.method
+    layers, tokens = model.shapes.layers, job.text.calibration
     plans: list[LayerPlan] = []
-    hidden = embed(model, tokens)
+    hidden = as_it_was(model.rest()).embed(tokens)
     for index in range(layers):
-        tell(Progress(phase, index, layers))
-        tensors, path = model.layer(index), work / f"plan-{index:05}.safetensors"
+        job.tell(Progress(phase, index, layers))
+        tensors, path = model.layer(index), plan_file(job.work, index)
         if path.exists():
             plans.append(load_plan(path))
             hidden = through(hidden, tensors, model, index, plain_linears(tensors))
@@ -119,8 +148,27 @@ def make_plans(model: Model, tokens: torch.Tensor, method: Method, work: Path, t
         plans.append(weighed(plan, tensors, model, index, hidden[few], after[few]))
         hidden = after
         save_plan(path, plans[-1])
-    tell(Progress(phase, layers, layers))
+    if job.settings.head_bits == 4:
+        plans.append(plan_head(model.rest(), hidden, model.shapes.eps, method))
+    job.tell(Progress(phase, layers, layers))
     return plans
+
+
+def make_config(settings: Settings, plans: list[LayerPlan], chosen: list[Chosen], shapes: Shapes) -> FmpqConfig:
+    """What config.json says of all this."""
+    layers = range(shapes.layers)
+    head = None
+    if settings.head_bits == 8:
+        head = HeadForm(8, shapes.hidden_size // BLOCK, hadamard=False)
+    elif settings.head_bits == 4:
+        head = HeadForm(4, len(chosen[-1][HEAD_SITE]), plans[-1].sites[HEAD_SITE].hadamard)
+    return FmpqConfig(
+        outlier_weight_bits=settings.rounding.outlier_bits,
+        outlier_blocks={site: tuple(len(chosen[index][site]) for index in layers) for site in SITES},
+        hadamard={site: tuple(plans[index].sites[site].hadamard for index in layers) for site in SITES},
+        head=head,
+        embedding_bits=settings.embedding_bits,
+    )
 
 
 def weighed(
@@ -138,53 +186,64 @@ def weighed(
 
 
 def choose(plans: list[LayerPlan], method: Method) -> list[Chosen]:
-    """Which blocks keep 8 bits, for each layer."""
+    """Which blocks keep 8 bits, for each plan."""
     if method.name == "paper":
-        return [{site: tuple(range(plan.blocks[site])) for site in SITES} for plan in plans]
+        return [{site: tuple(range(plan.blocks[site])) for site in plan.sites} for plan in plans]
     costs = {f"{index}.{site}": cost for index, plan in enumerate(plans) for site, cost in plan.costs.items()}
     allotted = allot(costs, method.budget)
-    return [{site: allotted[f"{index}.{site}"] for site in SITES} for index in range(len(plans))]
+    return [{site: allotted[f"{index}.{site}"] for site in plan.sites} for index, plan in enumerate(plans)]
 
 
-def quantise_layers(
-    model: Model,
-    text: Text,
-    settings: Settings,
-    plans: list[LayerPlan],
-    chosen: list[Chosen],
-    config: FmpqConfig,
-    work: Path,
-    tell: Tell,
-) -> Summary:
+def quantise_layers(job: Job, plans: list[LayerPlan], chosen: list[Chosen], config: FmpqConfig) -> Summary:
     """Pass 2."""
-    phase, shapes = "quantising", model.shapes
+    phase, model, text = "quantising", job.model, job.text
+    shapes, float_rest = model.shapes, as_it_was(model.rest())
     rows: list[LayerRow] = []
-    hidden, exact = embed(model, text.calibration), embed(model, text.held_out)
-    coarse = exact
-    for index, (plan, blocks) in enumerate(zip(plans, chosen, strict=True)):
-        tell(Progress(phase, index, shapes.layers))
-        tensors, path = model.layer(index), shard(work, index, shapes.layers)
+    start = replace(float_rest, embedding=quantise_embedding(model.rest()[EMBEDDING], job.settings.embedding_bits))
+    hidden, coarse, exact = start.embed(text.calibration), start.embed(text.held_out), float_rest.embed(text.held_out)
+    for index in range(shapes.layers):
+        job.tell(Progress(phase, index, shapes.layers))
+        tensors, path = model.layer(index), shard(job.work, index, shapes.layers)
         exact = through(exact, tensors, model, index, plain_linears(tensors))
         if path.exists():
             stored, row = load_layer(path, index)
             layer = read_layer(stored, config, shapes, index, path)
             coarse = through(coarse, layer.norms, model, index, quantised_linears(layer))
         else:
-            warn = _warner(tell, phase, index, shapes.layers)
-            layer, site_rows = quantise_layer(
-                prepare_layer(tensors, plan, blocks, shapes), hidden, model, index, settings.rounding, warn
-            )
+            prepared = prepare_layer(tensors, plans[index], chosen[index], shapes)
+            warn = job.warn(phase, index)
+            layer, site_rows = quantise_layer(prepared, hidden, model, index, job.settings.rounding, warn)
             coarse = through(coarse, layer.norms, model, index, quantised_linears(layer))
             row = LayerRow(index, site_rows, decibels(exact, coarse))
-            save_layer(path, index, layer_tensors(layer, shapes, config.outlier_weight_bits), row)
+            save_layer(path, index, layer_tensors(layer, config, shapes), row)
         rows.append(row)
         hidden = through(hidden, layer.norms, model, index, quantised_linears(layer))
-    rest = dict(model.rest())
-    save_whole(shard(work, shapes.layers, shapes.layers), rest, {"format": "pt"})
-    head = rest.get(HEAD, rest[EMBEDDING])
-    quality = compare(exact, coarse, rest[NORM], head, shapes.eps, text.held_out)
-    tell(Progress(phase, shapes.layers, shapes.layers))
-    return Summary(tuple(rows), quality)
+    whole, head = (start, None) if config.head is None else quantise_head(job, start, plans, chosen, hidden)
+    tensors = outer_tensors(whole, config, tied=float_rest.head is float_rest.embedding)
+    save_whole(shard(job.work, shapes.layers, shapes.layers), tensors, {"format": "pt"})
+    quality = compare(exact, coarse, float_rest.logits(shapes.eps), whole.logits(shapes.eps), text.held_out)
+    job.tell(Progress(phase, shapes.layers, shapes.layers))
+    return Summary(tuple(rows), quality, head, embedding_row(float_rest, whole, config, text.held_out))
+
+
+def quantise_head(
+    job: Job, outer: Outer, plans: list[LayerPlan], chosen: list[Chosen], hidden: torch.Tensor
+) -> tuple[Outer, SiteRow]:
+    """The output layer, rounded on the hidden rows [S, L, hidden] that leave the last quantised layer."""
+    layers, settings = job.model.shapes.layers, job.settings
+    plan, blocks = (plans[layers], chosen[layers][HEAD_SITE]) if settings.head_bits == 4 else (None, ())
+    prepared, norm = prepare_head(job.model.rest(), plan, blocks)
+    x = reference.prepare(replace(outer, norm=norm).normalised(hidden, job.model.shapes.eps), prepared.form)
+    x = x.flatten(0, 1)
+    rounding = replace(settings.rounding, outlier_bits=8) if plan is None else settings.rounding
+    hessian = (x.T @ x).double() / len(x)
+    site = round_site(prepared, hessian, rounding, partial(job.warn("quantising", layers), HEAD_SITE))
+    return replace(outer, norm=norm, head=site), site_row(HEAD_SITE, prepared, site, x[:: every(len(x))], rounding)
+
+
+def embedding_row(exact: Outer, coarse: Outer, config: FmpqConfig, tokens: torch.Tensor) -> EmbeddingRow:
+    bits = config.embedding_bits
+    return EmbeddingRow(16 if bits == 16 else bits + 16 / BLOCK, decibels(exact.embed(tokens), coarse.embed(tokens)))
 
 
 def quantise_layer(
@@ -200,17 +259,17 @@ def quantise_layer(
     through(hidden, prepared.norms, model, index, moments)
     sites, rows = {}, []
     for site, one in prepared.sites.items():
-        quantised = quantise_weight(
-            one.weight,
-            one.bias,
-            moments.hessian(site),
-            one.form.outlier_blocks,
-            rounding,
-            partial(warn, site),
-        )
-        sites[site] = QuantisedSite(one.form, quantised)
+        sites[site] = round_site(one, moments.hessian(site), rounding, partial(warn, site))
         rows.append(site_row(site, one, sites[site], moments.rows(site), rounding))
     return QuantisedLayer(sites, prepared.norms), tuple(rows)
+
+
+def round_site(
+    prepared: PreparedSite, hessian: torch.Tensor, rounding: Rounding, warn: Callable[[str], None]
+) -> QuantisedSite:
+    form = prepared.form
+    weight = quantise_weight(prepared.weight, prepared.bias, hessian, form.outlier_blocks, rounding, warn)
+    return QuantisedSite(form, weight)
 
 
 def site_row(
@@ -246,59 +305,6 @@ def coarse_at(prepared: PreparedLayer, coarse: str) -> Linears:
     return apply
 
 
-class Watch:
-    """Linears that note what a plan is made from: mean squares and largest magnitudes, and some of the rows."""
-
-    def __init__(self, linears: Linears, tokens: int) -> None:
-        self._linears = linears
-        self._tokens = tokens
-        self._step = max(1, tokens // KEPT_ROWS)
-        self._squares: dict[str, torch.Tensor] = {}
-        self._largest: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
-
-    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        squares, largest = x.double().square().sum(dim=0), x.abs().amax(dim=0)
-        self._squares[site] = self._squares[site] + squares if site in self._squares else squares
-        self._largest[site] = torch.maximum(self._largest[site], largest) if site in self._largest else largest
-        self._rows[site].append(x[:: self._step].clone())
-        return self._linears(site, x)
-
-    def statistics(self) -> dict[str, Statistics]:
-        return {
-            site: Statistics(
-                (self._squares[site] / self._tokens).float(), self._largest[site], torch.cat(self._rows[site])
-            )
-            for site in SITES
-        }
-
-
-class Moments:
-    """Linears of a prepared layer, in float, that note the second moments of their prepared inputs and some rows."""
-
-    def __init__(self, prepared: PreparedLayer, tokens: int) -> None:
-        self._sites = prepared.sites
-        self._tokens = tokens
-        self._step = max(1, tokens // KEPT_ROWS)
-        self._sums: dict[str, torch.Tensor] = {}
-        self._rows: dict[str, list[torch.Tensor]] = {site: [] for site in SITES}
-
-    def __call__(self, site: str, x: torch.Tensor) -> torch.Tensor:
-        one = self._sites[site]
-        x = reference.prepare(x, one.form)
-        product = (x.T @ x).double()
-        self._sums[site] = self._sums[site] + product if site in self._sums else product
-        self._rows[site].append(x[:: self._step].clone())
-        return linear(x, one.weight, one.bias)
-
-    def hessian(self, site: str) -> torch.Tensor:
-        """float64 [K, K]: the mean of x xᵀ."""
-        return self._sums[site] / self._tokens
-
-    def rows(self, site: str) -> torch.Tensor:
-        return torch.cat(self._rows[site])
-
-
 def quantised_linears(layer: QuantisedLayer, *, exact_a4: bool = True) -> Linears:
     """The W4Ax linears in float32 arithmetic on the dequantised numbers: what the reference computes, to rounding."""
     weights = {site: one.linear.dequantised() for site, one in layer.sites.items()}
@@ -311,9 +317,8 @@ def quantised_linears(layer: QuantisedLayer, *, exact_a4: bool = True) -> Linear
     return apply
 
 
-def embed(model: Model, tokens: torch.Tensor) -> torch.Tensor:
-    """float32 [S, L, hidden]."""
-    return torch.nn.functional.embedding(tokens, model.rest()[EMBEDDING]).float()
+def plan_file(work: Path, index: int) -> Path:
+    return work / f"plan-{index:05}.safetensors"
 
 
 def through(hidden: torch.Tensor, tensors: Tensors, model: Model, index: int, linears: Linears) -> torch.Tensor:
@@ -325,7 +330,3 @@ def through(hidden: torch.Tensor, tensors: Tensors, model: Model, index: int, li
         part = slice(start, start + step)
         out[part] = run_layer(hidden[part], tensors, model.shapes, window, model.rotation, linears)
     return out
-
-
-def _warner(tell: Tell, phase: str, index: int, layers: int) -> Callable[[str, str], None]:
-    return lambda site, note: tell(Progress(phase, index, layers, f"layer {index}, {site}: {note}"))

@@ -7,7 +7,7 @@ permutation or a cut tensor is an error that names file and tensor, never a wron
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +19,15 @@ from weft.comet.reference import InputForm, QuantisedLinear
 from weft.errors import CheckpointError
 
 METHOD = "fmpq"
-VERSION = 1
+VERSION = 2
+READABLE = (1, 2)  # of version 1 are checkpoints whose embedding and output layer were left as they were
 KEY = "quantization_config"
 PERMUTED = ("attention", "output", "mlp")  # the order of `down` is hidden in the rows of gate_proj and up_proj
 NORMS = ("input_layernorm", "post_attention_layernorm")
 HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 SCALE_DTYPE = torch.bfloat16
+
+Stored = tuple[tuple[int, ...], str]  # a tensor's shape, and its dtype in safetensors' letters
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +47,29 @@ class QuantisedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadForm:
+    """How the output layer is stored. weight_bits 4: like a site of a layer, with these outlier blocks and transform.
+    8: weights and input have 8 bits throughout."""
+
+    weight_bits: int
+    outlier_blocks: int
+    hadamard: bool
+
+
+@dataclass(frozen=True, slots=True)
 class FmpqConfig:
-    """`quantization_config` of an fmpq checkpoint. outlier_blocks and hadamard: for each site, one entry a layer."""
+    """`quantization_config` of an fmpq checkpoint. outlier_blocks and hadamard: for each site, one entry a layer.
+    head: None where the output layer is left as it was. embedding_bits: 4, 8, or 16 where it is left as it was."""
 
     outlier_weight_bits: int
     outlier_blocks: dict[str, tuple[int, ...]]
     hadamard: dict[str, tuple[bool, ...]]
+    head: HeadForm | None = None
+    embedding_bits: int = 16
+
+    def eight(self, outlier_blocks: int, weight_bits: int = 4) -> int:
+        """How many leading columns of a weight have 8 bits."""
+        return outlier_blocks * BLOCK if 8 in (weight_bits, self.outlier_weight_bits) else 0
 
     def as_json(self) -> dict[str, Any]:
         return {
@@ -62,7 +82,9 @@ class FmpqConfig:
             "outlier_activation_bits": 8,
             "outlier_blocks": {site: list(counts) for site, counts in self.outlier_blocks.items()},
             "hadamard": {site: list(flags) for site, flags in self.hadamard.items()},
-            "modules_to_not_convert": ["lm_head"],
+            "head": None if self.head is None else asdict(self.head),
+            "embedding_bits": self.embedding_bits,
+            "modules_to_not_convert": ["lm_head"] if self.head is None else [],
         }
 
 
@@ -72,18 +94,20 @@ def parse(raw: Any, shapes: Shapes) -> FmpqConfig:
         raise _wrong("", raw, "it must be an object")
     for key, wanted in {
         "quant_method": METHOD,
-        "version": VERSION,
         "block_size": BLOCK,
         "weight_bits": 4,
         "activation_bits": 4,
         "outlier_activation_bits": 8,
-        "modules_to_not_convert": ["lm_head"],
     }.items():
         if raw.get(key) != wanted or isinstance(raw.get(key), bool):
             raise _wrong(key, raw.get(key), f"this version of weft reads {wanted!r}")
-    bits = raw.get("outlier_weight_bits")
-    if bits not in (4, 8) or isinstance(bits, bool):
-        raise _wrong("outlier_weight_bits", bits, "it must be 4 or 8")
+    version = _one_of(raw, "version", READABLE)
+    bits = _one_of(raw, "outlier_weight_bits", (4, 8))
+    embedding_bits = _one_of(raw, "embedding_bits", (4, 8, 16)) if version > 1 else 16
+    head = _head(raw.get("head"), shapes) if version > 1 else None
+    left = ["lm_head"] if head is None else []
+    if raw.get("modules_to_not_convert") != left:
+        raise _wrong("modules_to_not_convert", raw.get("modules_to_not_convert"), f"it must be {left}")
     inputs = site_shapes(shapes)
     blocks: dict[str, tuple[int, ...]] = {}
     flags: dict[str, tuple[bool, ...]] = {}
@@ -91,7 +115,7 @@ def parse(raw: Any, shapes: Shapes) -> FmpqConfig:
         check_divisible(channels, f"{KEY} of config.json", f"the {site} input")
         blocks[site] = _per_layer(raw, "outlier_blocks", site, shapes.layers, range(channels // BLOCK + 1), int)
         flags[site] = _per_layer(raw, "hadamard", site, shapes.layers, (False, True), bool)
-    return FmpqConfig(bits, blocks, flags)
+    return FmpqConfig(bits, blocks, flags, head, embedding_bits)
 
 
 def site_shapes(shapes: Shapes) -> dict[str, tuple[dict[str, int], int]]:
@@ -112,39 +136,31 @@ def site_shapes(shapes: Shapes) -> dict[str, tuple[dict[str, int], int]]:
     return {site: (dict(zip(SITES[site], rows[site], strict=True)), columns[site]) for site in SITES}
 
 
-def layer_tensors(layer: QuantisedLayer, shapes: Shapes, outlier_weight_bits: int) -> dict[str, torch.Tensor]:
+def layer_tensors(layer: QuantisedLayer, config: FmpqConfig, shapes: Shapes) -> dict[str, torch.Tensor]:
     """The tensors of one layer, by their names below model.layers.N."""
     tensors: dict[str, torch.Tensor] = dict(layer.norms)
     for site, (rows, _) in site_shapes(shapes).items():
         form, linear = layer.sites[site].form, layer.sites[site].linear
         if form.permutation is not None:
             tensors[f"{site}.permutation"] = form.permutation.int()
-        eight = form.outlier_blocks * BLOCK if outlier_weight_bits == 8 else 0
         start = 0
         for name, count in rows.items():
-            part = slice(start, start + count)
+            own = slice(start, start + count)
+            bias = None if linear.bias is None else linear.bias[own]
+            part = QuantisedLinear(linear.values[own], linear.scales[own], bias)
+            tensors |= linear_tensors(name, part, config.eight(form.outlier_blocks))
             start += count
-            tensors[f"{name}.weight_packed"] = pack_nibbles(linear.values[part, eight:])
-            tensors[f"{name}.weight_scale"] = linear.scales[part].to(SCALE_DTYPE)
-            if eight:
-                tensors[f"{name}.weight_outlier"] = linear.values[part, :eight].contiguous()
-            if linear.bias is not None:
-                tensors[f"{name}.bias"] = linear.bias[part].clone()
     return tensors
 
 
-def tensor_shapes(config: FmpqConfig, shapes: Shapes, index: int) -> dict[str, tuple[tuple[int, ...], str]]:
-    """Shapes and dtypes (in safetensors' letters) of layer `index`'s tensors, biases and norms apart."""
-    wanted: dict[str, tuple[tuple[int, ...], str]] = {}
+def tensor_shapes(config: FmpqConfig, shapes: Shapes, index: int) -> dict[str, Stored]:
+    """Shapes and dtypes of layer `index`'s tensors, biases and norms apart."""
+    wanted: dict[str, Stored] = {}
     for site, (rows, columns) in site_shapes(shapes).items():
-        eight = config.outlier_blocks[site][index] * BLOCK if config.outlier_weight_bits == 8 else 0
         if site in PERMUTED:
             wanted[f"{site}.permutation"] = ((columns,), "I32")
         for name, count in rows.items():
-            wanted[f"{name}.weight_packed"] = ((count, (columns - eight) // PER_WORD), "I32")
-            wanted[f"{name}.weight_scale"] = ((count, columns // BLOCK), "BF16")
-            if eight:
-                wanted[f"{name}.weight_outlier"] = ((count, eight), "I8")
+            wanted |= linear_shapes(name, count, columns, config.eight(config.outlier_blocks[site][index]))
     return wanted
 
 
@@ -152,37 +168,78 @@ def read_layer(
     tensors: Mapping[str, torch.Tensor], config: FmpqConfig, shapes: Shapes, index: int, file: Path
 ) -> QuantisedLayer:
     """The layer from its tensors. file: where they come from, for errors. Raises CheckpointError."""
-    for name, (shape, dtype) in tensor_shapes(config, shapes, index).items():
-        if name not in tensors:
-            raise CheckpointError(f"{file} lacks the tensor {name} of layer {index}")
-        found = tensors[name]
-        if tuple(found.shape) != shape or found.dtype != _DTYPES[dtype]:
-            raise CheckpointError(
-                f"{file}: {name} of layer {index} is {_LETTERS.get(found.dtype, found.dtype)} "
-                f"{list(found.shape)}; the config asks for {dtype} {list(shape)}"
-            )
+    whose = f" of layer {index}"
+    check_tensors(tensors, tensor_shapes(config, shapes, index), file, whose)
     sites = {}
     for site, (rows, columns) in site_shapes(shapes).items():
         permutation = None
         if site in PERMUTED:
             permutation = tensors[f"{site}.permutation"]
-            check_permutation(permutation, str(file), f"{site}.permutation of layer {index}")
+            check_permutation(permutation, str(file), f"{site}.permutation{whose}")
         form = InputForm(columns, permutation, config.outlier_blocks[site][index], config.hadamard[site][index])
-        eight = form.outlier_blocks * BLOCK if config.outlier_weight_bits == 8 else 0
-        values, scales, biases = [], [], []
-        for name in rows:
-            four = unpack_nibbles(tensors[f"{name}.weight_packed"], columns - eight)
-            values.append(torch.cat((tensors[f"{name}.weight_outlier"], four), dim=1) if eight else four)
-            scale = tensors[f"{name}.weight_scale"].float()
-            if not bool(torch.isfinite(scale).all()):
-                raise CheckpointError(f"{file}: {name}.weight_scale of layer {index} has a value that is not finite")
-            scales.append(scale)
-            if f"{name}.bias" in tensors:
-                biases.append(tensors[f"{name}.bias"].float())
-        bias = torch.cat(biases) if biases else None
-        sites[site] = QuantisedSite(form, QuantisedLinear(torch.cat(values), torch.cat(scales), bias))
+        eight = config.eight(form.outlier_blocks)
+        parts = [read_linear(tensors, name, columns, eight, file, whose) for name in rows]
+        biases = [part.bias for part in parts if part.bias is not None]
+        joined = QuantisedLinear(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.scales for part in parts]),
+            torch.cat(biases) if biases else None,
+        )
+        sites[site] = QuantisedSite(form, joined)
     norms = {name: tensor for name, tensor in tensors.items() if name.endswith("norm.weight")}
     return QuantisedLayer(sites, norms)
+
+
+def linear_tensors(name: str, linear: QuantisedLinear, eight: int) -> dict[str, torch.Tensor]:
+    """One linear layer as it is stored; its first `eight` columns have 8 bits."""
+    tensors = {
+        f"{name}.weight_packed": pack_nibbles(linear.values[:, eight:]),
+        f"{name}.weight_scale": linear.scales.to(SCALE_DTYPE),
+    }
+    if eight:
+        tensors[f"{name}.weight_outlier"] = linear.values[:, :eight].contiguous()
+    if linear.bias is not None:
+        tensors[f"{name}.bias"] = linear.bias.clone()
+    return tensors
+
+
+def linear_shapes(name: str, rows: int, columns: int, eight: int) -> dict[str, Stored]:
+    wanted: dict[str, Stored] = {
+        f"{name}.weight_packed": ((rows, (columns - eight) // PER_WORD), "I32"),
+        f"{name}.weight_scale": ((rows, columns // BLOCK), "BF16"),
+    }
+    if eight:
+        wanted[f"{name}.weight_outlier"] = ((rows, eight), "I8")
+    return wanted
+
+
+def read_linear(
+    tensors: Mapping[str, torch.Tensor], name: str, columns: int, eight: int, file: Path, whose: str
+) -> QuantisedLinear:
+    """The inverse of `linear_tensors`, for tensors that `check_tensors` has seen."""
+    values = unpack_nibbles(tensors[f"{name}.weight_packed"], columns - eight)
+    if eight:
+        values = torch.cat((tensors[f"{name}.weight_outlier"], values), dim=1)
+    scales = tensors[f"{name}.weight_scale"].float()
+    if not bool(torch.isfinite(scales).all()):
+        raise CheckpointError(f"{file}: {name}.weight_scale{whose} has a value that is not finite")
+    bias = tensors.get(f"{name}.bias")
+    return QuantisedLinear(values, scales, None if bias is None else bias.float())
+
+
+def check_tensors(
+    tensors: Mapping[str, torch.Tensor], wanted: Mapping[str, Stored], file: Path, whose: str = ""
+) -> None:
+    """Raise CheckpointError for a tensor that is missing, of another shape or dtype."""
+    for name, (shape, dtype) in wanted.items():
+        if name not in tensors:
+            raise CheckpointError(f"{file} lacks the tensor {name}{whose}")
+        found = tensors[name]
+        if tuple(found.shape) != shape or found.dtype != _DTYPES[dtype]:
+            raise CheckpointError(
+                f"{file}: {name}{whose} is {_LETTERS.get(found.dtype, found.dtype)} "
+                f"{list(found.shape)}; the config asks for {dtype} {list(shape)}"
+            )
 
 
 def check_permutation(permutation: torch.Tensor, file: str, name: str) -> None:
@@ -213,6 +270,27 @@ def _per_layer(
         choice = f"{kind.__name__}s from {min(allowed)} to {max(allowed)}"
         raise _wrong(f"{key}.{site}", entries, f"it must list {layers} {choice}, one for each layer")
     return tuple(entries)
+
+
+def _one_of(raw: Mapping[str, Any], key: str, allowed: tuple[int, ...]) -> int:
+    value = raw.get(key)
+    if type(value) is not int or value not in allowed:
+        raise _wrong(key, value, f"it must be {' or '.join(map(str, allowed))}")
+    return value
+
+
+def _head(raw: Any, shapes: Shapes) -> HeadForm | None:
+    if raw is None:
+        return None
+    if not isinstance(raw, Mapping):
+        raise _wrong("head", raw, "it must be null or an object")
+    bits, hadamard, blocks = raw.get("weight_bits"), raw.get("hadamard"), raw.get("outlier_blocks")
+    most = shapes.hidden_size // BLOCK
+    if bits not in (4, 8) or type(hadamard) is not bool or type(blocks) is not int or not 0 <= blocks <= most:
+        raise _wrong("head", raw, f"it needs weight_bits 4 or 8, hadamard, and outlier_blocks from 0 to {most}")
+    if bits == 8 and (hadamard or blocks != most):
+        raise _wrong("head", raw, f"with 8 bits, all {most} blocks are outlier blocks, and none is transformed")
+    return HeadForm(bits, blocks, hadamard)
 
 
 def _wrong(key: str, value: Any, reason: str) -> CheckpointError:

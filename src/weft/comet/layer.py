@@ -87,27 +87,39 @@ def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: S
     sites, costs = {}, {}
     for site in SITES:
         seen, (weight, _) = statistics[site], joined(tensors, site)
-        lengths = weight.square().sum(dim=0)
-        shared = (shapes.kv_heads, shapes.head_dim) if site == "output" else None
-        scaling = balance(seen.squares, lengths, shared)
         if site in NORMS:
-            scaling = storable(tensors[NORMS[site]], scaling)
-        rows, weight, carried = seen.rows / scaling, weight * scaling, seen.squares * lengths
-        if site == "output" and hides:
-            # After the transform the channels of a head are all alike, so only whole heads can be put in order.
-            rows, weight = hadamard(rows, shapes.head_dim), hadamard(weight, shapes.head_dim) / shapes.head_dim
-            carried = carried.view(-1, shapes.head_dim).mean(dim=1).repeat_interleave(shapes.head_dim)
-        order = carried.argsort(descending=True, stable=True)
-        rows, weight = rows[:, order], weight[:, order]
-        plain = block_errors(rows, weight, bits=4, rotated=False)
-        rotated = plain
-        if method.hadamard and not (site == "output" and hides):
-            rotated = block_errors(rows, weight, bits=4, rotated=True)
-        better = bool(rotated.sum() < plain.sum())
-        four, eight = rotated if better else plain, block_errors(rows, weight, bits=8, rotated=False)
-        sites[site] = SitePlan(scaling, order, better)
-        costs[site] = BlockCosts(tuple(four.tolist()), tuple(eight.tolist()), len(weight))
+            scaling = storable_balance(tensors[NORMS[site]], seen.squares, weight)
+        else:
+            shared = (shapes.kv_heads, shapes.head_dim) if site == "output" else None
+            scaling = balance(seen.squares, weight.square().sum(dim=0), shared)
+        transformed = shapes.head_dim if site == "output" and hides else None
+        sites[site], costs[site] = plan_site(seen, weight, scaling, method, transformed)
     return LayerPlan(sites, hides, key_scaling(tensors, statistics["attention"].rows, shapes), costs, {})
+
+
+def plan_site(
+    seen: Statistics, weight: torch.Tensor, scaling: torch.Tensor, method: Method, transformed: int | None = None
+) -> tuple[SitePlan, BlockCosts]:
+    """Order and transform of one site with weight [N, K], and its blocks' errors in the unit of its own outputs.
+
+    transformed: the size of heads that a Hadamard transform is hidden in already, after which the channels of a head
+    are all alike: only whole heads can be put in order, and no other transform is needed.
+    """
+    rows, carried = seen.rows / scaling, seen.squares * weight.square().sum(dim=0)
+    weight = weight * scaling
+    if transformed is not None:
+        rows, weight = hadamard(rows, transformed), hadamard(weight, transformed) / transformed
+        carried = carried.view(-1, transformed).mean(dim=1).repeat_interleave(transformed)
+    order = carried.argsort(descending=True, stable=True)
+    rows, weight = rows[:, order], weight[:, order]
+    four = block_errors(rows, weight, bits=4, rotated=False)
+    better = False
+    if method.hadamard and transformed is None:
+        rotated = block_errors(rows, weight, bits=4, rotated=True)
+        better = bool(rotated.sum() < four.sum())
+        four = rotated if better else four
+    eight = block_errors(rows, weight, bits=8, rotated=False)
+    return SitePlan(scaling, order, better), BlockCosts(tuple(four.tolist()), tuple(eight.tolist()), len(weight))
 
 
 def key_scaling(tensors: Tensors, rows: torch.Tensor, shapes: Shapes) -> torch.Tensor:
@@ -125,6 +137,11 @@ def key_scaling(tensors: Tensors, rows: torch.Tensor, shapes: Shapes) -> torch.T
     return torch.stack(by_head)[:, None].expand(-1, 2, -1).flatten()
 
 
+def storable_balance(norm: torch.Tensor, squares: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """The balance of what a norm makes, for the weight [N, K] that reads it, as the norm's gain can hold it."""
+    return storable(norm, balance(squares, weight.square().sum(dim=0)))
+
+
 def storable(norm: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
     """The scaling nearest to `scaling` with which the norm's gain, divided by it, is a number of the gain's own dtype:
     so that a bfloat16 checkpoint loses nothing by it."""
@@ -135,12 +152,16 @@ def storable(norm: torch.Tensor, scaling: torch.Tensor) -> torch.Tensor:
 
 
 def _paper_plan(statistics: Mapping[str, Statistics], shapes: Shapes, method: Method) -> LayerPlan:
-    sites, blocks = {}, {}
-    for site in SITES:
-        seen = statistics[site]
-        order, blocks[site] = paper_outliers(seen.largest, method.threshold)
-        sites[site] = SitePlan(torch.ones_like(seen.largest), order, hadamard=False)
+    planned = {site: paper_site(statistics[site], method) for site in SITES}
+    sites = {site: plan for site, (plan, _) in planned.items()}
+    blocks = {site: count for site, (_, count) in planned.items()}
     return LayerPlan(sites, False, torch.ones(shapes.kv_heads * shapes.head_dim), {}, blocks)
+
+
+def paper_site(seen: Statistics, method: Method) -> tuple[SitePlan, int]:
+    """The paper's order of one site, nothing scaled, and how many blocks keep 8 bits."""
+    order, blocks = paper_outliers(seen.largest, method.threshold)
+    return SitePlan(torch.ones_like(seen.largest), order, hadamard=False), blocks
 
 
 def prepare_layer(
@@ -158,18 +179,19 @@ def prepare_layer(
     _scale_and_order_inner(new, plan.sites["down"].scaling, orders["down"])
     sites = {}
     for site in SITES:
-        weight, bias = joined(new, site)
         order = None if site == "down" else orders[site]
-        form = InputForm(
-            channels=weight.shape[1],
-            permutation=None if order is None else order.int(),
-            outlier_blocks=len(chosen[site]),
-            hadamard=plan.sites[site].hadamard,
-        )
-        weight = weight if order is None else weight[:, order]
-        sites[site] = PreparedSite(form, prepare_weight(weight, form), bias)
+        sites[site] = prepare_site(*joined(new, site), order, len(chosen[site]), plan.sites[site].hadamard)
     norms = {name: new[name].to(tensor.dtype) for name, tensor in tensors.items() if name.endswith("norm.weight")}
     return PreparedLayer(sites, norms)
+
+
+def prepare_site(
+    weight: torch.Tensor, bias: torch.Tensor | None, order: torch.Tensor | None, outlier_blocks: int, transform: bool
+) -> PreparedSite:
+    """A scaled weight [N, K] in the order [K] of the prepared input, None where it is in it already."""
+    permutation = None if order is None else order.int()
+    form = InputForm(weight.shape[1], permutation, outlier_blocks, transform)
+    return PreparedSite(form, prepare_weight(weight if order is None else weight[:, order], form), bias)
 
 
 def prepare_weight(weight: torch.Tensor, form: InputForm) -> torch.Tensor:

@@ -121,21 +121,30 @@ def load_weights(
     else:
         source = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
     layers = (_layer(source, config, index, kernels, dtype) for index in range(config.layers))
-    return _assemble(source, config, kernels, dtype, layers, weight_bytes(config, dtype))
+    with torch.no_grad():
+        embedding = _plain(source, EMBEDDING, dtype)
+        # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
+        head = kernels.pack_linear(_plain(source, HEAD, dtype) if HEAD in source else embedding)
+    return _assemble(source, config, dtype, embedding, head, layers, weight_bytes(config, dtype))
 
 
 def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
     fmpq = parse(config.quantization, config)
     source = Checkpoint(folder)
-    shapes = outer_shapes(config)
+    shapes = quantised.outer_shapes(config, fmpq)
     for index in range(config.layers):
         shapes |= quantised.layer_shapes(config, fmpq, index)
-    source.check(shapes, optional=[HEAD] if config.tied else [], readable=quantised.BYTES)
+    # With the embedding in few bits, the output layer is always written down.
+    optional = [HEAD] if config.tied and fmpq.embedding_bits == 16 else []
+    source.check(shapes, optional=optional, readable=quantised.BYTES)
+    with torch.no_grad():
+        embedding = quantised.take_embedding(source, config, fmpq, dtype)
+        head = quantised.take_head(source, config, fmpq, kernels, embedding)
     layers = (
         LayerWeights(**quantised.take_layer(source, config, fmpq, index, kernels, dtype))
         for index in range(config.layers)
     )
-    return _assemble(source, config, kernels, dtype, layers, quantised.stored_bytes(source))
+    return _assemble(source, config, dtype, embedding, head, layers, quantised.stored_bytes(source))
 
 
 def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
@@ -150,18 +159,14 @@ def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: to
 def _assemble(
     source: Source,
     config: ModelConfig,
-    kernels: Kernels,
     dtype: torch.dtype,
+    embedding: torch.Tensor,
+    packed_head: Any,
     layers: Iterable[LayerWeights],
     size: int,
 ) -> Weights:
     """What stands around the layers, and they, one at a time."""
     with torch.no_grad():
-        embedding = _plain(source, EMBEDDING, dtype)
-        # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
-        head = source.take([HEAD])[HEAD].to(dtype, copy=True) if HEAD in source else embedding
-        packed_head = kernels.pack_linear(head)
-        del head
         return Weights(
             dtype=dtype,
             embedding=embedding,

@@ -9,11 +9,40 @@ import torch
 
 from weft.comet.checkpoint import FmpqConfig, QuantisedSite, read_layer, site_shapes, tensor_shapes
 from weft.comet.forward import INPUT_NORM, K_NORM, MLP_NORM, Q_NORM
+from weft.comet.outer import EMBEDDING, HEAD, NORM, embedding_shapes, head_shapes, read_embedding, read_head
 from weft.kernels.base import Kernels
 from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1}  # what a file may hold, in safetensors' letters
+
+
+def outer_shapes(config: ModelConfig, fmpq: FmpqConfig) -> dict[str, Shape]:
+    """The tensors outside of the layers and their shapes; an output layer that is left as it was among them."""
+    table = (config.vocabulary, config.hidden_size)
+    embedding = {name: shape for name, (shape, _) in embedding_shapes(fmpq, config).items()} or {EMBEDDING: table}
+    head = {name: shape for name, (shape, _) in head_shapes(fmpq, config).items()} or {HEAD: table}
+    return embedding | head | {NORM: (config.hidden_size,)}
+
+
+def take_embedding(source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, dtype: torch.dtype) -> torch.Tensor:
+    """[vocabulary, hidden]. Raises CheckpointError naming file and tensor."""
+    names = list(embedding_shapes(fmpq, config))
+    if not names:
+        return source.take([EMBEDDING])[EMBEDDING].to(dtype, copy=True)
+    found = read_embedding(source.take(names), fmpq, config, source.entries[names[0]].file)
+    return found.dequantised().to(dtype)
+
+
+def take_head(
+    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, kernels: Kernels, embedding: torch.Tensor
+) -> Any:
+    """The packed output layer. embedding: what it is where the checkpoint has none of its own."""
+    names = list(head_shapes(fmpq, config))
+    if names:
+        return _pack(read_head(source.take(names), fmpq, config, source.entries[names[0]].file), kernels)
+    plain = source.take([HEAD])[HEAD].to(embedding.dtype, copy=True) if HEAD in source else embedding
+    return kernels.pack_linear(plain)
 
 
 def layer_shapes(config: ModelConfig, fmpq: FmpqConfig, index: int) -> dict[str, Shape]:
