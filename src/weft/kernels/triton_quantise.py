@@ -1,0 +1,148 @@
+"""Triton: residual, norm, permutation, Hadamard and quantisation of rows in one kernel (triton_rows.py launches it).
+
+One program for each row, one pass for the norm and one for the rest, in tiles of BLOCKS blocks of 128 channels. From
+the normalised row on, the values and scales are those of weft/comet/reference.py bit for bit, which takes
+
+* the same operations in the same order, each rounded: compiled without contraction of a product and a sum;
+* correctly rounded division (`div_rn`), for `/` is approximate on a GPU;
+* rounding to the nearest even integer by adding and subtracting 1.5 * 2**23, for scaled values are far below it.
+
+Importing this module needs triton. Set TRITON_INTERPRET=1 before, and the kernels run on a CPU, slowly, through numpy.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+_TINY = tl.constexpr(2.0**-100)  # a block with no larger magnitude is zero
+_ROUND = tl.constexpr(1.5 * 2.0**23)
+
+
+@triton.jit
+def _hidden(x, residual, at, inside):
+    """float32: x, or x + residual rounded to their type."""
+    hidden = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if residual is not None:
+        hidden += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
+        hidden = hidden.to(x.dtype.element_ty).to(tl.float32)
+    return hidden
+
+
+@triton.jit
+def _butterfly(x, BLOCKS: tl.constexpr, STRIDE: tl.constexpr):
+    pairs = tl.permute(tl.reshape(x, (BLOCKS, 64 // STRIDE, 2, STRIDE)), (0, 1, 3, 2))
+    first, second = tl.split(pairs)
+    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (BLOCKS, 128))
+
+
+@triton.jit
+def _hadamard(x, BLOCKS: tl.constexpr):
+    """[BLOCKS, 128]: strides 1, 2, 4 ... as weft/comet/hadamard.py has them."""
+    x = _butterfly(x, BLOCKS, 1)
+    x = _butterfly(x, BLOCKS, 2)
+    x = _butterfly(x, BLOCKS, 4)
+    x = _butterfly(x, BLOCKS, 8)
+    x = _butterfly(x, BLOCKS, 16)
+    x = _butterfly(x, BLOCKS, 32)
+    return _butterfly(x, BLOCKS, 64)
+
+
+@triton.jit
+def _quantised(x, eight):
+    """float32 [B, 128], and which of the blocks get 8 bits (the others get 4) -> (int8, scales [B])."""
+    finite_value = tl.abs(x) < float("inf")
+    finite = tl.min(finite_value.to(tl.int32), axis=1) == 1
+    x = tl.where(finite_value, x, 0.0)
+    low, high = tl.min(x, axis=1), tl.max(x, axis=1)
+    largest = tl.maximum(-low, high)
+    usable = finite & (largest >= _TINY)
+    extreme = tl.where(eight, largest, tl.where(-low >= high, low, high))
+    extreme = tl.where(usable, extreme, 1.0)
+    reciprocal = tl.div_rn(tl.full(extreme.shape, 1.0, tl.float32), extreme)
+    inverse = reciprocal * tl.where(eight, 127.0, -8.0)
+    scaled = tl.where(usable[:, None], x * inverse[:, None], 0.0)
+    rounded = (scaled + _ROUND) - _ROUND
+    rounded = tl.maximum(rounded, tl.where(eight, -127.0, -8.0)[:, None])
+    rounded = tl.minimum(rounded, tl.where(eight, 127.0, 7.0)[:, None])
+    scale = tl.div_rn(extreme, tl.where(eight, 127.0, -8.0))
+    return rounded.to(tl.int8), tl.where(usable, scale, tl.where(finite, 0.0, float("nan")))
+
+
+@triton.jit
+def _packed(nibbles, BLOCKS: tl.constexpr):
+    """int8 [BLOCKS, 128] -> uint8 [BLOCKS, 64]: the low four bits of neighbours, the first in the low half."""
+    even, odd = tl.split(tl.reshape(nibbles, (BLOCKS, 64, 2)))
+    return ((even & 15) | ((odd & 15) << 4)).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def rows_kernel(
+    x,  # [T, K]
+    residual,  # [T, K] of x's type, or None
+    weight,  # [K] of the norm, or None
+    permutation,  # int32 [K] or None
+    values,  # int8 [T, K]; uint8 [T, (eight + blocks) * 64] where NIBBLES; [T, K] of x's type where not QUANTISE
+    scales,  # float32 [T, blocks]
+    totals,  # int32 [T, blocks]
+    kept,  # [T, K] of x's type, or None: the normalised rows in their own order
+    summed,  # [T, K] of x's type, or None: x + residual
+    channels,
+    outliers,
+    eight,
+    eps,
+    HADAMARD: tl.constexpr,
+    QUANTISE: tl.constexpr,
+    NIBBLES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    kind = x.dtype.element_ty
+    blocks = channels // 128
+    x += row * channels
+    if residual is not None:
+        residual += row * channels
+    factor = 1.0
+    if weight is not None:
+        squares = tl.zeros((BLOCKS * 128,), tl.float32)
+        for start in range(0, channels, BLOCKS * 128):
+            at = start + tl.arange(0, BLOCKS * 128)
+            hidden = _hidden(x, residual, at, at < channels)
+            if summed is not None:
+                tl.store(summed + row * channels + at, hidden.to(kind), mask=at < channels)
+            squares += hidden * hidden
+        factor = tl.rsqrt(tl.sum(squares, axis=0) / channels + eps)
+    for first in range(0, blocks, BLOCKS):
+        block = first + tl.arange(0, BLOCKS)
+        inside = block < blocks
+        at = block[:, None] * 128 + tl.arange(0, 128)[None, :]
+        mask = inside[:, None]
+        source = at
+        if permutation is not None:
+            source = tl.load(permutation + at, mask=mask, other=0)
+        # The residual is read again, and so is not written in place: one thread's sum is another thread's input here.
+        prepared = _hidden(x, residual, source, mask)
+        if weight is not None:
+            gain = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
+            normalised = (prepared * factor * gain).to(kind)
+            if kept is not None:
+                tl.store(kept + row * channels + source, normalised, mask=mask)
+            prepared = normalised.to(tl.float32)
+        if HADAMARD:
+            prepared = tl.where((block >= outliers)[:, None], _hadamard(prepared, BLOCKS), prepared)
+        if QUANTISE:
+            quantised, scale = _quantised(prepared, block < eight)
+            tl.store(scales + row * blocks + block, scale, mask=inside)
+            tl.store(totals + row * blocks + block, tl.sum(quantised.to(tl.int32), axis=1), mask=inside)
+            if NIBBLES:
+                # A block of 8 bits is two planes of nibbles: value = 16 * first + second, the second without a sign.
+                plane = row * (eight + blocks) + block + tl.minimum(block, eight)
+                place = plane[:, None] * 64 + tl.arange(0, 64)[None, :]
+                wide = (block < eight)[:, None]
+                upper = _packed(tl.where(wide, quantised >> 4, quantised), BLOCKS)
+                tl.store(values + place, upper, mask=mask)
+                tl.store(values + place + 64, _packed(quantised, BLOCKS), mask=mask & wide)
+            else:
+                tl.store(values + row * channels + at, quantised, mask=mask)
+        else:
+            tl.store(values + row * channels + at, prepared.to(kind), mask=mask)

@@ -1,0 +1,136 @@
+"""Rows of activations made ready for a quantised product on a GPU: what goes in, what comes out, and the launch.
+
+weft/comet/reference.py says what is computed; triton_quantise.py computes it. Importing this module needs triton.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from weft.kernels.triton_quantise import rows_kernel
+from weft.kernels.w4ax_weights import BLOCK
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TILE = 8  # blocks of a row that one program handles at once
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """How a row is prepared: permutation int32 [K] or None; Hadamard of the blocks from `outliers` on; 8 bits in the
+    leading `eight` blocks, 4 in the others."""
+
+    channels: int
+    permutation: torch.Tensor | None
+    outliers: int
+    eight: int
+    hadamard: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.channels // BLOCK
+
+
+@dataclass(frozen=True, slots=True)
+class Norm:
+    """x + residual where there is one, then RMSNorm."""
+
+    weight: torch.Tensor
+    eps: float
+    residual: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Quantised rows, with what else was made on the way.
+
+    values: int8 [T, K], or nibbles uint8 [T, (eight + K / 128) * 64] for the CUDA kernels.
+    scales: float32 [T, K / 128]. totals: int32 [T, K / 128], the sum of a block's values.
+    normalised, residual: [T, K] of x's type where asked for.
+    """
+
+    values: torch.Tensor
+    scales: torch.Tensor
+    totals: torch.Tensor
+    normalised: torch.Tensor | None = None
+    residual: torch.Tensor | None = None
+
+
+def quantise_rows(
+    x: torch.Tensor, form: Form, norm: Norm | None = None, *, nibbles: bool = False, keep: bool = False
+) -> Rows:
+    """x [T, K], normalised where `norm` is given, prepared and quantised as `form` says.
+
+    nibbles: in the layout of the CUDA kernels. keep: return the normalised rows too, in their own order. The sum with
+    the residual is a new tensor. Raises TypeError, ValueError.
+    """
+    _check(x, form, norm, keep)
+    rows, blocks = len(x), form.blocks
+    width, kind = ((form.eight + blocks) * BLOCK // 2, torch.uint8) if nibbles else (form.channels, torch.int8)
+    values = torch.empty(rows, width, dtype=kind, device=x.device)
+    scales = torch.empty(rows, blocks, dtype=torch.float32, device=x.device)
+    totals = torch.empty(rows, blocks, dtype=torch.int32, device=x.device)
+    kept = torch.empty_like(x) if keep else None
+    summed = torch.empty_like(x) if norm is not None and norm.residual is not None else None
+    _launch(x, form, norm, values, (scales, totals, kept, summed), quantise=True, nibbles=nibbles)
+    return Rows(values, scales, totals, kept, summed)
+
+
+def prepare_rows(x: torch.Tensor, form: Form, norm: Norm | None = None) -> torch.Tensor:
+    """x [T, K], permuted and transformed but not quantised, in x's type: the input of a product with 16-bit rows."""
+    _check(x, form, norm, keep=False)
+    if norm is None and form.permutation is None and not (form.hadamard and form.outliers < form.blocks):
+        return x
+    prepared = torch.empty_like(x)
+    _launch(x, form, norm, prepared, (None, None, None, None), quantise=False, nibbles=False)
+    return prepared
+
+
+def _launch(
+    x: torch.Tensor,
+    form: Form,
+    norm: Norm | None,
+    values: torch.Tensor,
+    others: tuple[torch.Tensor | None, ...],
+    *,
+    quantise: bool,
+    nibbles: bool,
+) -> None:
+    if not len(x):
+        return
+    rows_kernel[(len(x),)](
+        x,
+        None if norm is None else norm.residual,
+        None if norm is None else norm.weight,
+        form.permutation,
+        values,
+        *others,
+        form.channels,
+        form.outliers,
+        form.eight,
+        0.0 if norm is None else norm.eps,
+        HADAMARD=form.hadamard,
+        QUANTISE=quantise,
+        NIBBLES=nibbles,
+        BLOCKS=TILE,
+        enable_fp_fusion=False,
+    )
+
+
+def _check(x: torch.Tensor, form: Form, norm: Norm | None, keep: bool) -> None:
+    if x.dtype not in FLOATS:
+        raise TypeError(f"x is {x.dtype}; the Triton kernels take float32, bfloat16 and float16")
+    if x.dim() != 2 or x.shape[1] != form.channels or not x.is_contiguous():
+        raise ValueError(f"x is {list(x.shape)} {x.stride()}; it must be contiguous [T, {form.channels}]")
+    if norm is None:
+        if keep:
+            raise ValueError("there are no normalised rows to keep without a norm")
+        return
+    if norm.weight.shape != (form.channels,) or not norm.weight.is_contiguous():
+        raise ValueError(f"the norm's weight is {list(norm.weight.shape)}; it must be contiguous [{form.channels}]")
+    residual = norm.residual
+    if residual is not None and (residual.shape != x.shape or not residual.is_contiguous()):
+        raise ValueError(f"the residual is {list(residual.shape)}; it must be contiguous {list(x.shape)}, as x")
+    if residual is not None and residual.dtype is not x.dtype:
+        raise TypeError(f"the residual is {residual.dtype} and x {x.dtype}; they must be of one type")

@@ -1,0 +1,201 @@
+"""Linear layers with 4-bit weights for GPUs of compute capability 8.0 and up, in Triton.
+
+W4A8: the input is prepared and quantised in one kernel (triton_rows.py), and multiplied on the INT8 units by another
+(triton_matmul.py). weft/comet/reference.py says what is computed; from the input's values on the results are the same
+bits. W4A16, where it is asked for: the input keeps its 16 bits, the weight is made 16-bit in registers.
+
+Importing this module needs triton; nothing imports it before it is asked for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
+from weft.kernels.triton_rows import Form, Norm, Rows, prepare_rows, quantise_rows
+from weft.kernels.w4ax_weights import BLOCK, Weights, check_weights, compact_scales
+
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True)
+class TritonW4Ax:
+    """A packed quantised weight, block after block of 128 channels.
+
+    wide: int8 [wide blocks, N, 128] or None. weight: int8 [the other blocks, N, 64], two values a byte.
+    scales: float32 or bfloat16 [K / 128, N]. zeros: int8 [K / 128, N] or None. bias: float32 [N] or None.
+    """
+
+    form: Form
+    wide: torch.Tensor | None
+    weight: torch.Tensor
+    scales: torch.Tensor
+    zeros: torch.Tensor | None
+    bias: torch.Tensor | None
+
+    @property
+    def inputs(self) -> int:
+        return self.form.channels
+
+    @property
+    def outputs(self) -> int:
+        return self.scales.shape[1]
+
+    @property
+    def wide_blocks(self) -> int:
+        return 0 if self.wide is None else len(self.wide)
+
+    @property
+    def bytes(self) -> int:
+        parts = (self.wide, self.weight, self.scales, self.zeros, self.bias)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+def pack_w4ax(
+    values: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    permutation: torch.Tensor | None = None,
+    outlier_blocks: int = 0,
+    hadamard: bool = False,
+    zeros: torch.Tensor | None = None,
+    exact_a4: bool = False,
+    device: torch.device | str | None = None,
+) -> TritonW4Ax:
+    """Repack values int8 [N, K], -8 to 7, and scales [N, K / 128], on `device` (by default where the values are).
+
+    The first `outlier_blocks` blocks may hold values from -128 to 127; they then keep 8 bits. A weight is
+    (value - zero) * scale, with zeros int8 [N, K / 128], -8 to 7. The input is prepared first: place i takes channel
+    permutation[i], and with `hadamard` the other blocks are transformed. Its blocks are quantised to 8 bits; with
+    `exact_a4` those that are no outlier blocks to 4. Raises ValueError, TypeError.
+    """
+    checked = check_weights(values, scales, bias, permutation, outlier_blocks, hadamard, zeros, exact_a4)
+    device = values.device if device is None else torch.device(device)
+    wide, weight = _blockwise(checked)
+    return TritonW4Ax(
+        Form(checked.inputs, _to(checked.permutation, device), checked.outliers, checked.eight, hadamard),
+        _to(wide, device),
+        weight.to(device),
+        compact_scales(checked.scales.T.contiguous()).to(device),
+        None if checked.zeros is None else checked.zeros.T.contiguous().to(device),
+        _to(checked.bias, device),
+    )
+
+
+def linear(
+    x: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype | None = None, norm: Norm | None = None
+) -> torch.Tensor:
+    """x [T, K] -> [T, N] in x's type or `dtype`; x is normalised first where `norm` is given."""
+    return multiply(quantise_rows(x, packed.form, norm), packed, dtype or x.dtype)
+
+
+def multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype) -> torch.Tensor:
+    """Rows quantised in `packed.form` -> [T, N] in `dtype`."""
+    return _multiply(rows, packed, dtype, None)
+
+
+def accumulators(rows: Rows, packed: TritonW4Ax) -> torch.Tensor:
+    """int32 [T, N, K / 128]: the exact sums of each block, by the kernel that `multiply` runs. For tests."""
+    count = len(rows.values)
+    sums = torch.empty(packed.form.blocks, count, packed.outputs, dtype=torch.int32, device=rows.values.device)
+    _multiply(rows, packed, torch.float32, sums)
+    return sums.permute(1, 2, 0)
+
+
+def linear_a16(
+    x: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype | None = None, norm: Norm | None = None
+) -> torch.Tensor:
+    """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
+    prepared = prepare_rows(x, packed.form, norm)
+    y = _output(prepared, packed, dtype or x.dtype)
+    if len(y):
+        m, n, warps, stages = tile(len(y), floats=True)
+        w4a16_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
+            prepared,
+            packed.wide,
+            packed.weight,
+            packed.scales,
+            packed.zeros,
+            packed.bias,
+            y,
+            len(y),
+            packed.outputs,
+            packed.form.blocks,
+            packed.wide_blocks,
+            M=m,
+            N=n,
+            num_warps=warps,
+            num_stages=stages,
+        )
+    return y
+
+
+def _multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, sums: torch.Tensor | None) -> torch.Tensor:
+    if rows.values.dtype is not torch.int8 or rows.values.shape[1] != packed.inputs:
+        raise ValueError(
+            f"rows are {rows.values.dtype} {list(rows.values.shape)}; this weight takes int8 [T, {packed.inputs}]"
+        )
+    y = _output(rows.values, packed, dtype)
+    if len(y):
+        m, n, warps, stages = tile(len(y))
+        w4a8_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
+            rows.values,
+            rows.scales,
+            rows.totals,
+            packed.wide,
+            packed.weight,
+            packed.scales,
+            packed.zeros,
+            packed.bias,
+            y,
+            sums,
+            len(y),
+            packed.outputs,
+            packed.form.blocks,
+            packed.wide_blocks,
+            M=m,
+            N=n,
+            num_warps=warps,
+            num_stages=stages,
+            enable_fp_fusion=False,
+        )
+    return y
+
+
+def _output(rows: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype) -> torch.Tensor:
+    if rows.device != packed.weight.device:
+        raise ValueError(f"the rows are on {rows.device} and the weight on {packed.weight.device}")
+    if dtype not in OUTPUTS:
+        raise TypeError(f"outputs in {dtype} were asked for; the Triton kernels write float32, bfloat16 and float16")
+    return torch.empty(len(rows), packed.outputs, dtype=dtype, device=rows.device)
+
+
+def tile(rows: int, *, floats: bool = False) -> tuple[int, int, int, int]:
+    """(M, N, warps, stages) of a product of 8-bit integers or of `floats`.
+
+    Few rows take narrow tiles, so that all of the GPU reads weights. A tile never changes a result: each output is
+    summed in one program, block after block.
+    """
+    if rows <= 32:
+        return 16 if rows <= 16 else 32, 64, 4, 4
+    if rows <= 64:
+        return 64, 128, 8, 3
+    return (128, 64, 8, 3) if floats else (128, 128, 8, 3)
+
+
+def _blockwise(weights: Weights) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """(wide blocks [wide, N, 128] or None, the others [rest, N, 64] with channels j and 64 + j in byte j)."""
+    blocks = weights.values.view(weights.outputs, -1, BLOCK).transpose(0, 1)
+    wide, narrow = blocks[: weights.wide], blocks[weights.wide :]
+    low, high = narrow[..., : BLOCK // 2], narrow[..., BLOCK // 2 :]
+    return wide.contiguous() if weights.wide else None, ((low & 15) | (high << 4)).contiguous()
+
+
+def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    return None if tensor is None else tensor.to(device)
