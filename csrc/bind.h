@@ -15,6 +15,7 @@ namespace nb = nanobind;
 using BackendClass = nb::class_<Backend>;
 using unlocked = nb::call_guard<nb::gil_scoped_release>;
 
+void bind_embedding(nb::module_& module, BackendClass& backend);
 void bind_linear(nb::module_& module, BackendClass& backend);
 void bind_w4ax(nb::module_& module, BackendClass& backend);
 void bind_probe(BackendClass& backend);

@@ -32,6 +32,8 @@ struct LinearWeights {
   int64_t panel_bytes() const { return type == Type::float32 ? in * PANEL * 4 : (in + 1) / 2 * PANEL * 4; }
 };
 
+struct EmbeddingTable;  // embedding.h
+struct EmbedCall;
 struct NormCall;  // elementwise.h
 struct GateCall;
 struct RotaryCall;  // attention.h
@@ -54,6 +56,8 @@ struct Kernels {
   void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);
   int64_t (*probe_multiply)(Pool& pool, Type type, int64_t steps);
   int64_t (*probe_integers)(Pool& pool, int64_t steps);
+  // Rows of the table of which the tokens are known to be there.
+  void (*embed)(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
   void (*norm)(Pool& pool, const NormCall& call);
   void (*silu_mul)(Pool& pool, const GateCall& call);
   void (*rotary_write)(Pool& pool, const RotaryCall& call);

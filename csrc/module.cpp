@@ -26,6 +26,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("threads", [](const Backend& self) { return self.pool().size(); })
       .def("set_cores", [](Backend& self, const std::vector<int>& cores) { self.pool().set_cores(cores); }, unlocked())
       .def("close", &Backend::close, unlocked());
+  bind_embedding(module, backend);
   bind_linear(module, backend);
   bind_w4ax(module, backend);
   bind_probe(backend);

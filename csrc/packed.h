@@ -3,10 +3,12 @@
 // Everything is made by the threads of a backend, and may then be used by the backends of all lanes.
 #pragma once
 
+#include <cstring>
 #include <string>
 
 #include "attention.h"
 #include "backend.h"
+#include "embedding.h"
 #include "w4ax.h"
 
 namespace weft {
@@ -88,6 +90,48 @@ class PackedW4Ax {
 
   Memory panels_, bias_, permutation_;
   W4AxWeights weights_;
+};
+
+// Owns the embedding table and its scales.
+class PackedEmbedding {
+ public:
+  PackedEmbedding(Backend& backend, uintptr_t data, uintptr_t scales, int64_t rows, int64_t size, int stored)
+      : table_{Stored(stored), rows, size, nullptr, nullptr} {
+    table_.data = copy(backend.pool(), data_, at<const char>(data), table_.row_bytes()).data();
+    if (scales != 0)
+      table_.scales = copy(backend.pool(), scales_, at<const char>(scales), table_.row_scales() * 4).as<float>();
+  }
+
+  const EmbeddingTable& table() const {
+    if (table_.data == nullptr) throw std::runtime_error("the embedding is released");
+    return table_;
+  }
+  // Throws std::invalid_argument for a token that the table does not have.
+  void check(const int64_t* tokens, int64_t count) const {
+    for (int64_t i = 0; i < count; i++)
+      if (tokens[i] < 0 || tokens[i] >= table_.rows)
+        throw std::invalid_argument("there is no token " + std::to_string(tokens[i]) + " for row " + std::to_string(i) +
+                                    "; the embedding has " + std::to_string(table_.rows));
+  }
+  size_t bytes() const { return data_.bytes() + scales_.bytes(); }
+  uintptr_t address() const { return reinterpret_cast<uintptr_t>(data_.data()); }
+  void release() {
+    data_.release();
+    scales_.release();
+    table_.data = nullptr;
+  }
+
+ private:
+  Memory& copy(Pool& pool, Memory& to, const char* from, int64_t row_bytes) {
+    to = Memory(size_t(table_.rows * row_bytes));
+    pool.run(table_.rows, [&](int64_t row, int) {
+      memcpy(to.data() + row * row_bytes, from + row * row_bytes, size_t(row_bytes));
+    });
+    return to;
+  }
+
+  Memory data_, scales_;
+  EmbeddingTable table_;
 };
 
 // One layer's keys and values: see attention.h for the layout.

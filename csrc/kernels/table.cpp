@@ -11,6 +11,7 @@ void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& 
 void probe_read(Pool& pool, const void* memory, int64_t bytes);
 int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
 int64_t probe_integers(Pool& pool, int64_t steps);
+void embed(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
 void norm(Pool& pool, const NormCall& call);
 void silu_mul(Pool& pool, const GateCall& call);
 void rotary_write(Pool& pool, const RotaryCall& call);
@@ -26,6 +27,7 @@ const Kernels kernels = {
     .probe_read = probe_read,
     .probe_multiply = probe_multiply,
     .probe_integers = probe_integers,
+    .embed = embed,
     .norm = norm,
     .silu_mul = silu_mul,
     .rotary_write = rotary_write,

@@ -37,6 +37,29 @@ class Batch:
     block_size: int
 
 
+EMBEDDING_GROUP = 128  # channels of a quantised embedding that share a scale
+
+
+def check_embedding(weight: torch.Tensor, scales: torch.Tensor | None) -> None:
+    """Raises ValueError or TypeError for what is no embedding table (`Kernels.pack_embedding`)."""
+    if weight.dim() != 2 or 0 in weight.shape:
+        raise ValueError(f"the embedding has shape {list(weight.shape)}; it must be [vocabulary, D]")
+    if (weight.dtype is torch.int8) is not (scales is not None):
+        raise TypeError(
+            f"an embedding of {weight.dtype} {'without' if scales is None else 'with'} scales; int8 has them"
+        )
+    if scales is None:
+        return
+    rows, size = weight.shape
+    if size % EMBEDDING_GROUP or scales.shape != (rows, size // EMBEDDING_GROUP):
+        raise ValueError(
+            f"the embedding is {[rows, size]} and its scales {list(scales.shape)}; "
+            f"they must be [vocabulary, D] and [vocabulary, D / {EMBEDDING_GROUP}]"
+        )
+    if not bool(scales.isfinite().all()):
+        raise ValueError("the scales of the embedding must be finite")
+
+
 class Kernels(Protocol):
     """One backend bound to one lane's cores. Packed weights and KV may be shared by the instances of two lanes.
 
@@ -71,6 +94,15 @@ class Kernels(Protocol):
 
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         """[T, in] -> [T, out], accumulated in float32. dtype: x's own, or float32 for sums that are not rounded."""
+        ...
+
+    def pack_embedding(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Any:
+        """Repack a table of token embeddings [vocabulary, D]: floats, or int8 values with scales [vocabulary, D / 128]
+        (values within -8 to 7 are kept in 4 bits). The tensors may be freed after."""
+        ...
+
+    def embed(self, tokens: torch.Tensor, packed: Any, dtype: torch.dtype) -> torch.Tensor:
+        """tokens int64 [T] -> rows of the table [T, D]; value * scale is rounded once to dtype."""
         ...
 
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:

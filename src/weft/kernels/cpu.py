@@ -14,10 +14,11 @@ import torch
 from weft import _native
 from weft.errors import DeviceError
 from weft.kernels import quantised
-from weft.kernels.base import Batch
+from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
 from weft.kernels.quantised import W4AxLinear
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
+_INT8, _INT4 = 2, 3  # how an embedding may be stored, beside the types
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,18 @@ class Linear:
     dtype: torch.dtype
     inputs: int
     outputs: int
+
+    @property
+    def bytes(self) -> int:
+        return self.native.bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Embedding:
+    """A table of token embeddings. Its memory is given back when the object goes."""
+
+    native: _native.PackedEmbedding
+    size: int
 
     @property
     def bytes(self) -> int:
@@ -135,6 +148,27 @@ class CpuKernels:
         self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
         return y
 
+    def pack_embedding(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Embedding:
+        check_embedding(weight, scales)
+        rows, size = weight.shape
+        if scales is None:
+            table, floats, stored = weight.contiguous(), None, _type(weight, "the embedding")
+        else:
+            four = -8 <= int(weight.min()) <= int(weight.max()) <= 7
+            table, stored = (_nibbles(weight), _INT4) if four else (weight.contiguous(), _INT8)
+            floats = scales.to(torch.float32).contiguous()
+        native = _native.PackedEmbedding(
+            self.native, table.data_ptr(), 0 if floats is None else floats.data_ptr(), rows, size, stored
+        )
+        return Embedding(native, size)
+
+    def embed(self, tokens: torch.Tensor, packed: Embedding, dtype: torch.dtype) -> torch.Tensor:
+        count = tokens.shape[0]
+        _same(tokens, (count,), torch.int64, "tokens")
+        out = torch.empty((count, packed.size), dtype=dtype)
+        self.native.embed(packed.native, tokens.data_ptr(), count, out.data_ptr(), _type(out, "the output"))
+        return out
+
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKv:
         native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, _type_of(dtype, "the KV"))
         return PagedKv(native, dtype, block_size, kv_heads, head_dim)
@@ -231,6 +265,12 @@ class CpuKernels:
         if batch is not self._seen[0]:
             self._seen = (batch, _view(batch), batch.positions.shape[0])
         return self._seen[1:]
+
+
+def _nibbles(values: torch.Tensor) -> torch.Tensor:
+    """int8 [V, D], -8 to 7 -> uint8 [V, D / 2]: of each group of 128 channels byte j holds channels j and 64 + j."""
+    low, high = (values.contiguous() + 8).view(torch.uint8).view(len(values), -1, 2, EMBEDDING_GROUP // 2).unbind(2)
+    return (low | high << 4).flatten(1)
 
 
 def _view(batch: Batch) -> _native.BatchView:

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from weft.errors import DeviceError
-from weft.kernels.base import Batch
+from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,14 @@ class PlainLinear:
 
     weight: torch.Tensor
     bias: torch.Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlainEmbedding:
+    """values [vocabulary, D], as given; scales [vocabulary, D / 128] of integers."""
+
+    values: torch.Tensor
+    scales: torch.Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +57,17 @@ class ReferenceKernels:
     def linear(self, x: torch.Tensor, packed: PlainLinear, dtype: torch.dtype | None = None) -> torch.Tensor:
         bias = None if packed.bias is None else packed.bias.float()
         return linear(x.float(), packed.weight.float(), bias).to(dtype or x.dtype)
+
+    def pack_embedding(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> PlainEmbedding:
+        check_embedding(weight, scales)
+        return PlainEmbedding(weight, scales)
+
+    def embed(self, tokens: torch.Tensor, packed: PlainEmbedding, dtype: torch.dtype) -> torch.Tensor:
+        rows = packed.values[tokens].float()
+        if packed.scales is not None:
+            groups = rows.view(len(tokens), -1, EMBEDDING_GROUP)
+            rows = (groups * packed.scales[tokens].float()[:, :, None]).flatten(1)
+        return rows.to(dtype)
 
     def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PlainKv:
         shape = (blocks, block_size, kv_heads, head_dim)
