@@ -91,6 +91,11 @@ class EngineConfig:
         help="CPU kernels; auto takes the C++ extension at the best level of this CPU, or the reference without it",
         choices=("auto", "avx512", "avx2", "portable", "reference"),
     )
+    exact_a4: bool = setting(
+        False,
+        help="4-bit activations outside of an fmpq checkpoint's outlier blocks, as in the paper, instead of 8 bits; "
+        "for comparison, since a CPU is no faster with them",
+    )
     max_num_queued_reqs: int = setting(1024, help="most requests waiting for their first step; one more gets 429")
     max_num_queued_tokens: int | None = setting(
         None, help="most prompt tokens waiting for their first step; default: no limit"

@@ -253,7 +253,7 @@ def test_close_ends_the_threads(open_tiny: Open) -> None:
 def test_a_failed_start_leaves_no_kernels_open(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     opened: list[Any] = []
 
-    def recording(name: str, cores: tuple[int, ...]) -> Any:
+    def recording(name: str, cores: tuple[int, ...], **options: Any) -> Any:
         opened.append(SimpleNamespace(name=name, closed=False, close=lambda: setattr(opened[-1], "closed", True)))
         return opened[-1]
 

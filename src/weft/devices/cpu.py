@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from weft.comet.checkpoint import METHOD
 from weft.comet.linear import QuantisedReferenceKernels
 from weft.config import EngineConfig, parse_cores, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
@@ -43,11 +44,12 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     cores = usable_cores(config.cores)
     partition = share_out(config.partition, len(cores))
     model = read_config(folder)
+    _check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
     name, kernels_note = resolve(config.kernels)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
-    kernels = {lane: _open_kernels(name, own) for lane, own in shares.items()}
+    kernels = {lane: _open_kernels(name, own, config.exact_a4) for lane, own in shares.items()}
     try:
         first = next(iter(kernels.values()))
         seed = config.seed if dummy else None
@@ -77,7 +79,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch."),
             kernels=name,
-            notes=tuple(note for note in (dtype_note, kernels_note, *pool.notes) if note),
+            notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
         ),
         memory=memory_rows(capacity, model, weights.size, token_bytes, dtype),
         cores=cores,
@@ -85,9 +87,20 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     )
 
 
-def _open_kernels(name: str, cores: Cores) -> Kernels:
-    # The reference kernels that know quantised linears, too.
-    return QuantisedReferenceKernels(cores) if name == REFERENCE else open_kernels(name, cores)
+def _check_exact_a4(config: EngineConfig, model: ModelConfig) -> None:
+    method = None if model.quantization is None else model.quantization.get("quant_method")
+    if config.exact_a4 and method != METHOD:
+        stored = "are not quantised" if method is None else f"are {method}"
+        raise ConfigError(
+            f"--exact-a4 is for {METHOD} checkpoints, whose outlier blocks were chosen for it; the weights of "
+            f"{config.model} {stored}: leave the flag out, or serve what `weft quantize` makes of the original"
+        )
+
+
+def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
+    if name == REFERENCE:  # those that know quantised linears, too
+        return QuantisedReferenceKernels(cores, exact_a4=exact_a4)
+    return open_kernels(name, cores, exact_a4=exact_a4)
 
 
 class CpuLane:

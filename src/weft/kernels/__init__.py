@@ -54,8 +54,11 @@ def resolve(name: str) -> tuple[str, str | None]:
     raise DeviceError(f"--kernels {name}: there is no such backend; what would work: auto, {', '.join(available())}")
 
 
-def open_kernels(name: str, cores: tuple[int, ...]) -> Kernels:
+def open_kernels(name: str, cores: tuple[int, ...], *, exact_a4: bool = False) -> Kernels:
     """A backend for one lane on these cores. Raises DeviceError.
+
+    exact_a4: quantised linears round activations to 4 bits outside of the outlier blocks; else, as a CPU has no 4-bit
+    arithmetic, to 8 bits everywhere.
 
     The backend's own threads are pinned to cores[1:]; the thread that calls it does a share of the work, and whoever
     owns that thread pins it to cores[0].
@@ -67,4 +70,4 @@ def open_kernels(name: str, cores: tuple[int, ...]) -> Kernels:
         return ReferenceKernels(cores)
     from weft.kernels.cpu import CpuKernels
 
-    return CpuKernels(chosen, cores)
+    return CpuKernels(chosen, cores, exact_a4=exact_a4)

@@ -65,8 +65,9 @@ class PagedKv:
 class CpuKernels:
     """One lane's kernels at one level. The calling thread is one of its threads; see `open_kernels` for the pinning."""
 
-    def __init__(self, level: str, cores: tuple[int, ...]) -> None:
+    def __init__(self, level: str, cores: tuple[int, ...], *, exact_a4: bool = False) -> None:
         self.name = level
+        self.exact_a4 = exact_a4
         try:
             self.native = _native.Backend(level, list(cores))
         except ValueError as error:
@@ -113,9 +114,12 @@ class CpuKernels:
         outlier_blocks: int = 0,
         hadamard: bool = False,
         zeros: torch.Tensor | None = None,
-        exact_a4: bool = False,
+        exact_a4: bool | None = None,
     ) -> W4AxLinear:
-        """A 4-bit weight for `linear`, which then quantises its input as well: see kernels/quantised.py."""
+        """A 4-bit weight for `linear`, which then quantises its input as well: see kernels/quantised.py.
+
+        exact_a4: None for what these kernels were opened with.
+        """
         return quantised.pack_w4ax(
             self.native,
             values,
@@ -125,7 +129,7 @@ class CpuKernels:
             outlier_blocks=outlier_blocks,
             hadamard=hadamard,
             zeros=zeros,
-            exact_a4=exact_a4,
+            exact_a4=self.exact_a4 if exact_a4 is None else exact_a4,
         )
 
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -6,7 +6,6 @@ linears of a site); where they cannot, `notes` says what was done instead.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,10 +64,20 @@ class ForeignCheckpoint:
             **sites,
         }
 
-    def head(self, kernels: Kernels, dtype: torch.dtype) -> Any | None:
-        """The packed output layer; None where it is not quantised."""
+    def embedding(self, dtype: torch.dtype) -> torch.Tensor:
+        """[vocabulary, hidden], which is never quantised."""
+        return self._own(EMBEDDING, dtype)
+
+    def head(self, kernels: Kernels, embedding: torch.Tensor) -> Any:
+        """The packed output layer. embedding: what it is where a tied checkpoint has none of its own."""
         head = self._head()
-        return self._site([head], kernels, dtype) if head.quantised else None
+        if head.quantised:
+            return self._site([head], kernels, embedding.dtype)
+        plain = f"{HEAD}.weight"
+        self.size += embedding.nbytes
+        return kernels.pack_linear(
+            self.source.take([plain])[plain].to(embedding.dtype, copy=True) if plain in self.source else embedding
+        )
 
     def notes(self) -> tuple[str, ...]:
         """What people should know of the layers read so far, one sentence each."""
@@ -211,12 +220,6 @@ class ForeignCheckpoint:
         if config.qk_norm:
             norms |= {Q_NORM: (config.head_dim,), K_NORM: (config.head_dim,)}
         return norms
-
-
-def outer_bytes(config: ModelConfig, dtype: torch.dtype, head_packed: bool) -> int:
-    """Memory of the embedding, the final norm and an output layer that is not quantised."""
-    tables = 1 if head_packed else 2  # a tied output layer counts, since it is packed beside the embedding
-    return dtype.itemsize * (math.prod((config.vocabulary, config.hidden_size)) * tables + config.hidden_size)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -23,7 +23,7 @@ from weft.kernels.base import Kernels
 from weft.models import quantised
 from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
-from weft.models.foreign import ForeignCheckpoint, outer_bytes
+from weft.models.foreign import ForeignCheckpoint
 from weft.models.rope import Rotary
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -149,11 +149,12 @@ def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: 
 
 def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
     checkpoint = ForeignCheckpoint(folder, config)
+    with torch.no_grad():
+        embedding = checkpoint.embedding(dtype)
+        head = checkpoint.head(kernels, embedding)
     layers = (LayerWeights(**checkpoint.layer(index, kernels, dtype)) for index in range(config.layers))
-    weights = _assemble(checkpoint.source, config, kernels, dtype, layers, 0)
-    head = checkpoint.head(kernels, dtype)
-    size = checkpoint.size + outer_bytes(config, dtype, head_packed=head is not None)
-    return replace(weights, head=weights.head if head is None else head, size=size, notes=checkpoint.notes())
+    weights = _assemble(checkpoint.source, config, dtype, embedding, head, layers, 0)
+    return replace(weights, size=checkpoint.size + weights.norm.nbytes, notes=checkpoint.notes())
 
 
 def _assemble(
