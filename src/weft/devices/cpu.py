@@ -28,6 +28,7 @@ from weft.devices.step import compute
 from weft.errors import ConfigError, DeviceError
 from weft.kernels import REFERENCE, open_kernels, resolve
 from weft.kernels.base import Kernels
+from weft.kernels.kv import BITS, token_bytes
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
@@ -47,6 +48,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     _check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
+    kept = kv_bytes(config, model, dtype)
     name, kernels_note = resolve(config.kernels)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
     kernels = {lane: _open_kernels(name, own, config.exact_a4) for lane, own in shares.items()}
@@ -54,11 +56,10 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         first = next(iter(kernels.values()))
         seed = config.seed if dummy else None
         weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say)
-        token_bytes = model.layers * 2 * model.kv_heads * model.head_dim * dtype.itemsize
-        pool = size_pool(config, model.context, token_bytes, free_memory())
+        pool = size_pool(config, model.context, kept, free_memory())
         say("KV pool")
         decoders = {lane: Decoder(model, weights, own, pool.max_model_len) for lane, own in kernels.items()}
-        kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size)
+        kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
     except BaseException:
         for own in kernels.values():
             own.close()
@@ -77,11 +78,11 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         {lane: CpuLane(kernels[lane], decoders[lane], kv, config.block_size, shares[lane]) for lane in shares},
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
-            dtype=str(dtype).removeprefix("torch."),
+            dtype=str(dtype).removeprefix("torch.") + _kv_words(config),
             kernels=name,
             notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
         ),
-        memory=memory_rows(capacity, model, weights.size, token_bytes, dtype),
+        memory=memory_rows(capacity, model, weights.size, kept, dtype),
         cores=cores,
         partition=partition,
     )
@@ -285,6 +286,18 @@ def memory_rows(
         ("KV pool", tokens * token_bytes),
         ("activations, at most about", activations + logits),
     )
+
+
+def kv_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of KV for one token in all layers. Raises ConfigError for a cache that these activations cannot have."""
+    try:
+        return model.layers * token_bytes(model.kv_heads, model.head_dim, dtype, config.kv_cache_dtype)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache-dtype is {config.kv_cache_dtype}: {error}") from error
+
+
+def _kv_words(config: EngineConfig) -> str:
+    return f", KV {config.kv_cache_dtype}" if config.kv_cache_dtype in BITS else ""
 
 
 def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:

@@ -195,6 +195,11 @@ def open_simulated(config: EngineConfig, folder: Path, say: Callable[[str], None
 
     Raises CheckpointError when the folder does not tell them, ConfigError when the KV pool would have no block.
     """
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"--kv-cache-dtype is {config.kv_cache_dtype}; the simulated device keeps neither keys nor values, so only "
+            "auto would work"
+        )
     say("reading the model's shape")
     capacity = _capacity(config, folder)
     say("making the KV pool")

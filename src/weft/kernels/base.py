@@ -105,8 +105,14 @@ class Kernels(Protocol):
         """tokens int64 [T] -> rows of the table [T, D]; value * scale is rounded once to dtype."""
         ...
 
-    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Any:
-        """Storage of one layer's keys and values."""
+    def make_kv(
+        self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str = "auto"
+    ) -> Any:
+        """Storage of one layer's keys and values, for activations of `dtype`.
+
+        cache: auto (they keep the dtype), bf16 (the same, and an error where that is another), int8 or int4 (see
+        kernels/kv.py). Queries belong to the KV they were made for: `rotary_write` may transform them as it does keys.
+        """
         ...
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -134,7 +140,7 @@ class Kernels(Protocol):
     ) -> torch.Tensor:
         """Split qkv [T, (heads + 2 kv_heads) * head_dim]; RMS-normalise q and k per head where weights are given;
         rotate q and k (half-split convention, cos/sin float32 [max_model_len, head_dim / 2] indexed by position);
-        write k and v to the slots. Returns q [T, heads * head_dim]."""
+        write k and v to the slots. Returns q [T, heads * head_dim], for `attention` over this KV."""
         ...
 
     def attention(

@@ -15,6 +15,7 @@ from weft import _native
 from weft.errors import DeviceError
 from weft.kernels import quantised
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
+from weft.kernels.kv import bits_of
 from weft.kernels.quantised import W4AxLinear
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -173,7 +174,11 @@ class CpuKernels:
         self.native.embed(packed.native, tokens.data_ptr(), count, out.data_ptr(), _type(out, "the output"))
         return out
 
-    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PagedKv:
+    def make_kv(
+        self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str = "auto"
+    ) -> PagedKv:
+        if bits_of(cache, dtype) is not None:
+            raise ValueError(f"the C++ kernels have no KV cache of {cache}; what would work: auto, bf16")
         native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, _type_of(dtype, "the KV"))
         return PagedKv(native, dtype, block_size, kv_heads, head_dim)
 

@@ -13,6 +13,7 @@ from torch.nn.functional import linear, silu
 
 from weft.errors import DeviceError
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
+from weft.kernels.kv import Codes, QuantisedKv, bits_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +34,29 @@ class PlainEmbedding:
 
 @dataclass(frozen=True, slots=True)
 class PlainKv:
-    """keys and values [blocks, block_size, kv_heads, head_dim]."""
+    """keys and values [blocks, block_size, kv_heads, head_dim]. kernels/kv.py has the same with fewer bits."""
 
     keys: torch.Tensor
     values: torch.Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys.shape[1]
+
+    def write(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """float32 [T, kv_heads, head_dim] each, into slots [T]."""
+        at = (slots // self.block_size, slots % self.block_size)
+        self.keys[at], self.values[at] = keys.to(self.keys.dtype), values.to(self.values.dtype)
+
+    def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(keys, values) of these blocks, float32 [slots, kv_heads, head_dim] each."""
+        return self.keys[blocks].flatten(0, 1).float(), self.values[blocks].flatten(0, 1).float()
+
+    def queries(self, q: torch.Tensor) -> torch.Tensor:
+        return q
+
+    def output(self, x: torch.Tensor) -> torch.Tensor:
+        return x
 
 
 class ReferenceKernels:
@@ -69,8 +89,12 @@ class ReferenceKernels:
             rows = (groups * packed.scales[tokens].float()[:, :, None]).flatten(1)
         return rows.to(dtype)
 
-    def make_kv(self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> PlainKv:
-        shape = (blocks, block_size, kv_heads, head_dim)
+    def make_kv(
+        self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str = "auto"
+    ) -> PlainKv | QuantisedKv:
+        shape, bits = (blocks, block_size, kv_heads, head_dim), bits_of(cache, dtype)
+        if bits is not None:
+            return QuantisedKv(Codes.make(*shape), Codes.make(*shape), bits)
         return PlainKv(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -87,7 +111,7 @@ class ReferenceKernels:
         qkv: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
-        kv: PlainKv,
+        kv: PlainKv | QuantisedKv,
         batch: Batch,
         heads: int,
         kv_heads: int,
@@ -95,44 +119,40 @@ class ReferenceKernels:
         k_norm: torch.Tensor | None,
         eps: float,
     ) -> torch.Tensor:
-        rows, block_size, _, head_dim = len(qkv), *kv.keys.shape[1:]
-        parts = qkv.float().view(rows, heads + 2 * kv_heads, head_dim)
+        rows = len(qkv)
+        parts = qkv.float().view(rows, heads + 2 * kv_heads, -1)
         q, k, v = parts[:, :heads], parts[:, heads : heads + kv_heads], parts[:, heads + kv_heads :]
         q = q if q_norm is None else _normalise(q, q_norm, eps)
         k = k if k_norm is None else _normalise(k, k_norm, eps)
         positions = batch.positions.long()
         q, k = (_rotate(part, cos[positions, None], sin[positions, None]) for part in (q, k))
-        blocks, offsets = batch.slots // block_size, batch.slots % block_size
-        kv.keys[blocks, offsets] = k.to(kv.keys.dtype)
-        kv.values[blocks, offsets] = v.to(kv.values.dtype)
-        return q.to(qkv.dtype).reshape(rows, heads * head_dim)
+        kv.write(batch.slots, k, v)
+        return kv.queries(q).to(qkv.dtype).reshape(rows, -1)
 
     def attention(
         self,
         q: torch.Tensor,
-        kv: PlainKv,
+        kv: PlainKv | QuantisedKv,
         batch: Batch,
         heads: int,
         kv_heads: int,
         scale: float,
         window: int | None = None,
     ) -> torch.Tensor:
-        block_size, _, head_dim = kv.keys.shape[1:]
         out = torch.empty_like(q)
         starts = batch.starts.tolist()
         for first, end, context, table in zip(
             starts[:-1], starts[1:], batch.contexts.tolist(), batch.tables, strict=True
         ):
-            blocks = table[: -(-context // block_size)].long()
             keys, values = (  # [heads, context, head_dim]: each kv head serves heads / kv_heads query heads in turn
-                part[blocks].flatten(0, 1)[:context].float().transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)
-                for part in (kv.keys, kv.values)
+                part[:context].transpose(0, 1).repeat_interleave(heads // kv_heads, dim=0)
+                for part in kv.read(table[: -(-context // kv.block_size)].long())
             )
-            queries = q[first:end].float().view(end - first, heads, head_dim).transpose(0, 1)
+            queries = q[first:end].float().view(end - first, heads, -1).transpose(0, 1)
             distance = batch.positions[first:end, None] - torch.arange(context)
             hidden = (distance < 0) if window is None else (distance < 0) | (distance >= window)
             weights = (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(dim=-1)
-            out[first:end] = (weights @ values).transpose(0, 1).reshape(end - first, heads * head_dim)
+            out[first:end] = kv.output(weights @ values).transpose(0, 1).reshape(end - first, -1)
         return out
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

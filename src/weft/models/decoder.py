@@ -36,11 +36,11 @@ class Decoder:
         # The norm that follows each layer: the next one's input norm, and the final norm after the last.
         self._next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
-    def make_kv(self, blocks: int, block_size: int) -> list[Any]:
-        """Storage for the keys and values of `blocks` blocks, one for each layer."""
+    def make_kv(self, blocks: int, block_size: int, cache: str = "auto") -> list[Any]:
+        """Storage for the keys and values of `blocks` blocks, one for each layer. cache: as --kv-cache-dtype."""
         config, dtype = self.config, self._weights.dtype
         make = self._kernels.make_kv
-        return [make(blocks, block_size, config.kv_heads, config.head_dim, dtype) for _ in self._layers]
+        return [make(blocks, block_size, config.kv_heads, config.head_dim, dtype, cache) for _ in self._layers]
 
     def strand(self, batch: Batch, kv: list[Any]) -> Strand:
         """One strand through all layers. At the first seam the embedding enters the first norm. Returns the hidden
