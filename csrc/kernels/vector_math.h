@@ -45,6 +45,28 @@ WEFT_INLINE void store_some(T* to, f32v x, int64_t count) {
   memcpy(to, padded, size_t(count) * sizeof(T));
 }
 
+// Sum of squares of a row, after `see` has changed or stored its vectors. Four sums, so that additions overlap.
+template <class F>
+WEFT_INLINE float sum_of_squares(int64_t size, F vector_at) {
+  f32v sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * lanes <= size; i += 4 * lanes)
+    for (int k = 0; k < 4; k++) {
+      const f32v x = vector_at(i + k * lanes, int64_t(lanes));
+      sums[k] = fma(x, x, sums[k]);
+    }
+  for (; i < size; i += lanes) {
+    const f32v x = vector_at(i, size - i);
+    sums[0] = fma(x, x, sums[0]);
+  }
+  return sum((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// 1 / sqrt(mean of squares + eps)
+WEFT_INLINE float norm_scale(float squares, int64_t size, float eps) {
+  return 1.0f / __builtin_sqrtf(squares / float(size) + eps);
+}
+
 // Below this many nanoseconds (of one thread, roughly) waking others costs more than it saves.
 constexpr double WORTH_SHARING = 15e3;
 
