@@ -45,7 +45,7 @@ def weights_of(model: Model, config: ModelConfig, layers: list[QuantisedLayer], 
     rest = model.rest()
     return Weights(
         dtype=torch.float32,
-        embedding=rest[EMBEDDING],
+        embedding=kernels.pack_embedding(rest[EMBEDDING]),  # type: ignore[attr-defined]
         layers=tuple(
             LayerWeights(
                 input_norm=layer.norms["input_layernorm.weight"],

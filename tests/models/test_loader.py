@@ -88,8 +88,8 @@ def test_any_stored_dtype_becomes_the_chosen_one(folder: Path, stored: torch.dty
     model.save_pretrained(folder)
     weights = load(folder, chosen)
     want = model.state_dict()
-    assert weights.dtype == weights.norm.dtype == weights.embedding.dtype == chosen
-    assert weights.embedding.equal(want["model.embed_tokens.weight"].to(chosen))
+    assert weights.dtype == weights.norm.dtype == weights.embedding.values.dtype == chosen
+    assert weights.embedding.values.equal(want["model.embed_tokens.weight"].to(chosen))
     assert weights.layers[2].down.weight.equal(want["model.layers.2.mlp.down_proj.weight"].to(chosen))
     qkv = [want[f"model.layers.1.self_attn.{part}_proj.bias"].to(chosen) for part in "qkv"]
     assert weights.layers[1].qkv.bias.equal(torch.cat(qkv))
@@ -122,7 +122,7 @@ def test_a_tied_model_uses_its_embedding_unless_it_brings_an_output_layer(tmp_pa
     model.save_pretrained(tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / SINGLE)
     weights = load(tmp_path)
-    assert weights.head.weight.equal(weights.embedding)
+    assert weights.head.weight.equal(weights.embedding.values)
     other = torch.randn(96, 32)
     change(tmp_path, lambda tensors: tensors.update({"lm_head.weight": other}))
     assert load(tmp_path).head.weight.equal(other)
@@ -174,7 +174,7 @@ def test_loading_holds_no_layer_and_no_file_after_packing_it(folder: Path) -> No
     gc.collect()
     layer = weights.layers[0]
     parts = (layer.qkv, layer.output, layer.gate_up, layer.down)
-    assert kernels.peak <= max(weights.embedding.nbytes, sum(part.weight.nbytes for part in parts))
+    assert kernels.peak <= max(weights.embedding.values.nbytes, sum(part.weight.nbytes for part in parts))
     assert all(ref() is None for ref in kernels.given)
     if sys.platform == "linux":
         maps = Path("/proc/self/maps").read_text()

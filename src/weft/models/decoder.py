@@ -46,7 +46,7 @@ class Decoder:
         """One strand through all layers. At the first seam the embedding enters the first norm. Returns the hidden
         rows after the final norm, [T, hidden]."""
         eps = self.config.eps
-        embedded = torch.index_select(self._weights.embedding, 0, batch.tokens)
+        embedded = self._kernels.embed(batch.tokens, self._weights.embedding, self._weights.dtype)
         hidden, residual = yield Seam(embedded, None, self._weights.layers[0].input_norm, eps)
         for layer, storage, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
             partial = layer.attend(hidden, storage, batch)

@@ -51,13 +51,13 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Everything that the decoders of one process share. embedding [vocabulary, hidden]; size: bytes of all.
+    """Everything that the decoders of one process share, packed but for the norms; size: bytes of all.
 
     notes: what people should know of them, one sentence each.
     """
 
     dtype: torch.dtype
-    embedding: torch.Tensor
+    embedding: Any
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor
     head: Any
@@ -122,10 +122,8 @@ def load_weights(
         source = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
     layers = (_layer(source, config, index, kernels, dtype) for index in range(config.layers))
     with torch.no_grad():
-        embedding = _plain(source, EMBEDDING, dtype)
-        # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
-        head = kernels.pack_linear(_plain(source, HEAD, dtype) if HEAD in source else embedding)
-    return _assemble(source, config, dtype, embedding, head, layers, weight_bytes(config, dtype))
+        outer = _pack_outer(source, kernels, dtype)
+    return _assemble(source, config, dtype, outer, layers, weight_bytes(config, dtype))
 
 
 def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
@@ -138,22 +136,22 @@ def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: 
     optional = [HEAD] if config.tied and fmpq.embedding_bits == 16 else []
     source.check(shapes, optional=optional, readable=quantised.BYTES)
     with torch.no_grad():
-        embedding = quantised.take_embedding(source, config, fmpq, dtype)
-        head = quantised.take_head(source, config, fmpq, kernels, embedding)
+        outer = quantised.take_outer(source, config, fmpq, kernels, dtype)
     layers = (
         LayerWeights(**quantised.take_layer(source, config, fmpq, index, kernels, dtype))
         for index in range(config.layers)
     )
-    return _assemble(source, config, dtype, embedding, head, layers, quantised.stored_bytes(source))
+    return _assemble(source, config, dtype, outer, layers, quantised.stored_bytes(source))
 
 
 def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
     checkpoint = ForeignCheckpoint(folder, config)
     with torch.no_grad():
         embedding = checkpoint.embedding(dtype)
-        head = checkpoint.head(kernels, embedding)
+        outer = kernels.pack_embedding(embedding), checkpoint.head(kernels, embedding)
+        del embedding
     layers = (LayerWeights(**checkpoint.layer(index, kernels, dtype)) for index in range(config.layers))
-    weights = _assemble(checkpoint.source, config, dtype, embedding, head, layers, 0)
+    weights = _assemble(checkpoint.source, config, dtype, outer, layers, 0)
     return replace(weights, size=checkpoint.size + weights.norm.nbytes, notes=checkpoint.notes())
 
 
@@ -161,19 +159,19 @@ def _assemble(
     source: Source,
     config: ModelConfig,
     dtype: torch.dtype,
-    embedding: torch.Tensor,
-    packed_head: Any,
+    outer: tuple[Any, Any],
     layers: Iterable[LayerWeights],
     size: int,
 ) -> Weights:
-    """What stands around the layers, and they, one at a time."""
+    """The packed embedding and output layer, and the layers, one at a time."""
+    embedding, head = outer
     with torch.no_grad():
         return Weights(
             dtype=dtype,
             embedding=embedding,
             layers=tuple(layers),
             norm=_plain(source, NORM, dtype),
-            head=packed_head,
+            head=head,
             rotary=Rotary(config.rope, config.head_dim),
             size=size,
         )
@@ -203,6 +201,14 @@ def _layer(source: Source, config: ModelConfig, index: int, kernels: Kernels, dt
         gate_up=pack(*GATE_UP),
         down=pack(DOWN),
     )
+
+
+def _pack_outer(source: Source, kernels: Kernels, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The embedding and the output layer."""
+    embedding = _plain(source, EMBEDDING, dtype)
+    # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
+    head = kernels.pack_linear(_plain(source, HEAD, dtype) if HEAD in source else embedding)
+    return kernels.pack_embedding(embedding), head
 
 
 def _plain(source: Source, name: str, dtype: torch.dtype) -> torch.Tensor:

@@ -25,24 +25,24 @@ def outer_shapes(config: ModelConfig, fmpq: FmpqConfig) -> dict[str, Shape]:
     return embedding | head | {NORM: (config.hidden_size,)}
 
 
-def take_embedding(source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, dtype: torch.dtype) -> torch.Tensor:
-    """[vocabulary, hidden]. Raises CheckpointError naming file and tensor."""
-    names = list(embedding_shapes(fmpq, config))
-    if not names:
-        return source.take([EMBEDDING])[EMBEDDING].to(dtype, copy=True)
-    found = read_embedding(source.take(names), fmpq, config, source.entries[names[0]].file)
-    return found.dequantised().to(dtype)
-
-
-def take_head(
-    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, kernels: Kernels, embedding: torch.Tensor
-) -> Any:
-    """The packed output layer. embedding: what it is where the checkpoint has none of its own."""
-    names = list(head_shapes(fmpq, config))
-    if names:
-        return _pack(read_head(source.take(names), fmpq, config, source.entries[names[0]].file), kernels)
-    plain = source.take([HEAD])[HEAD].to(embedding.dtype, copy=True) if HEAD in source else embedding
-    return kernels.pack_linear(plain)
+def take_outer(
+    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, kernels: Kernels, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """The packed embedding and output layer. Raises CheckpointError naming file and tensor."""
+    embedding = None
+    if names := list(embedding_shapes(fmpq, config)):
+        found = read_embedding(source.take(names), fmpq, config, source.entries[names[0]].file)
+        packed = kernels.pack_embedding(found.values, found.scales)
+    else:
+        embedding = source.take([EMBEDDING])[EMBEDDING].to(dtype, copy=True)
+        packed = kernels.pack_embedding(embedding)
+    if names := list(head_shapes(fmpq, config)):
+        head = _pack(read_head(source.take(names), fmpq, config, source.entries[names[0]].file), kernels)
+    elif embedding is None or HEAD in source:  # a quantised embedding is never the output layer
+        head = kernels.pack_linear(source.take([HEAD])[HEAD].to(dtype, copy=True))
+    else:
+        head = kernels.pack_linear(embedding)
+    return packed, head
 
 
 def layer_shapes(config: ModelConfig, fmpq: FmpqConfig, index: int) -> dict[str, Shape]:
