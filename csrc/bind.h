@@ -18,6 +18,7 @@ using unlocked = nb::call_guard<nb::gil_scoped_release>;
 void bind_embedding(nb::module_& module, BackendClass& backend);
 void bind_linear(nb::module_& module, BackendClass& backend);
 void bind_w4ax(nb::module_& module, BackendClass& backend);
+void bind_program(nb::module_& module);
 void bind_probe(BackendClass& backend);
 void bind_attention(nb::module_& module, BackendClass& backend);
 

@@ -30,5 +30,6 @@ NB_MODULE(_native, module) {
   bind_linear(module, backend);
   bind_w4ax(module, backend);
   bind_probe(backend);
+  bind_program(module);
   bind_attention(module, backend);
 }

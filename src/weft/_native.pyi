@@ -1,5 +1,7 @@
 """The C++ extension (csrc/). Addresses are `tensor.data_ptr()`; kernels/cpu.py checks what they point to."""
 
+from collections.abc import Sequence
+
 def levels() -> list[str]:
     """The levels that this CPU can run, best first."""
 
@@ -95,6 +97,44 @@ class BatchView:
         contexts: int,
         tables: int,
     ) -> None: ...
+
+class Program:
+    """The calls of a step, recorded and replayed: see csrc/program.h. Places are bytes per row; `domain`: 0 rows of
+    tokens, 1 rows that are sampled after. What is recorded must be kept alive."""
+
+    def __init__(self, arena: int, max_rows: int, sampled_arena: int, max_sampled: int) -> None: ...
+    def embed(self, table: PackedEmbedding, type: int, out: int) -> None: ...
+    def norm(self, type: int, weight: int, eps: float, size: int, x: int, residual: int, out: int) -> None:
+        """residual: -1 for none."""
+
+    def linear(self, packed: PackedLinear, domain: int, x: int, y: int, type: int) -> None: ...
+    def quantise(self, packed: PackedW4Ax, domain: int, x: int, type: int, out: int) -> None: ...
+    def multiply(self, packed: PackedW4Ax, domain: int, x: int, y: int, type: int) -> None: ...
+    def rotary_write(
+        self,
+        kv: LayerKv,
+        cos: int,
+        sin: int,
+        max_positions: int,
+        heads: int,
+        q_norm: int,
+        k_norm: int,
+        eps: float,
+        qkv: int,
+        q: int,
+    ) -> None: ...
+    def attention(self, kv: LayerKv, heads: int, scale: float, window: int, q: int, out: int) -> None: ...
+    def silu_mul(self, type: int, gate_up: int, size: int, out: int) -> None: ...
+    def take(self, x: int, row_bytes: int, out: int) -> None: ...
+    def run(self, backend: Backend, batch: BatchView, tokens: int, sampled: Sequence[int]) -> None:
+        """ValueError: a batch that does not fit into KV, tables or arenas; nothing was touched then."""
+
+    def run_timed(self, backend: Backend, batch: BatchView, tokens: int, sampled: Sequence[int]) -> None:
+        """The same, and adds to `seconds`."""
+
+    @property
+    def seconds(self) -> list[float]:
+        """Of each call, over all timed runs."""
 
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].

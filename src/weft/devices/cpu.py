@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import Any
 
 import torch
 
@@ -31,6 +30,7 @@ from weft.kernels.base import Kernels
 from weft.kernels.kv import BITS, token_bytes
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
+from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
 
 Cores = tuple[int, ...]
@@ -60,6 +60,16 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         say("KV pool")
         decoders = {lane: Decoder(model, weights, own, pool.max_model_len) for lane, own in kernels.items()}
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
+        forwards = {
+            lane: open_forward(
+                decoder,
+                kernels[lane],
+                kv,
+                max_tokens=config.max_num_batched_tokens,
+                max_slices=config.max_num_seqs,
+            )
+            for lane, decoder in decoders.items()
+        }
     except BaseException:
         for own in kernels.values():
             own.close()
@@ -75,7 +85,10 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     )
     return CpuDevice(
         capacity,
-        {lane: CpuLane(kernels[lane], decoders[lane], kv, config.block_size, shares[lane]) for lane in shares},
+        {
+            lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], config.block_size, shares[lane])
+            for lane in shares
+        },
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch.") + _kv_words(config),
@@ -107,10 +120,10 @@ def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
 class CpuLane:
     """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any."""
 
-    def __init__(self, kernels: Kernels, decoder: Decoder, kv: list[Any], block_size: int, cores: Cores) -> None:
+    def __init__(self, kernels: Kernels, decoder: Decoder, forward: Forward, block_size: int, cores: Cores) -> None:
         self.kernels = kernels
         self.decoder = decoder
-        self.kv = kv
+        self.forward = forward
         self.block_size = block_size
         self.cores = cores
         self.pinned: Cores | None = None
@@ -133,7 +146,7 @@ class CpuLane:
         """Carry out a plan. An exception fails the step, not the lane."""
         ticket, begun = Ticket(plan.step, plan.lane), time.perf_counter()
         try:
-            done = compute(plan, self.decoder, self.kv, self.block_size)
+            done = compute(plan, self.decoder, self.forward, self.block_size)
         except Exception as error:
             return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
         return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)

@@ -6,13 +6,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
 
 import torch
 
-from weft.core.plan import Plan, Sampled, Sampling, Slice, TokenScore
+from weft.core.plan import Plan, Sampled, Slice, TokenScore
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.forward import Forward, Logits
 from weft.models.sampler import sample, score_prompt
 
 # Logits of prompt rows are made in parts of about this size: a prompt chunk times a large vocabulary is too much.
@@ -29,44 +29,37 @@ class Computed:
 
 
 @torch.inference_mode()
-def compute(plan: Plan, decoder: Decoder, kv: list[Any], block_size: int) -> Computed:
-    """Carry out a plan; a slice whose logits cannot be used fails alone."""
-    hidden = decoder.hidden(make_batch(plan.slices, block_size), kv)
-    ends = list(accumulate(len(piece.tokens) for piece in plan.slices))
+def compute(plan: Plan, decoder: Decoder, forward: Forward, block_size: int) -> Computed:
+    """Carry out a plan; a slice whose logits cannot be used fails alone. forward: the decoder's."""
+    slices = plan.slices
+    ends = list(accumulate([len(piece.tokens) for piece in slices]))
+    drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
+    logits = forward.run(make_batch(slices, block_size), [row for _, row in drawing])
     failed: dict[int, str] = {}
     scored = []
-    for piece, end in zip(plan.slices, ends, strict=True):
+    for piece, end in zip(slices, ends, strict=True):
         if piece.prompt_logprobs is not None:
-            scores = _score(decoder, hidden[end - len(piece.tokens) : end], piece, piece.prompt_logprobs)
+            hidden = forward.hidden()[end - len(piece.tokens) : end]
+            scores = _score(decoder, hidden, piece, piece.prompt_logprobs)
             if any(math.isnan(score.logprob) for score in scores):
                 failed[piece.sequence] = "the model computed NaN or infinite logits for a prompt token"
             else:
                 scored.append((piece.sequence, scores))
-    sampled = _sample(decoder, hidden, plan.slices, ends, failed)
+    sampled = _sample(logits, [piece for piece, _ in drawing], failed)
     return Computed(sampled, tuple(scored), tuple(failed.items()))
 
 
-def _sample(
-    decoder: Decoder, hidden: torch.Tensor, slices: Sequence[Slice], ends: Sequence[int], failed: dict[int, str]
-) -> tuple[Sampled, ...]:
-    """Draw after the last row of each slice that samples; what cannot be drawn goes to `failed`."""
-    rows: list[int] = []
-    samplings: list[Sampling] = []
-    sequences: list[int] = []
-    for piece, end in zip(slices, ends, strict=True):
-        if piece.sample is not None and piece.sequence not in failed:
-            rows.append(end - 1)
-            samplings.append(piece.sample)
-            sequences.append(piece.sequence)
-    if not rows:
-        return ()
-    wanted = hidden if len(rows) == len(hidden) else hidden.index_select(0, torch.tensor(rows))
+def _sample(logits: Logits, slices: Sequence[Slice], failed: dict[int, str]) -> tuple[Sampled, ...]:
+    """Draw after each slice, unless it has failed; what cannot be drawn goes to `failed`."""
+    samplings = [piece.sample for piece in slices if piece.sample is not None]
     sampled = []
-    for sequence, outcome in zip(sequences, sample(decoder.logits(wanted), samplings), strict=True):
+    for piece, outcome in zip(slices, sample(logits, samplings), strict=True):
+        if piece.sequence in failed:
+            continue
         if isinstance(outcome, str):
-            failed[sequence] = outcome
+            failed[piece.sequence] = outcome
         else:
-            sampled.append(Sampled(sequence, *outcome))
+            sampled.append(Sampled(piece.sequence, *outcome))
     return tuple(sampled)
 
 

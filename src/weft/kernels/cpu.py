@@ -271,6 +271,10 @@ class CpuKernels:
             raise ValueError(f"{heads = } must be a multiple of {kv_heads = }, and the KV has {kv.kv_heads}")
         if batch.block_size != kv.block_size:
             raise ValueError(f"the batch has blocks of {batch.block_size} slots, the KV of {kv.block_size}")
+        return self.view(batch)
+
+    def view(self, batch: Batch) -> tuple[_native.BatchView, int]:
+        """The same, without the KV: addresses of the batch's tensors, which must live as long."""
         if batch is not self._seen[0]:
             self._seen = (batch, _view(batch), batch.positions.shape[0])
         return self._seen[1:]

@@ -13,7 +13,7 @@ import torch
 from weft import _native
 
 BLOCK = 128  # channels that share a scale
-_ROW_BYTES = BLOCK + 8  # of a quantised block of one row: the values, their scale and their sum
+ROW_BYTES = BLOCK + 8  # of a quantised block of one row: the values, their scale and their sum
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -106,14 +106,14 @@ def quantise_rows(backend: _native.Backend, x: torch.Tensor, packed: W4AxLinear)
     rows = x.shape[0]
     if x.shape != (rows, packed.inputs) or not x.is_contiguous():
         raise ValueError(f"x is {list(x.shape)} {x.stride()}; it must be contiguous [T, {packed.inputs}]")
-    quantised = torch.empty(rows * packed.inputs // BLOCK * _ROW_BYTES, dtype=torch.uint8)
+    quantised = torch.empty(rows * packed.inputs // BLOCK * ROW_BYTES, dtype=torch.uint8)
     backend.quantise_w4ax(packed.native, x.data_ptr(), rows, kind, quantised.data_ptr())
     return quantised
 
 
 def unpack_rows(quantised: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(values int8 [T, K], scales float32 [T, K / 128], sums of the values int32 [T, K / 128])."""
-    blocks = len(quantised) // max(rows * _ROW_BYTES, 1)
+    blocks = len(quantised) // max(rows * ROW_BYTES, 1)
     values, scales, totals = torch.split(quantised, [blocks * rows * BLOCK, blocks * rows * 4, blocks * rows * 4])
     return (
         values.view(torch.int8).view(blocks, rows, BLOCK).transpose(0, 1).reshape(rows, blocks * BLOCK),

@@ -36,6 +36,10 @@ class Decoder:
         # The norm that follows each layer: the next one's input norm, and the final norm after the last.
         self._next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
 
+    def on(self, kernels: Kernels) -> Decoder:
+        """The same model on other kernels, which take the same packed weights."""
+        return Decoder(self.config, self._weights, kernels, self.max_model_len)
+
     def make_kv(self, blocks: int, block_size: int, cache: str = "auto") -> list[Any]:
         """Storage for the keys and values of `blocks` blocks, one for each layer. cache: as --kv-cache-dtype."""
         config, dtype = self.config, self._weights.dtype

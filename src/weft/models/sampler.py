@@ -57,7 +57,7 @@ UNIT, LOWEST, HIGHEST = map(np.float32, (2**-32, 2**-33, 1 - 2**-24))
 COLDEST = 1e-30
 
 
-def sample(logits: torch.Tensor, samplings: Sequence[Sampling]) -> list[tuple[int, TokenScore | None] | str]:
+def sample(logits: torch.Tensor | Row, samplings: Sequence[Sampling]) -> list[tuple[int, TokenScore | None] | str]:
     """Draw one token for each row of float32 logits [R, V]; the logits are not changed.
 
     A row that cannot be drawn from gives the reason instead of a token; the other rows are good.
@@ -127,7 +127,9 @@ def _mix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def _rows(logits: torch.Tensor) -> Row:
+def _rows(logits: torch.Tensor | Row) -> Row:
+    if isinstance(logits, np.ndarray):
+        return logits
     rows: Row = logits.detach().to("cpu", torch.float32).contiguous().numpy()
     return rows
 

@@ -1,0 +1,97 @@
+// The program of a model's step: recorded from Python, call by call, and then run as one.
+#include <nanobind/stl/vector.h>
+
+#include "bind.h"
+#include "program.h"
+
+namespace weft {
+
+namespace {
+
+template <auto RUN>
+void run(Program& self, Backend& backend, const BatchView& batch, uintptr_t tokens, const std::vector<int64_t>& sampled) {
+  (self.*RUN)(backend, batch, at<const int64_t>(tokens), sampled);
+}
+
+NormForm norm_form(int type, uintptr_t weight, float eps, int64_t size) {
+  return {Type(type), at<const void>(weight), eps, size};
+}
+
+void bind_recording(nb::class_<Program>& program) {
+  using nb::arg;
+  program
+      .def(
+          "embed",
+          [](Program& self, const PackedEmbedding& table, int type, int64_t out) {
+            self.embed(table, Type(type), out);
+          },
+          arg("table"), arg("type"), arg("out"))
+      .def(
+          "norm",
+          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int64_t x, int64_t residual,
+             int64_t out) { self.norm(norm_form(type, weight, eps, size), x, residual, out); },
+          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("x"), arg("residual"), arg("out"))
+      .def(
+          "linear",
+          [](Program& self, const PackedLinear& packed, int domain, int64_t x, int64_t y, int type) {
+            self.linear(packed, Domain(domain), x, y, Type(type));
+          },
+          arg("packed"), arg("domain"), arg("x"), arg("y"), arg("type"))
+      .def(
+          "quantise",
+          [](Program& self, const PackedW4Ax& packed, int domain, int64_t x, int type, int64_t out) {
+            self.quantise(packed, Domain(domain), x, Type(type), out);
+          },
+          arg("packed"), arg("domain"), arg("x"), arg("type"), arg("out"))
+      .def(
+          "multiply",
+          [](Program& self, const PackedW4Ax& packed, int domain, int64_t x, int64_t y, int type) {
+            self.multiply(packed, Domain(domain), x, y, Type(type));
+          },
+          arg("packed"), arg("domain"), arg("x"), arg("y"), arg("type"))
+      .def(
+          "rotary_write",
+          [](Program& self, const LayerKv& kv, uintptr_t cos, uintptr_t sin, int64_t max_positions, int64_t heads,
+             uintptr_t q_norm, uintptr_t k_norm, float eps, int64_t qkv, int64_t q) {
+            self.rotary_write(kv,
+                              {at<const float>(cos), at<const float>(sin), max_positions, heads, at<const void>(q_norm),
+                               at<const void>(k_norm), eps},
+                              qkv, q);
+          },
+          arg("kv"), arg("cos"), arg("sin"), arg("max_positions"), arg("heads"), arg("q_norm"), arg("k_norm"),
+          arg("eps"), arg("qkv"), arg("q"))
+      .def(
+          "attention",
+          [](Program& self, const LayerKv& kv, int64_t heads, float scale, int64_t window, int64_t q, int64_t out) {
+            self.attention(kv, {heads, scale, window}, q, out);
+          },
+          arg("kv"), arg("heads"), arg("scale"), arg("window"), arg("q"), arg("out"))
+      .def(
+          "silu_mul",
+          [](Program& self, int type, int64_t gate_up, int64_t size, int64_t out) {
+            self.silu_mul(Type(type), gate_up, size, out);
+          },
+          arg("type"), arg("gate_up"), arg("size"), arg("out"))
+      .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"));
+}
+
+}  // namespace
+
+void bind_program(nb::module_& module) {
+  using nb::arg;
+  nb::class_<Program> program(module, "Program");
+  program
+      .def(
+          "__init__",
+          [](Program* self, uintptr_t arena, int64_t max_rows, uintptr_t sampled_arena, int64_t max_sampled) {
+            new (self) Program(at<char>(arena), max_rows, at<char>(sampled_arena), max_sampled);
+          },
+          arg("arena"), arg("max_rows"), arg("sampled_arena"), arg("max_sampled"))
+      .def("run", &run<&Program::run>, arg("backend"), arg("batch"), arg("tokens"), arg("sampled"), unlocked())
+      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("batch"), arg("tokens"), arg("sampled"),
+           unlocked())
+      .def_prop_ro("seconds", &Program::seconds);
+  bind_recording(program);
+}
+
+}  // namespace weft

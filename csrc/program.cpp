@@ -1,0 +1,129 @@
+#include "program.h"
+
+#include <chrono>
+#include <utility>
+
+#include "attention_plan.h"
+#include "elementwise.h"
+
+namespace weft {
+
+void Program::add(Call call) {
+  calls_.push_back(std::move(call));
+  seconds_.push_back(0);
+}
+
+void Program::embed(const PackedEmbedding& table, Type type, int64_t out) {
+  embedding_ = &table;
+  add([&table, type, out](const Step& step) {
+    step.kernels().embed(step.backend.pool(), table.table(), {type, step.tokens, step.batch.rows, step.at(out)});
+  });
+}
+
+void Program::norm(const NormForm& form, int64_t x, int64_t residual, int64_t out) {
+  add([=](const Step& step) {
+    step.kernels().norm(step.backend.pool(), {form.type, step.at(x), residual < 0 ? nullptr : step.at(residual),
+                                              form.weight, form.eps, step.batch.rows, form.size, step.at(out)});
+  });
+}
+
+void Program::linear(const PackedLinear& packed, Domain domain, int64_t x, int64_t y, Type type) {
+  add([=, &packed](const Step& step) {
+    if (step.rows(domain) == 0) return;
+    step.kernels().linear(step.backend.pool(), packed.weights(), step.at(x, domain), step.rows(domain),
+                          step.at(y, domain), type);
+  });
+}
+
+void Program::quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type type, int64_t out) {
+  add([=, &packed](const Step& step) {
+    const W4AxWeights& weights = packed.weights();
+    step.kernels().quantise_w4ax(step.backend.pool(), weights, step.at(x, domain), type,
+                                 {step.at(out, domain), step.rows(domain), weights.blocks()});
+  });
+}
+
+void Program::multiply(const PackedW4Ax& packed, Domain domain, int64_t x, int64_t y, Type type) {
+  add([=, &packed](const Step& step) {
+    const W4AxWeights& weights = packed.weights();
+    step.kernels().multiply_w4ax(step.backend.pool(), weights,
+                                 {step.at(x, domain), step.rows(domain), weights.blocks()}, step.at(y, domain), type);
+  });
+}
+
+void Program::rotary_write(const LayerKv& kv, const RotaryForm& form, int64_t qkv, int64_t q) {
+  kv_ = &kv;
+  max_positions_ = form.max_positions;
+  add([=, &kv](const Step& step) {
+    step.kernels().rotary_write(step.backend.pool(), {kv.type(), step.at(qkv), form.cos, form.sin, kv.view(), step.batch,
+                                                      form.heads, form.q_norm, form.k_norm, form.eps, step.at(q)});
+  });
+}
+
+void Program::attention(const LayerKv& kv, const AttentionForm& form, int64_t q, int64_t out) {
+  add([=, &kv](const Step& step) {
+    AttentionCall call{};
+    call.type = kv.type();
+    call.q = step.at(q);
+    call.out = step.at(out);
+    call.kv = kv.view();
+    call.batch = step.batch;
+    call.heads = form.heads;
+    call.scale = form.scale;
+    call.window = form.window;
+    attend(step.backend, call);
+  });
+}
+
+void Program::silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out) {
+  add([=](const Step& step) {
+    step.kernels().silu_mul(step.backend.pool(), {type, step.at(gate_up), step.batch.rows, size, step.at(out)});
+  });
+}
+
+void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
+  add([=](const Step& step) {
+    const char* from = step.at<char>(x);
+    char* to = step.at<char>(out, Domain::sampled);
+    for (int64_t row : step.sampled) {
+      memcpy(to, from + row * row_bytes, size_t(row_bytes));
+      to += row_bytes;
+    }
+  });
+}
+
+void Program::check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled) const {
+  if (batch.rows > max_rows_[0] || int64_t(sampled.size()) > max_rows_[1])
+    throw std::invalid_argument("a step of " + std::to_string(batch.rows) + " rows, " + std::to_string(sampled.size()) +
+                                " of them sampled; the program was made for " + std::to_string(max_rows_[0]) +
+                                " and " + std::to_string(max_rows_[1]));
+  for (int64_t row : sampled)
+    if (row < 0 || row >= batch.rows)
+      throw std::invalid_argument("there is no row " + std::to_string(row) + " to sample after; the batch has " +
+                                  std::to_string(batch.rows));
+  if (embedding_ != nullptr) embedding_->check(tokens, batch.rows);
+  if (kv_ == nullptr) return;
+  check_slices(batch, kv_->view());
+  check_rows(batch, kv_->view(), max_positions_);
+}
+
+void Program::run(Backend& backend, const BatchView& batch, const int64_t* tokens,
+                  const std::vector<int64_t>& sampled) {
+  check(batch, tokens, sampled);
+  const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
+  for (const Call& call : calls_) call(step);
+}
+
+void Program::run_timed(Backend& backend, const BatchView& batch, const int64_t* tokens,
+                        const std::vector<int64_t>& sampled) {
+  using Clock = std::chrono::steady_clock;
+  check(batch, tokens, sampled);
+  const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
+  for (size_t i = 0; i < calls_.size(); i++) {
+    const auto begin = Clock::now();
+    calls_[i](step);
+    seconds_[i] += std::chrono::duration<double>(Clock::now() - begin).count();
+  }
+}
+
+}  // namespace weft

@@ -1,0 +1,113 @@
+"""A step as one call: recorded operations (kernels/record.py), arranged in memory, and replayed by csrc/program.h.
+
+Values share an arena: a place is free again after the last operation that uses its value. Places are bytes per row, so
+that one program serves every number of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from weft import _native
+from weft.kernels.base import Batch
+from weft.kernels.cpu import CpuKernels
+from weft.kernels.record import Domain, Operation, RotaryWrite, Value
+
+LINE = 64  # bytes of a cache line
+
+
+class Program:
+    """The step of one lane. Only the lane's thread may run it: the results of a run lie in its arenas until the next.
+
+    hidden: [T, ...] kept for `hidden`. logits: float32 [sampled rows, ...], what a run returns.
+    """
+
+    def __init__(
+        self,
+        kernels: CpuKernels,
+        operations: Sequence[Operation],
+        hidden: Value,
+        logits: Value,
+        *,
+        max_tokens: int,
+        max_slices: int,
+    ) -> None:
+        places, widths = arrange(operations, kept=(hidden, logits))
+        self._kernels = kernels
+        self._operations = tuple(operations)  # the C++ side points to what they hold
+        self._arenas = [
+            np.empty(rows * width + LINE, np.uint8)
+            for rows, width in ((max_tokens, widths[Domain.TOKENS]), (max_slices, widths[Domain.SAMPLED]))
+        ]
+        starts = [-arena.ctypes.data % LINE for arena in self._arenas]
+        self._arenas = [arena[start:] for arena, start in zip(self._arenas, starts, strict=True)]
+        tokens, sampled = (arena.ctypes.data for arena in self._arenas)
+        self._native = _native.Program(tokens, max_tokens, sampled, max_slices)
+        for operation in operations:
+            operation.emit(self._native, places.__getitem__)
+        self._hidden, self._logits = hidden, logits
+        self._places = places
+        self._block_size = next(one.kv.block_size for one in operations if isinstance(one, RotaryWrite))
+        self._rows = 0
+
+    def run(self, batch: Batch, rows: Sequence[int]) -> np.ndarray:
+        """Compute a step, and the logits after these rows of it, float32 [R, V]: valid until the next run.
+
+        Raises ValueError, before memory is touched, for a batch that reaches outside of KV, tables or arenas.
+        """
+        view, self._rows = self._kernels.view(batch)
+        check_tokens(batch, self._rows, self._block_size)
+        self._native.run(self._kernels.native, view, batch.tokens.data_ptr(), rows)
+        return self._bytes(self._logits, len(rows)).view(np.float32).reshape(len(rows), self._logits.columns)
+
+    def hidden(self) -> torch.Tensor:
+        """The hidden rows of all tokens of the last run after the final norm, [T, hidden]: valid until the next run."""
+        value = self._hidden
+        if value.dtype is None:
+            raise TypeError("the hidden rows are quantised")
+        return torch.from_numpy(self._bytes(value, self._rows)).view(value.dtype).view(self._rows, value.columns)
+
+    def _bytes(self, value: Value, rows: int) -> np.ndarray:
+        start = self._places[value] * rows
+        return self._arenas[value.domain][start : start + value.row_bytes * rows]
+
+
+def check_tokens(batch: Batch, rows: int, block_size: int) -> None:
+    """What the views of a batch do not check."""
+    if batch.tokens.dtype is not torch.int64 or batch.tokens.shape != (rows,) or not batch.tokens.is_contiguous():
+        raise ValueError(f"tokens are {batch.tokens.dtype} {list(batch.tokens.shape)}; they must be int64 {[rows]}")
+    if batch.block_size != block_size:
+        raise ValueError(f"the batch has blocks of {batch.block_size} slots, the KV of {block_size}")
+
+
+def arrange(operations: Sequence[Operation], kept: Sequence[Value]) -> tuple[dict[Value, int], dict[Domain, int]]:
+    """A place for each value, in bytes per row, and the width of each arena. Values that are in use at the same time do
+    not overlap; those of `kept` are in use until the end."""
+    last = {value: number for number, operation in enumerate(operations) for value in operation.uses()}
+    last |= dict.fromkeys(kept, len(operations))
+    places: dict[Value, int] = {}
+    widths = dict.fromkeys(Domain, 0)
+    for number, operation in enumerate(operations):
+        for value in operation.uses():
+            if value not in places:
+                taken = [other for other in places if other.domain is value.domain and last[other] >= number]
+                places[value] = _gap(sorted((places[other], _width(other)) for other in taken), _width(value))
+                widths[value.domain] = max(widths[value.domain], places[value] + _width(value))
+    return places, widths
+
+
+def _gap(taken: Sequence[tuple[int, int]], width: int) -> int:
+    """The first place where `width` fits between (place, width) pairs in order."""
+    end = 0
+    for place, size in taken:
+        if place - end >= width:
+            break
+        end = max(end, place + size)
+    return end
+
+
+def _width(value: Value) -> int:
+    return -(-value.row_bytes // LINE) * LINE

@@ -1,0 +1,214 @@
+"""A step as one program is, bit for bit, the step call by call: every kind of layer, any batch, any number of rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from weft.core.plan import Slice
+from weft.kernels import LEVELS, available, open_kernels
+from weft.kernels.base import Kernels
+from weft.models.batch import make_batch
+from weft.models.decoder import Decoder
+from weft.models.families import read_config
+from weft.models.forward import Plain, open_forward
+from weft.models.loader import Weights, load_weights
+
+BLOCK, BLOCKS, MAX_TOKENS, MAX_SLICES = 16, 24, 100, 6
+VOCABULARY = 150
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+QWEN3 = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "head_dim": 64}
+MODELS = {
+    "llama": LLAMA,
+    "tied": LLAMA | {"tie_word_embeddings": True},
+    "biases": LLAMA | {"attention_bias": True, "mlp_bias": True},
+    "every head its own KV": LLAMA | {"num_key_value_heads": 4},
+    "norms of q and k": QWEN3,
+    "windows": QWEN3
+    | {
+        "use_sliding_window": True,
+        "sliding_window": 19,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+}
+pytestmark = pytest.mark.skipif(not set(LEVELS) & set(available()), reason="the C++ extension is not built")
+
+
+@pytest.fixture(params=[name for name in available() if name in LEVELS])
+def kernels(request: pytest.FixtureRequest) -> Iterator[Kernels]:
+    opened = open_kernels(request.param, (0, 0))
+    yield opened
+    opened.close()
+
+
+def random(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def open_decoder(folder: Path, shape: dict[str, Any], kernels: Kernels, dtype: torch.dtype) -> Decoder:
+    (folder / "config.json").write_text(json.dumps(shape))
+    config = read_config(folder)
+    weights = load_weights(folder, config, kernels, dtype, dummy_seed=3)
+    return Decoder(config, weights, kernels, 128)
+
+
+def quantised(weights: Weights, kernels: Kernels) -> Weights:
+    """The same shapes with 4-bit linears, a 4-bit embedding and an 8-bit output layer, in every form of input."""
+    forms = {
+        "qkv": {"permutation": True, "outlier_blocks": 0, "hadamard": False},
+        "output": {"permutation": False, "outlier_blocks": 1, "hadamard": True},
+        "gate_up": {"permutation": True, "outlier_blocks": 0, "hadamard": True},
+        "down": {"permutation": False, "outlier_blocks": 1, "hadamard": False},
+    }
+
+    def pack(packed: Any, seed: int, permutation: bool = False, **form: Any) -> Any:
+        shape, generator = (packed.outputs, packed.inputs), random(seed)
+        values = torch.randint(-8, 8, shape, generator=generator, dtype=torch.int8)
+        scales = torch.rand(shape[0], shape[1] // 128, generator=generator) * 0.02
+        order = torch.randperm(shape[1], generator=generator) if permutation else None
+        return kernels.pack_w4ax(values, scales, permutation=order, **form)
+
+    layers = tuple(
+        replace(layer, **{name: pack(getattr(layer, name), number, **form) for name, form in forms.items()})
+        for number, layer in enumerate(weights.layers)
+    )
+    embedding = torch.randint(-8, 8, (VOCABULARY, 128), generator=random(9), dtype=torch.int8)
+    table = kernels.pack_embedding(embedding, torch.full((VOCABULARY, 1), 0.01))
+    return replace(weights, layers=layers, embedding=table, head=pack(weights.head, 8, outlier_blocks=1))
+
+
+def steps(seed: int) -> list[tuple[list[Slice], list[int]]]:
+    """Some prompts in chunks, decode steps between them: slices, and the rows that are sampled after."""
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(20, 60, 5).tolist()
+    free = draw.permutation(BLOCKS).tolist()
+    tables = [tuple(free.pop() for _ in range(-(-length // BLOCK))) for length in lengths]
+    done, made = [0] * 5, []
+    while any(at < length for at, length in zip(done, lengths, strict=True)):
+        slices, rows, end = [], [], 0
+        for index in draw.permutation(5).tolist():
+            count = min(int(draw.choice([1, 1, 2, 7, 19])), lengths[index] - done[index], MAX_TOKENS - end)
+            if count:
+                tokens = tuple(draw.integers(0, VOCABULARY, count).tolist())
+                slices.append(Slice(index, done[index], tokens, tables[index]))
+                done[index], end = done[index] + count, end + count
+                if draw.random() < 0.6:
+                    rows.append(end - 1)
+        made.append((slices, rows))
+    return made
+
+
+def assert_the_same(decoder: Decoder, kernels: Kernels, seed: int, cache: str = "auto") -> None:
+    stores = [decoder.make_kv(BLOCKS, BLOCK, cache) for _ in range(2)]
+    plain = Plain(decoder, stores[0])
+    program = open_forward(decoder, kernels, stores[1], max_tokens=MAX_TOKENS, max_slices=MAX_SLICES)
+    assert not isinstance(program, Plain)
+    for slices, rows in steps(seed):
+        batch = make_batch(slices, BLOCK)
+        want, got = plain.run(batch, rows), program.run(batch, rows)
+        assert np.isfinite(want).all() and got.shape == (len(rows), VOCABULARY)
+        assert np.array_equal(got, want)
+        assert torch.equal(program.hidden(), plain.hidden())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("model", MODELS)
+def test_a_program_is_the_decoder(tmp_path: Path, kernels: Kernels, model: str, dtype: torch.dtype) -> None:
+    assert_the_same(open_decoder(tmp_path, MODELS[model], kernels, dtype), kernels, seed=len(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_of_quantised_layers_is_the_decoder(tmp_path: Path, kernels: Kernels, dtype: torch.dtype) -> None:
+    plain = open_decoder(tmp_path, LLAMA, kernels, dtype)
+    weights = quantised(plain._weights, kernels)
+    assert_the_same(Decoder(plain.config, weights, kernels, 128), kernels, seed=1)
+
+
+def run_one(program: Any, pieces: Sequence[Slice], rows: Sequence[int] = (0,)) -> Any:
+    return program.run(make_batch(pieces, BLOCK), rows)
+
+
+def test_a_step_that_does_not_fit_is_refused_and_the_next_is_right(tmp_path: Path, kernels: Kernels) -> None:
+    decoder = open_decoder(tmp_path, LLAMA, kernels, torch.float32)
+    kv = decoder.make_kv(BLOCKS, BLOCK)
+    program = open_forward(decoder, kernels, kv, max_tokens=20, max_slices=2)
+    good = Slice(0, 0, tuple(range(5)), (3,))
+    want = run_one(program, [good], [4]).copy()
+    for wrong, rows, message in (
+        (Slice(0, 0, (1,) * 21, (3, 4)), [0], "a step of 21 rows"),
+        (good, [0, 1, 2], "3 of them sampled; the program was made for 20 and 2"),
+        (good, [5], "there is no row 5 to sample after"),
+        (good, [-1], "there is no row -1"),
+        (Slice(0, 0, (VOCABULARY,), (3,)), [0], f"no token {VOCABULARY} for row 0"),
+        (Slice(0, 0, (1,), (BLOCKS,)), [0], f"no block {BLOCKS}"),
+        (Slice(0, 128, (1,), (0,) * 9), [0], "position 128"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            run_one(program, [wrong], rows)
+    batch = make_batch([good], BLOCK)
+    with pytest.raises(ValueError, match="slots, the KV of 16"):
+        program.run(replace(batch, block_size=32), [0])
+    with pytest.raises(ValueError, match="tokens are"):
+        program.run(replace(batch, tokens=batch.tokens.int()), [0])
+    assert np.array_equal(run_one(program, [good], [4]), want)
+    assert run_one(program, [good], []).shape == (0, VOCABULARY)
+
+
+def test_values_in_use_do_not_overlap_and_places_are_used_again(tmp_path: Path, kernels: Kernels) -> None:
+    from weft.kernels.program import arrange
+    from weft.kernels.record import Recorder
+
+    decoder = open_decoder(tmp_path, LLAMA, kernels, torch.bfloat16)
+    kv = decoder.make_kv(BLOCKS, BLOCK)
+    recorder: Any = Recorder()
+    recording = decoder.on(recorder)
+    hidden: Any = recording.hidden(make_batch([Slice(0, 0, (0,), (0,))], BLOCK), kv)
+    logits: Any = recording.logits(recorder.take(hidden))
+    operations = recorder.operations
+    places, widths = arrange(operations, (hidden, logits))
+    first = {value: number for number, one in reversed(list(enumerate(operations))) for value in one.uses()}
+    last = {value: number for number, one in enumerate(operations) for value in one.uses()}
+    last |= {hidden: len(operations), logits: len(operations)}
+    for value in places:
+        assert places[value] % 64 == 0 and places[value] + value.row_bytes <= widths[value.domain]
+        for other in places:
+            if other is not value and other.domain is value.domain:
+                apart_in_time = last[value] < first[other] or last[other] < first[value]
+                below, above = sorted((value, other), key=lambda one: places[one])
+                assert apart_in_time or places[below] + below.row_bytes <= places[above]
+    assert widths[0] < sum(value.row_bytes for value in places) / 4
+
+
+def test_what_does_not_fit_together_is_refused_while_recording(kernels: Kernels) -> None:
+    from weft.kernels.record import Domain, Recorder, Value
+
+    recorder, x = Recorder(), Value(Domain.TOKENS, 64, torch.float32)
+    with pytest.raises(ValueError, match="x has 64 columns; it must have 8"):
+        recorder.linear(x, kernels.pack_linear(torch.ones(3, 8)))
+    with pytest.raises(TypeError, match="x is"):
+        recorder.linear(x, kernels.pack_linear(torch.ones(3, 64).bfloat16()))
+    with pytest.raises(ValueError, match="weight must be contiguous"):
+        recorder.rms_norm(x, torch.ones(63), 1e-5)
+    with pytest.raises(ValueError, match="63 columns"):
+        recorder.silu_mul(Value(Domain.TOKENS, 63, torch.float32))
+    kv: Any = kernels.make_kv(4, 16, 2, 16, torch.float32)
+    with pytest.raises(ValueError, match="q has 64 columns; it must have 32"):
+        recorder.attention(x, kv, None, 2, 2, 1.0)  # type: ignore[arg-type]
