@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -28,6 +27,7 @@ from typing import Any
 
 import common
 import numpy as np
+import peer_models
 
 import models
 
@@ -180,19 +180,7 @@ def _load(name: str, folder: Path, python: Path | None, cache: Path) -> Contesta
         raise SystemExit(f"{name} has no environment")
     if name == "transformers":
         return peers.transformers(python, folder, log)
-    return peers.llamacpp(python, _gguf(folder, python, cache), SEQUENCES, log)
-
-
-def _gguf(folder: Path, python: Path, cache: Path) -> Path:
-    """The model in llama.cpp's format; converted when it is newer than the file in the cache."""
-    out = cache / "models" / f"{folder.name}.gguf"
-    newest = max(path.stat().st_mtime for path in folder.glob("*") if path.suffix in (".safetensors", ".json"))
-    if not out.exists() or out.stat().st_mtime < newest:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_suffix(".part")
-        subprocess.run([str(python), str(peers.FOLDER / "to_gguf.py"), str(folder), str(part)], check=True)
-        part.replace(out)
-    return out
+    return peers.llamacpp(python, peer_models.gguf(folder, python, cache), SEQUENCES, log)
 
 
 def _agreement(model: str, loaded: Sequence[Contestant], tokens: list[int]) -> list[dict[str, Any]]:

@@ -1,4 +1,7 @@
-"""weft as a contestant: the engine in this process, as `weft.LLM` has it. Arguments: model folder, most sequences."""
+"""weft as a contestant: the engine in this process, as `weft.LLM` has it.
+
+Arguments: model folder, most sequences, --kv-cache-dtype.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ CONTEXT = 1024
 
 
 class Weft:
-    def __init__(self, model: str, sequences: int) -> None:
+    def __init__(self, model: str, sequences: int, kv: str) -> None:
         # Prefix caching is off, so that no round is helped by the one before.
         config = EngineConfig(
             model=model,
@@ -26,10 +29,12 @@ class Weft:
             max_model_len=CONTEXT,
             max_num_seqs=sequences,
             enable_prefix_caching=False,
+            kv_cache_dtype=kv,
         )
         config.validate()
         self._engine, ready = open_engine(config, lambda _: None)
         self._asked = 0
+        self.facts = {"memory": dict(ready.memory), "kv_slots": ready.blocks * ready.block_size}
         self.name = f"weft {weft.__version__} ({ready.device}, {ready.kernels}, {ready.dtype})"
 
     def run(self, prompts: list[list[int]], output: int) -> dict[str, Any]:
@@ -87,4 +92,4 @@ def _check(end: RequestEnd) -> None:
 
 
 if __name__ == "__main__":
-    serve(lambda: Weft(sys.argv[1], int(sys.argv[2])))
+    serve(lambda: Weft(sys.argv[1], int(sys.argv[2]), sys.argv[3]))

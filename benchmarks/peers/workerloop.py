@@ -6,8 +6,8 @@ Questions:
       `last` are the moments at which the first prompt's first and last token were known.
   {"op": "score", "tokens": [ids]} -> {"top": [ids], "logprobs": [...]}
       For each position but the last: the most probable next token, and the log-probability of the one that follows.
-The first line out is {"ready": seconds of loading, "engine": name and version}. A question that fails answers
-{"error": ...}. End of input ends the worker.
+The first line out is {"ready": seconds of loading, "engine": name and version, "facts": what else the engine says of
+itself, where it has any}. A question that fails answers {"error": ...}. End of input ends the worker.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def serve(open_engine: Callable[[], Engine]) -> None:
 
     start = time.perf_counter()
     engine = open_engine()
-    say({"ready": time.perf_counter() - start, "engine": engine.name})
+    facts = getattr(engine, "facts", {})
+    say({"ready": time.perf_counter() - start, "engine": engine.name, "facts": facts})
     for line in sys.stdin:
         question = json.loads(line)
         operation = question.pop("op")
