@@ -1,10 +1,10 @@
 """Compile the Triton kernels ahead of time, without a GPU, and look for the tensor-core instructions in their PTX.
 
-    python tools/check_triton.py [CAPABILITY ...]        by default 80 90
+    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90
 
-Prints a table, and fails unless every product has products of its own kind in each form: of 8-bit integers for W4A8, of
-16-bit floats for W4A16; `wgmma` from capability 9.0 on where the tile is high enough for it. And no W4A8 kernel and no
-row kernel may hold a fused multiply-add of floats: they promise the reference's bits.
+--quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
+each form: of 8-bit integers for W4A8, of 16-bit floats for W4A16; `wgmma` on capability 9 where the tile is high enough
+for it. And no W4A8 kernel and no row kernel may hold a fused multiply-add of floats: they promise the reference's bits.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ class Case:
 
 
 def main(arguments: Sequence[str]) -> int:
-    targets = [int(word) for word in arguments] or [80, 90]
+    quick = "--quick" in arguments
+    targets = [int(word) for word in arguments if word != "--quick"] or [80, 90]
     problems = []
     print(f"{'kernel':36} {'sm':>4} {'mma':>5} {'wgmma':>6} {'fma':>5} {'regs':>5} {'spills':>6} {'shared':>7}")
-    for case in cases():
+    for case in cases(quick):
         for capability in targets:
             made = compiled(case, capability)
             ptx = made.asm["ptx"]
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     return 1 if problems else 0
 
 
-def cases() -> list[Case]:
+def cases(quick: bool) -> list[Case]:
     floats = dict.fromkeys(("x", "residual", "weight", "kept", "summed"), "*bf16")
     sizes = dict.fromkeys(("channels", "outliers", "eight"), "i32") | {"eps": "fp32"}
     rows = floats | sizes | {"permutation": "*i32", "values": "*i8", "scales": "*fp32", "totals": "*i32"}
@@ -88,13 +89,13 @@ def cases() -> list[Case]:
     weight |= dict.fromkeys(("rows", "outputs", "blocks", "wide_blocks"), "i32")
     plain: dict[str, str | None] = dict.fromkeys(("wide", "zeros", "bias"))
     integers = weight | {"x": "*i8", "row_scales": "*fp32", "row_totals": "*i32"}
-    for count in (1, 64, 1024):
+    for count in (1, 1024) if quick else (1, 32, 64, 1024):
         shape, options = _tiled(tile(count))
-        made += [
-            Case(f"W4A8, {count} rows", w4a8_kernel, integers | plain, shape, INTEGERS, options),
-            Case(f"W4A8, {count} rows, wide, zeros, bias", w4a8_kernel, integers, shape, INTEGERS, options),
-        ]
-    for count in (1, 1024):
+        made.append(Case(f"W4A8, {count} rows", w4a8_kernel, integers | plain, shape, INTEGERS, options))
+        if not quick:
+            name = f"W4A8, {count} rows, wide, zeros, bias"
+            made.append(Case(name, w4a8_kernel, integers, shape, INTEGERS, options))
+    for count in (1024,) if quick else (1, 32, 64, 1024):
         shape, options = _tiled(tile(count, floats=True))
         types = weight | plain | {"x": "*bf16"}
         made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, shape, FLOATS, options, exact=False))

@@ -10,26 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from weft.kernels.triton_quantise import rows_kernel
-from weft.kernels.w4ax_weights import BLOCK
+from weft.kernels.w4ax_weights import BLOCK, Form
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TILE = 8  # blocks of a row that one program handles at once
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """How a row is prepared: permutation int32 [K] or None; Hadamard of the blocks from `outliers` on; 8 bits in the
-    leading `eight` blocks, 4 in the others."""
-
-    channels: int
-    permutation: torch.Tensor | None
-    outliers: int
-    eight: int
-    hadamard: bool
-
-    @property
-    def blocks(self) -> int:
-        return self.channels // BLOCK
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ import torch
 import triton
 
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
-from weft.kernels.triton_rows import Form, Norm, Rows, prepare_rows, quantise_rows
-from weft.kernels.w4ax_weights import BLOCK, Weights, check_weights, compact_scales
+from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
+from weft.kernels.w4ax_weights import BLOCK, Form, Weights, check_weights, compact_scales
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -77,12 +77,12 @@ def pack_w4ax(
     device = values.device if device is None else torch.device(device)
     wide, weight = _blockwise(checked)
     return TritonW4Ax(
-        Form(checked.inputs, _to(checked.permutation, device), checked.outliers, checked.eight, hadamard),
-        _to(wide, device),
+        checked.form.to(device),
+        None if wide is None else wide.to(device),
         weight.to(device),
         compact_scales(checked.scales.T.contiguous()).to(device),
         None if checked.zeros is None else checked.zeros.T.contiguous().to(device),
-        _to(checked.bias, device),
+        None if checked.bias is None else checked.bias.to(device),
     )
 
 
@@ -195,7 +195,3 @@ def _blockwise(weights: Weights) -> tuple[torch.Tensor | None, torch.Tensor]:
     wide, narrow = blocks[: weights.wide], blocks[weights.wide :]
     low, high = narrow[..., : BLOCK // 2], narrow[..., BLOCK // 2 :]
     return wide.contiguous() if weights.wide else None, ((low & 15) | (high << 4)).contiguous()
-
-
-def _to(tensor: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    return None if tensor is None else tensor.to(device)

@@ -5,7 +5,7 @@ Plain tensors, as `weft.comet` has them; each backend brings them into the layou
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -13,37 +13,42 @@ BLOCK = 128  # channels that share a scale
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """How a row is prepared: place i takes channel permutation[i] (int32 [K], or None); the blocks from `outliers` on
+    go through a Hadamard transform where `hadamard` says so; the leading `eight` blocks get 8 bits, the others 4."""
+
+    channels: int
+    permutation: torch.Tensor | None
+    outliers: int
+    eight: int
+    hadamard: bool
+
+    @property
+    def blocks(self) -> int:
+        return self.channels // BLOCK
+
+    def to(self, device: torch.device) -> Form:
+        order = self.permutation
+        return self if order is None else replace(self, permutation=order.to(device))
+
+
+@dataclass(frozen=True, slots=True)
 class Weights:
-    """values int8 [N, K]; scales float32 [N, K / 128]; bias float32 [N]; zeros int8 [N, K / 128];
-    permutation int32 [K]. The leading `outliers` blocks keep 8-bit activations, and of those `wide`, all or none, hold
-    weights of 8 bits. weight = (value - zero) * scale."""
+    """values int8 [N, K]; scales float32 [N, K / 128]; bias float32 [N] or None; zeros int8 [N, K / 128] or None.
+
+    The leading `wide` blocks, all or none of the outlier blocks, hold values of 8 bits.
+    """
 
     values: torch.Tensor
     scales: torch.Tensor
     bias: torch.Tensor | None
     zeros: torch.Tensor | None
-    permutation: torch.Tensor | None
-    outliers: int
     wide: int
-    hadamard: bool
-    exact_a4: bool
+    form: Form
 
     @property
     def outputs(self) -> int:
         return self.values.shape[0]
-
-    @property
-    def inputs(self) -> int:
-        return self.values.shape[1]
-
-    @property
-    def blocks(self) -> int:
-        return self.inputs // BLOCK
-
-    @property
-    def eight(self) -> int:
-        """How many leading blocks have 8-bit activations."""
-        return self.outliers if self.exact_a4 else self.blocks
 
 
 def check_weights(
@@ -74,16 +79,14 @@ def check_weights(
         raise ValueError(f"bias has shape {list(bias.shape)}; this weight needs {[outputs]}")
     if not 0 <= outlier_blocks <= blocks:
         raise ValueError(f"{outlier_blocks = }; {inputs} channels have {blocks} blocks")
+    eight = outlier_blocks if exact_a4 else blocks
     return Weights(
         values.contiguous(),
         stored,
         None if bias is None else bias.to(torch.float32).contiguous(),
         _zeros(zeros, outputs, blocks),
-        _order(permutation, inputs),
-        outlier_blocks,
         _wide_blocks(values, outlier_blocks),
-        hadamard,
-        exact_a4,
+        Form(inputs, _order(permutation, inputs), outlier_blocks, eight, hadamard),
     )
 
 
