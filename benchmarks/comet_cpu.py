@@ -38,7 +38,7 @@ import common
 import numpy as np
 import peer_models
 import quantised_models
-from contest import BEST, OURS, Contest, Entrant, Question, Turn, best_peer, claims, figures, kept, ratios, rounds, say
+from contest import BEST, OURS, Contest, Entrant, Question, Turn, best_peer, claims, figures, kept, ratios, rounds
 from serve_cpu import Case
 
 import models
@@ -151,7 +151,7 @@ def _ours(contest: Contest, case: Case) -> bool:
 
 def _memory(folder: Path, kv: str, cache: Path) -> dict[str, Any]:
     """What weft reports of its memory in BF16 and in 4 bits, one after the other, and the ratios."""
-    say("memory of weft, in BF16 and in 4 bits")
+    common.say("memory of weft, in BF16 and in 4 bits")
     reported: dict[str, dict[str, float]] = {}
     for name, model, cache_dtype in (("bf16", folder, "auto"), ("fmpq", quantised_models.fmpq(folder, cache), kv)):
         with peers.weft(model, SEQUENCES, _log(cache, "weft-memory"), cache_dtype) as one:
@@ -192,7 +192,7 @@ def _agreement(contest: Contest, tokens: list[int]) -> list[dict[str, Any]]:
             try:
                 found[entrant.name] = one.ask("score", tokens=tokens)["logprobs"]
             except ContestantError as error:
-                say(f"{entrant.name} is not compared: {error}")
+                common.say(f"{entrant.name} is not compared: {error}")
     ours = found.pop(OURS)
     return [
         {"check": "agreement", "of": [OURS, name], "correlation": float(np.corrcoef(ours, theirs)[0, 1])}

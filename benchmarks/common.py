@@ -162,6 +162,11 @@ def load_note(watch: LoadWatch) -> str | None:
     )
 
 
+def say(words: str) -> None:
+    """A line on standard error, so that a long run shows that it lives."""
+    print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """Aligned columns; the first to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in [head, *rows]]

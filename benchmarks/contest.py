@@ -82,7 +82,7 @@ class Contest:
             if free < entrant.need:
                 self.failed[entrant.name] = f"needs about {entrant.need:g} GiB of memory, and {free:.1f} are free"
                 continue
-            say(f"loading {entrant.name} ({', '.join(entrant.cases)})")
+            common.say(f"loading {entrant.name} ({', '.join(entrant.cases)})")
             try:
                 one = stack.enter_context(entrant.open())
             except (OSError, ValueError, RuntimeError, StopIteration) as error:
@@ -90,7 +90,7 @@ class Contest:
                 continue
             self.loaded.append((entrant, one))
         for name, why in self.failed.items():
-            say(f"{name} failed: {why}")
+            common.say(f"{name} failed: {why}")
 
     def warm_up(self, questions: Sequence[Question], rng: np.random.Generator) -> None:
         """First touches, lazy set-up, thread pools: a short form of every case."""
@@ -127,7 +127,7 @@ class Contest:
         except ContestantError as error:
             self.failed[entrant.name] = _words(error)
             self.loaded = [pair for pair in self.loaded if pair[1] is not one]
-            say(f"{entrant.name} failed: {error}")
+            common.say(f"{entrant.name} failed: {error}")
             return None
         return answer
 
@@ -195,15 +195,10 @@ def rounds(
             turn = contest.turn(question, rng, done + number)
             turns[question.case.name].append(turn)
             rates = ", ".join(f"{name} {rate:.1f}" for name, rate in turn.rates.items())
-            say(f"round {done + 1}, {question.case.name}{'' if turn.steady else ' (not steady)'}: {rates}")
+            common.say(f"round {done + 1}, {question.case.name}{'' if turn.steady else ' (not steady)'}: {rates}")
         done += 1
         length = time.monotonic() - start
     return turns, done
-
-
-def say(words: str) -> None:
-    """A line on standard error, so that a long run shows that it lives."""
-    print(f"{time.strftime('%H:%M:%S')} {words}", file=sys.stderr, flush=True)
 
 
 def _words(error: Exception) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import signal
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from weft.bench.wire import Address, WireError
 READY_SECONDS = 120.0
 STOP_SECONDS = 45.0
 POLL_SECONDS = 0.02
+METRIC = re.compile(r"^(?:vllm:|weft:|weft_)?(\w+?)(?:\{(.*)\})? ([0-9.eE+-]+)$", re.MULTILINE)
 
 
 class ServerError(RuntimeError):
@@ -63,6 +65,16 @@ class Server:
                 return
             await asyncio.sleep(POLL_SECONDS)
         raise ServerError(f"weft serve was not ready after {READY_SECONDS:g} s:\n{self.log}")
+
+    async def metrics(self) -> dict[str, float]:
+        """Every sample of /metrics without its prefix, such as num_requests_running and kv_blocks.held."""
+        _, body = await fetch(self.address, "/metrics")
+        found: dict[str, float] = {}
+        for name, labels, value in METRIC.findall(body.decode()):
+            state = re.search(r'state="(\w+)"', labels)
+            key = f"{name}.{state[1]}" if state else name
+            found[key] = found.get(key, 0.0) + float(value)
+        return found
 
     def stop(self) -> int:
         """End it as an operator would, by SIGTERM; its exit code."""

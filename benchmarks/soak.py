@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import random
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -31,7 +30,6 @@ from clients import Ask, Manner, Tally, client, whole
 from serving import Server
 
 import models
-from weft.bench.client import fetch
 from weft.devices.simulated import continuation
 from weft.text.detokenizer import TextStream
 from weft.text.tokenizer import Tokenizer
@@ -44,7 +42,6 @@ KNOWN = 32
 FIRST_ID = 16
 BASELINE_LIMIT = 30.0
 SAMPLE_SECONDS = 1.0
-METRIC = re.compile(r"^(?:vllm:|weft:|weft_)?(\w+?)(?:\{(.*)\})? ([0-9.eE+-]+)$", re.MULTILINE)
 
 
 @dataclass(slots=True)
@@ -89,7 +86,7 @@ async def _soak(device: str, arguments: argparse.Namespace) -> Outcome:
     with Server(_flags(device, arguments.clients)) as server:
         await server.wait_ready()
         make = await _asks(device, server, tokenizer, arguments.seed)
-        before = await _metrics(server)
+        before = await server.metrics()
         tally = Tally()
         resident: dict[str, list[int]] = {}
         start = time.monotonic()
@@ -103,7 +100,7 @@ async def _soak(device: str, arguments: argparse.Namespace) -> Outcome:
         seconds = time.monotonic() - start
         sampler.cancel()
         server.check_alive()
-        after = await _metrics(server)
+        after = await server.metrics()
         preempted = after.get("num_preemptions_total", 0.0) - before.get("num_preemptions_total", 0.0)
         return Outcome(tally, seconds, baseline, preempted, server.log, resident)
 
@@ -145,23 +142,12 @@ def _simulated(rng: random.Random, tokenizer: Tokenizer) -> Ask:
     return replace(ask, expected=text)
 
 
-async def _metrics(server: Server) -> dict[str, float]:
-    """Every sample of /metrics without its prefix, such as num_requests_running and kv_blocks{state="held"}."""
-    _, body = await fetch(server.address, "/metrics")
-    found: dict[str, float] = {}
-    for name, labels, value in METRIC.findall(body.decode()):
-        state = re.search(r'state="(\w+)"', labels)
-        key = f"{name}.{state[1]}" if state else name
-        found[key] = found.get(key, 0.0) + float(value)
-    return found
-
-
 async def _baseline(server: Server) -> float | None:
     """Seconds until nothing runs or waits and no block is held or pinned; None when that does not come."""
     start = time.monotonic()
     while time.monotonic() - start < BASELINE_LIMIT:
         server.check_alive()
-        now = await _metrics(server)
+        now = await server.metrics()
         busy = ("num_requests_running", "num_requests_waiting", "kv_blocks.held", "kv_blocks.pinned")
         if not any(now[name] for name in busy):
             return time.monotonic() - start

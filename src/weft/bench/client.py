@@ -47,9 +47,12 @@ def payload(target: Target, shot: Shot) -> dict[str, Any]:
     return {**body, **target.extra}
 
 
-async def send(target: Target, shot: Shot, clock: Callable[[], float]) -> Record:
-    """Send a request and read its stream to the end. clock: seconds since the start of the run."""
-    stream = Stream()
+async def send(target: Target, shot: Shot, clock: Callable[[], float], stream: Stream | None = None) -> Record:
+    """Send a request and read its stream to the end. clock: seconds since the start of the run.
+
+    stream: a new one that takes in what comes, for callers that want more than the record says.
+    """
+    stream = Stream() if stream is None else stream
     raw = request_bytes(
         target.address, "POST", target.path, json.dumps(payload(target, shot)).encode(), _headers(target.api_key)
     )
@@ -79,7 +82,7 @@ async def send(target: Target, shot: Shot, clock: Callable[[], float]) -> Record
 
 @dataclass(slots=True)
 class Stream:
-    """What a stream of completion chunks has shown so far."""
+    """What a stream of completion chunks has shown so far. tokens: its ids, where the request had return_token_ids."""
 
     first: float | None = None
     last: float | None = None
@@ -88,6 +91,7 @@ class Stream:
     prompt_tokens: int | None = None
     completion_tokens: int | None = None
     finished: bool = False
+    tokens: list[int] = field(default_factory=list)
 
     def see(self, event: bytes, now: float) -> None:
         """Take in one event that arrived at `now`. Raises WireError for an error event and for what is no chunk."""
@@ -106,6 +110,7 @@ class Stream:
                 raise WireError(f"this is no completion chunk: {event[:80]!r}")
             if _text(choice):
                 self._mark(now)
+            self.tokens += choice.get("token_ids") or ()
             if choice.get("finish_reason"):
                 self.finished = True
                 # A stream whose tokens have no text (special ones, halves of a character) begins where it ends.
