@@ -107,7 +107,7 @@ ROUNDED = ("gptq groups of 32", "awq groups of 64", "w8a16 zero points")  # what
 
 
 def words(numbers: np.ndarray, bits: int = 4, places: tuple[int, ...] | None = None) -> torch.Tensor:
-    """Unsigned [R, C] -> int32 [R, C * bits / 32], neighbours from the lowest bits on, or that at places[i] at place i."""
+    """Unsigned [R, C] -> int32 [R, C * bits / 32]; the lowest bits hold the first neighbour, or that of places[0]."""
     per_word = 32 // bits
     out = np.zeros((numbers.shape[0], numbers.shape[1] // per_word), np.int64)
     for place, neighbour in enumerate(places or range(per_word)):
