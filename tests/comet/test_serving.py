@@ -15,7 +15,7 @@ from weft import LLM, SamplingParams
 from weft.cli import main
 from weft.comet.linear import QuantisedReferenceKernels
 from weft.core.plan import Slice
-from weft.errors import CheckpointError
+from weft.errors import CheckpointError, ConfigError
 from weft.kernels import REFERENCE, available, open_kernels
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
@@ -96,6 +96,41 @@ def test_native_kernels_say_what_the_reference_says(quantised: Path, name: str) 
     finally:
         kernels.close()
     assert divergence(found, logits(quantised, QuantisedReferenceKernels((0,)), tokens)) < 1e-4
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_with_exact_a4_native_linears_give_the_bits_of_the_reference(quantised: Path, name: str) -> None:
+    config = read_config(quantised)
+    eight, four = QuantisedReferenceKernels((0,)), QuantisedReferenceKernels((0,), exact_a4=True)
+    plain = load_weights(quantised, config, four, torch.float32)
+    kernels = open_kernels(name, (0,), exact_a4=True)
+    try:
+        packed = load_weights(quantised, config, kernels, torch.float32)
+        for layer, other in zip(packed.layers, plain.layers, strict=True):
+            for site in ("qkv", "output", "gate_up", "down"):
+                linear = getattr(other, site)
+                x = torch.randn(5, linear.form.channels, generator=torch.Generator().manual_seed(2))
+                expected = four.linear(x, linear)
+                assert torch.equal(kernels.linear(x, getattr(layer, site)), expected)
+                all_outliers = linear.form.outlier_blocks == linear.form.blocks
+                assert torch.equal(eight.linear(x, linear), expected) == all_outliers
+    finally:
+        kernels.close()
+
+
+@pytest.mark.parametrize("name", [REFERENCE, NATIVE[0]] if NATIVE else [REFERENCE])
+def test_exact_a4_is_a_flag_of_the_engine(quantised: Path, name: str) -> None:
+    prompt, params = ["import os\n"], SamplingParams(max_tokens=1, temperature=0, logprobs=1)
+    scores = []
+    for exact_a4 in (False, True):
+        with LLM(str(quantised), kernels=name, max_model_len=64, exact_a4=exact_a4) as llm:
+            scores.append(llm.generate(prompt, params)[0].logprobs)
+    assert scores[0] != scores[1]
+
+
+def test_exact_a4_is_refused_where_no_outlier_blocks_were_chosen() -> None:
+    with pytest.raises(ConfigError, match="--exact-a4 is for fmpq checkpoints.*are not quantised: leave the flag out"):
+        LLM("builtin", kernels="reference", exact_a4=True)
 
 
 @pytest.mark.parametrize("name", available())
