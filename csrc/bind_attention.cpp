@@ -45,8 +45,8 @@ void silu_mul(Backend& self, int type, uintptr_t gate_up, int64_t rows, int64_t 
 void bind_attention(nb::module_& module, BackendClass& backend) {
   using nb::arg;
   nb::class_<LayerKv>(module, "LayerKv")
-      .def(nb::init<Backend&, int64_t, int64_t, int64_t, int64_t, int>(), arg("backend"), arg("blocks"),
-           arg("block_size"), arg("kv_heads"), arg("head_dim"), arg("type"), unlocked())
+      .def(nb::init<Backend&, int64_t, int64_t, int64_t, int64_t, int, int>(), arg("backend"), arg("blocks"),
+           arg("block_size"), arg("kv_heads"), arg("head_dim"), arg("type"), arg("bits"), unlocked())
       .def_prop_ro("address", &LayerKv::address)
       .def_prop_ro("bytes", &LayerKv::bytes)
       .def("release", &LayerKv::release);

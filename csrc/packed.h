@@ -137,18 +137,25 @@ class PackedEmbedding {
 // One layer's keys and values: see attention.h for the layout.
 class LayerKv {
  public:
-  LayerKv(Backend& backend, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, int type)
-      : type_(Type(type)), view_{nullptr, nullptr, blocks, block_size, kv_heads, head_dim} {
+  // type: of the activations. bits: 8, 4, or 0 for keys and values of that type.
+  LayerKv(Backend& backend, int64_t blocks, int64_t block_size, int64_t kv_heads, int64_t head_dim, int type, int bits)
+      : type_(Type(type)), view_{nullptr, nullptr, nullptr, blocks, block_size, kv_heads, head_dim, bits} {
+    if (bits != 0 && bits != 8 && bits != 4)
+      throw std::invalid_argument("codes of " + std::to_string(bits) + " bits; there are those of 8 and of 4");
     if (blocks < 1 || block_size < 16 || block_size % 16 != 0 || kv_heads < 1)
       throw std::invalid_argument("blocks of a multiple of 16 slots, and at least one of them, are needed");
     if (head_dim < 8 || head_dim > MAX_HEAD_DIM || head_dim % 8 != 0)
       throw std::invalid_argument("head_dim is " + std::to_string(head_dim) +
                                   "; the kernels take multiples of 8 up to " + std::to_string(MAX_HEAD_DIM));
-    const int64_t slots = blocks * block_size * kv_heads, element = type_ == Type::bfloat16 ? 2 : 4;
-    memory_ = Memory(size_t(slots * (head_dim + view_.width()) * element));
+    const int64_t slots = blocks * block_size * kv_heads;
+    const int64_t keys = slots * view_.channel_bytes(type_, head_dim);
+    const int64_t values = slots * view_.channel_bytes(type_, view_.width());
+    const int64_t numbers = bits == 0 ? 0 : slots / NUMBERS * int64_t(sizeof(KvNumbers));
+    memory_ = Memory(size_t(keys + values + numbers));
     memory_.touch(backend.pool());
     view_.keys = memory_.data();
-    view_.values = memory_.data() + slots * head_dim * element;
+    view_.values = view_.keys + keys;
+    view_.numbers = reinterpret_cast<KvNumbers*>(view_.values + values);
   }
 
   const KvView& view() const {

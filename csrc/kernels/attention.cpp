@@ -10,8 +10,13 @@
 // sums run over lanes and partitions that absolute positions fix (attention.h). A position that it does not see weighs
 // exactly 0 in them; adding 0 changes nothing, so it does not matter how many of those a unit computes for its other
 // rows. Only a NaN or infinity in a value that the row must not see could matter (0 * NaN): so a row that comes out not
-// finite is computed again alone, with zeros in the place of such values.
+// finite is computed again alone, with zeros in the place of such values. Codes are finite always; the scales of positions
+// that a row does not see are kept from it.
+//
+// A KV of codes (kernels/kv.py): with scale s and zero z of a position, q . k = s (q . code - z sum(q)). A value's scale
+// goes into its weight, w s, and what its zero takes off, sum(w s z), is the same for all channels.
 #include "kernels/attention_tiles.h"
+#include "kernels/kv_codes.h"
 
 namespace weft::WEFT_LEVEL {
 namespace {
@@ -22,18 +27,29 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t DECODE_ROWS = 12;             // so few rows are most likely those of one token
 constexpr int64_t PADDED_ROWS = (UNIT_ROWS + lanes - 1) / lanes * lanes;
 
+// What belongs to the codes of a partition's positions. Zeros are those of the factors made of codes.
+struct Numbers {
+  alignas(64) float key_scales[PARTITION], key_zeros[PARTITION];
+  alignas(64) float value_scales[PARTITION], value_zeros[PARTITION];
+};
+
+template <class X>
+constexpr bool CODES = X::C > 2;
+
 // One thread's working memory for one unit.
-template <class T>
+template <class X>
 struct Work {
-  using Factor = typename Product<T>::Factor;
+  using Factor = typename X::Factor;
   alignas(64) float scores[UNIT_ROWS][PARTITION];
   alignas(64) Factor weights[UNIT_ROWS][PARTITION];
   alignas(64) Factor queries[UNIT_ROWS * MAX_HEAD_DIM];  // [rows][head_dim]
   alignas(64) float totals[UNIT_ROWS * (VALUES + MAX_HEAD_DIM)];
   alignas(64) float keep[PADDED_ROWS], add[PADDED_ROWS];  // factors of the old totals and of a partition's
   int64_t from[UNIT_ROWS], until[UNIT_ROWS];  // the positions that each row sees
-  const T* keys[VECTORS];                     // of each vector of positions
-  const T* values[VECTORS];
+  const char* keys[VECTORS];                  // of each vector of positions
+  const char* values[VECTORS];
+  Numbers numbers;                            // where they are codes
+  float sums[UNIT_ROWS], zeros[UNIT_ROWS];  // of the queries; of the weights, each with the zero of its position
 };
 
 void clear_totals(float* totals, int64_t rows, int64_t size) {
@@ -41,70 +57,100 @@ void clear_totals(float* totals, int64_t rows, int64_t size) {
   for (int64_t row = 0; row < rows; row++) totals[row * size + TOP] = NO_SCORE;
 }
 
+// Zeros as they are stored -> in steps of a code, with what the factors have too much.
+template <class X>
+WEFT_INLINE f32v factor_zeros(const uint8_t* from) {
+  const f32v zeros = __builtin_convertvector(__builtin_convertvector(load<u8v>(from), i32v), f32v);
+  return zeros * (1 / ZERO_STEPS<32 / X::C>) + X::EXCESS;
+}
+
 // Where each vector of positions of the partition lies, from the block table.
-template <class T>
+template <class X>
 void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end,
-                  Work<T>& work) {
+                  Work<X>& work) {
   const KvView& kv = call.kv;
   const int32_t* table = call.batch.tables + unit.slice * call.batch.table_width;
   for (int64_t v = first; v < end; v++) {
     const int64_t position = start + v * lanes;
     const int64_t place = int64_t{table[position / kv.block_size]} * kv.kv_heads + unit.kv_head;
     const int64_t slot = position % kv.block_size;
-    work.keys[v] = static_cast<const T*>(kv.keys) + place * kv.head_dim * kv.block_size + slot * Product<T>::P;
-    work.values[v] = static_cast<const T*>(kv.values) + place * kv.block_size * kv.width() + slot * kv.width();
+    work.keys[v] = kv.keys + (place * kv.head_dim / X::C * kv.block_size + slot) * 4;
+    work.values[v] = kv.values + (place * kv.block_size + slot) / X::S * (kv.width() / X::V) * 4;
+    if constexpr (CODES<X>) {
+      const KvNumbers& from = kv.numbers[(place * kv.block_size + slot) / NUMBERS];
+      const int64_t i = slot % NUMBERS, at = v * lanes;
+      store(work.numbers.key_scales + at, load_bf16(from.key_scales + i));
+      store(work.numbers.value_scales + at, load_bf16(from.value_scales + i));
+      store(work.numbers.key_zeros + at, factor_zeros<X>(from.key_zeros + i));
+      store(work.numbers.value_zeros + at, factor_zeros<X>(from.value_zeros + i));
+    }
   }
 }
 
-template <class T>
-void score(const AttentionCall& call, const Unit& unit, int64_t first, int64_t end, Work<T>& work) {
+template <class X>
+void score(const AttentionCall& call, const Unit& unit, int64_t first, int64_t end, Work<X>& work) {
   const int64_t depth = call.kv.head_dim;
   const bool decode = unit.rows <= DECODE_ROWS;
-  for (int64_t v = first; v < end; v += TILE_VECTORS) {
-    const int64_t count = end - v < TILE_VECTORS ? end - v : TILE_VECTORS;
-    for_tiles(unit.rows, [&](int64_t row, int64_t rows) {
-      TILES<T>.score[rows][count](work.queries + row * depth, depth, work.keys + v, call.kv.block_size,
-                                  decode ? work.values + v : nullptr, &work.scores[row][v * lanes]);
+  for (int64_t from = first; from < end; from += TILE_VECTORS)  // so many keys stay in L1 for all rows
+    for_tiles<X>(unit.rows, [&](int64_t row, int64_t rows) {
+      const int64_t until = end < from + TILE_VECTORS ? end : from + TILE_VECTORS, most = X::vectors(int(rows));
+      for (int64_t v = from; v < until; v += most)
+        TILES<X>.score[rows][until - v < most ? until - v : most](
+            work.queries + row * depth, depth, work.keys + v, call.kv.block_size * 4,
+            decode && row == 0 ? work.values + v : nullptr, &work.scores[row][v * lanes]);
     });
-  }
 }
 
 // Scores -> weights of one row that sees positions [from, until) of the partition. Returns the greatest score, scaled,
 // and the sum of the weights.
-template <class T>
-void weigh(float* scores, typename Product<T>::Factor* weights, int64_t first, int64_t end, int64_t from, int64_t until,
-           float factor, float& top, float& sum_of_weights) {
+template <class X>
+void weigh(Work<X>& work, int64_t row, int64_t first, int64_t end, int64_t from, int64_t until, float factor,
+           float& top, float& sum_of_weights) {
+  float* scores = work.scores[row];
+  typename X::Factor* weights = work.weights[row];
   f32v greatest_yet = splat(-__builtin_inff());
   for (int64_t v = first; v < end; v++) {
     f32v x = load<f32v>(scores + v * lanes);
-    const int64_t begin = from - v * lanes, stop = until - v * lanes;
-    if (begin > 0 || stop < lanes) {
-      x = lanes_or(x, int(begin), int(stop), splat(-__builtin_inff()));
-      store(scores + v * lanes, x);
+    if constexpr (CODES<X>) {
+      const f32v zeros = load<f32v>(work.numbers.key_zeros + v * lanes);
+      x = fma(zeros, splat(-work.sums[row]), x) * load<f32v>(work.numbers.key_scales + v * lanes);
     }
+    const int64_t begin = from - v * lanes, stop = until - v * lanes;
+    const bool partly = begin > 0 || stop < lanes;
+    if (partly) x = lanes_or(x, int(begin), int(stop), splat(-__builtin_inff()));
+    if (CODES<X> || partly) store(scores + v * lanes, x);
     greatest_yet = max(x, greatest_yet);
   }
   top = greatest(greatest_yet) * factor;
   if (!(top > NO_SCORE)) top = NO_SCORE;
-  f32v total{};
+  f32v total{}, zeros{};
   for (int64_t v = first; v < end; v++) {
     const f32v x = exp2(fma(load<f32v>(scores + v * lanes), splat(factor), splat(-top)));
-    total = total + Product<T>::put(weights + v * lanes, x);
+    if constexpr (CODES<X>) {
+      f32v scales = load<f32v>(work.numbers.value_scales + v * lanes);
+      const int64_t begin = from - v * lanes, stop = until - v * lanes;
+      if (begin > 0 || stop < lanes) scales = lanes_or(scales, int(begin), int(stop), f32v{});
+      const f32v scaled = X::put(weights + v * lanes, x * scales);
+      zeros = fma(scaled, load<f32v>(work.numbers.value_zeros + v * lanes), zeros);
+      total = total + x;
+    } else {
+      total = total + X::put(weights + v * lanes, x);
+    }
   }
   sum_of_weights = sum(total);
+  if (CODES<X>) work.zeros[row] = sum(zeros);
 }
 
 // Softmax over the partition, and the factors by which its sums and the rows' totals join: totals are brought to the
 // greater of both tops.
-template <class T>
-void weigh_rows(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end, Work<T>& work,
+template <class X>
+void weigh_rows(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end, Work<X>& work,
                 float* totals) {
   const int64_t size = call.kv.totals();
   float sums[UNIT_ROWS];
   for (int64_t row = 0; row < unit.rows; row++) {
     float top;
-    weigh<T>(work.scores[row], work.weights[row], first, end, work.from[row] - start, work.until[row] - start,
-             call.scale * LOG2_E, top, sums[row]);
+    weigh(work, row, first, end, work.from[row] - start, work.until[row] - start, call.scale * LOG2_E, top, sums[row]);
     float& total = totals[row * size + TOP];
     const float greater = top > total ? top : total;
     work.keep[row] = total - greater;
@@ -121,32 +167,32 @@ void weigh_rows(const AttentionCall& call, const Unit& unit, int64_t start, int6
   }
 }
 
-template <class T>
-void add_values(const AttentionCall& call, const Unit& unit, int64_t first, int64_t end, Work<T>& work, float* totals) {
+template <class X>
+void add_values(const AttentionCall& call, const Unit& unit, int64_t first, int64_t end, Work<X>& work, float* totals) {
   const int64_t width = call.kv.width(), vectors = width / lanes;
-  for (int64_t v = 0; v < vectors; v += TILE_VECTORS) {
-    const int64_t count = vectors - v < TILE_VECTORS ? vectors - v : TILE_VECTORS;
-    for_tiles(unit.rows, [&](int64_t row, int64_t rows) {
-      TILES<T>.value[rows][count](&work.weights[row][first * lanes], end - first, work.values + first, v * lanes, width,
-                                  work.keep + row, work.add + row, totals + row * call.kv.totals());
-    });
-  }
+  for_tiles<X>(unit.rows, [&](int64_t row, int64_t rows) {
+    const int64_t most = X::vectors(int(rows));
+    const Joint joint = {work.keep + row, work.add + row, work.zeros + row};
+    for (int64_t v = 0; v < vectors; v += most)
+      TILES<X>.value[rows][vectors - v < most ? vectors - v : most](&work.weights[row][first * lanes], end - first,
+                                                                    work.values + first, v, width, joint,
+                                                                    totals + row * call.kv.totals());
+  });
 }
 
 // The values of a vector of positions, with zeros at those outside [from, until).
 template <class T>
-void copy_seen(const T* values, int64_t from, int64_t until, int64_t width, T* copy) {
-  constexpr int P = Product<T>::P;
+void copy_seen(const char* values, int64_t from, int64_t until, int64_t width, T* copy) {
+  constexpr int S = 4 / sizeof(T);
+  memcpy(copy, values, size_t(lanes * width) * sizeof(T));
   for (int64_t i = 0; i < lanes; i++)
-    for (int64_t c = 0; c < width; c++) {
-      const int64_t at = (i / P * width + c) * P + i % P;
-      copy[at] = i >= from && i < until ? values[at] : T{};
-    }
+    if (i < from || i >= until)
+      for (int64_t c = 0; c < width; c++) copy[(i / S * width + c) * S + i % S] = 0;
 }
 
 // Joins one partition to the rows' totals. `alone`: one row, of which no unseen value may be touched.
-template <class T>
-void attend_partition(const AttentionCall& call, const Unit& unit, int64_t partition, bool alone, Work<T>& work,
+template <class X>
+void attend_partition(const AttentionCall& call, const Unit& unit, int64_t partition, bool alone, Work<X>& work,
                       float* totals) {
   const int64_t start = partition * PARTITION;
   const int64_t seen_from = work.from[0] - start, seen_until = work.until[unit.rows - 1] - start;
@@ -155,18 +201,18 @@ void attend_partition(const AttentionCall& call, const Unit& unit, int64_t parti
   find_vectors(call, unit, start, first, end, work);
   score(call, unit, first, end, work);
   weigh_rows(call, unit, start, first, end, work, totals);
-  T copies[2][lanes * MAX_HEAD_DIM];
-  if (alone)  // only the first and the last vector can hold values that the row does not see
+  typename X::Query copies[2][CODES<X> ? 1 : lanes * MAX_HEAD_DIM];
+  if (!CODES<X> && alone)  // only the first and the last vector can hold values that the row does not see
     for (int64_t i = 0, v = first; i < (first < end - 1 ? 2 : 1); i++, v = end - 1) {
       copy_seen(work.values[v], seen_from - v * lanes, seen_until - v * lanes, call.kv.width(), copies[i]);
-      work.values[v] = copies[i];
+      work.values[v] = reinterpret_cast<const char*>(copies[i]);
     }
   add_values(call, unit, first, end, work, totals);
 }
 
 // The rows' queries, and the positions that each row sees.
-template <class T>
-void prepare(const AttentionCall& call, const Unit& unit, Work<T>& work) {
+template <class X>
+void prepare(const AttentionCall& call, const Unit& unit, Work<X>& work) {
   const BatchView& batch = call.batch;
   const int64_t depth = call.kv.head_dim, group = call.group();
   for (int64_t row = 0; row < unit.rows; row++) {
@@ -175,22 +221,42 @@ void prepare(const AttentionCall& call, const Unit& unit, Work<T>& work) {
     work.until[row] = batch.contexts[unit.slice] - (end - batch.starts[unit.slice]) + token + 1;
     const bool all = call.window == 0 || call.window >= work.until[row];
     work.from[row] = all ? 0 : work.until[row] - call.window;
-    const T* q = static_cast<const T*>(call.q) + ((batch.starts[unit.slice] + token) * call.heads + head) * depth;
-    for (int64_t d = 0; d < depth; d++) Product<T>::factor(&work.queries[row * depth + d], q[d]);
+    const auto* q = static_cast<const typename X::Query*>(call.q);
+    q += ((batch.starts[unit.slice] + token) * call.heads + head) * depth;
+    for (int64_t d = 0; d < depth; d++) X::factor(&work.queries[row * depth + d], q[d]);
+    if (!CODES<X>) continue;
+    f32v total{};
+    for (int64_t d = 0; d < depth; d += lanes) total = total + load_some(q + d, depth - d);
+    work.sums[row] = sum(total);
   }
 }
 
-template <class T>
+template <class X>
 void attend_alone(const AttentionCall& call, const Unit& unit, int64_t row);
 
-// Writes the rows out. A row that is not finite is done again, if `retry`: see the invariant above.
+// The same for one row over codes, [width] -> [head_dim]: what was spread is gathered.
 template <class T>
+void finish_codes(const KvView& kv, const float* values, float sum_of_weights, T* out) {
+  alignas(64) float floats[MAX_HEAD_DIM];
+  for (int64_t c = 0; c < kv.head_dim; c += lanes)
+    store(floats + c, load<f32v>(values + c) / splat(sum_of_weights) + splat(0.0f));
+  if (kv.spread()) gather(floats, kv.head_dim);
+  for (int64_t c = 0; c < kv.head_dim; c += lanes) store_some(out + c, load<f32v>(floats + c), kv.head_dim - c);
+}
+
+// Writes the rows out. A row that is not finite is done again, if `retry`: see the invariant above.
+template <class X>
 void finish(const AttentionCall& call, const Unit& unit, const float* totals, bool retry) {
   const int64_t depth = call.kv.head_dim, group = call.group(), size = call.kv.totals();
   for (int64_t row = 0; row < unit.rows; row++) {
     const int64_t token = (unit.first_row + row) / group, head = unit.kv_head * group + (unit.first_row + row) % group;
-    T* out = static_cast<T*>(call.out) + ((call.batch.starts[unit.slice] + token) * call.heads + head) * depth;
+    auto* out = static_cast<typename X::Query*>(call.out);
+    out += ((call.batch.starts[unit.slice] + token) * call.heads + head) * depth;
     const float* values = totals + row * size + VALUES;
+    if constexpr (CODES<X>) {
+      finish_codes(call.kv, values, totals[row * size + SUM], out);
+      continue;
+    }
     f32v zero_if_finite{};
     for (int64_t c = 0; c < depth; c += lanes) {
       // + 0 makes of -0, which a sum of underflows may give, the +0 that another tile gives
@@ -198,24 +264,24 @@ void finish(const AttentionCall& call, const Unit& unit, const float* totals, bo
       store_some(out + c, x, depth - c);
       zero_if_finite = fma(lanes_or(x, 0, int(depth - c), f32v{}), f32v{}, zero_if_finite);
     }
-    if (retry && sum(zero_if_finite) != 0) attend_alone<T>(call, unit, row);
+    if (retry && sum(zero_if_finite) != 0) attend_alone<X>(call, unit, row);
   }
 }
 
-template <class T>
+template <class X>
 void attend_alone(const AttentionCall& call, const Unit& unit, int64_t row) {
-  Work<T> work;
+  Work<X> work;
   const Unit one = {unit.slice, unit.kv_head, unit.first_row + row, 1, 0, 0, -1};
   prepare(call, one, work);
   clear_totals(work.totals, 1, call.kv.totals());
   for (int64_t p = work.from[0] / PARTITION; p * PARTITION < work.until[0]; p++)
     attend_partition(call, one, p, true, work, work.totals);
-  finish<T>(call, one, work.totals, false);
+  finish<X>(call, one, work.totals, false);
 }
 
-template <class T>
+template <class X>
 void attend(const AttentionCall& call, const Unit& unit) {
-  Work<T> work;
+  Work<X> work;
   prepare(call, unit, work);
   const int64_t size = call.kv.totals();
   if (unit.partial < 0) clear_totals(work.totals, unit.rows, size);
@@ -227,11 +293,11 @@ void attend(const AttentionCall& call, const Unit& unit) {
     }
     attend_partition(call, unit, p, false, work, totals);
   }
-  if (unit.partial < 0) finish<T>(call, unit, work.totals, true);
+  if (unit.partial < 0) finish<X>(call, unit, work.totals, true);
 }
 
 // Joins the partitions of a split unit in order, with the operations of weigh_rows and value_tile.
-template <class T>
+template <class X>
 void merge(const AttentionCall& call, const Unit& unit) {
   const int64_t size = call.kv.totals();
   float* totals = call.partials + unit.partial * UNIT_ROWS * size;
@@ -246,23 +312,30 @@ void merge(const AttentionCall& call, const Unit& unit) {
       for (int64_t c = VALUES; c < size; c += lanes)
         store(total + c, fma(load<f32v>(total + c), splat(keep), load<f32v>(part + c) * add));
     }
-  finish<T>(call, unit, totals, true);
+  finish<X>(call, unit, totals, true);
+}
+
+template <class X>
+void attend_all(Pool& pool, const AttentionCall& call) {
+  if (!call.shared) {
+    for (int64_t i = 0; i < call.unit_count; i++) attend<X>(call, call.units[i]);
+    return;
+  }
+  pool.run(call.unit_count, [&](int64_t i, int) { attend<X>(call, call.units[i]); });
+  pool.run(call.merge_count, [&](int64_t i, int) { merge<X>(call, call.merges[i]); });
 }
 
 template <class T>
-void attend_all(Pool& pool, const AttentionCall& call) {
-  if (!call.shared) {
-    for (int64_t i = 0; i < call.unit_count; i++) attend<T>(call, call.units[i]);
-    return;
-  }
-  pool.run(call.unit_count, [&](int64_t i, int) { attend<T>(call, call.units[i]); });
-  pool.run(call.merge_count, [&](int64_t i, int) { merge<T>(call, call.merges[i]); });
+void attend_as(Pool& pool, const AttentionCall& call) {
+  if (call.kv.bits == 4) return attend_all<Product<T, 4>>(pool, call);
+  if (call.kv.bits == 8) return attend_all<Product<T, 8>>(pool, call);
+  attend_all<Product<T, 0>>(pool, call);
 }
 
 }  // namespace
 
 void attention(Pool& pool, const AttentionCall& call) {
-  call.type == Type::bfloat16 ? attend_all<bf16>(pool, call) : attend_all<float>(pool, call);
+  call.type == Type::bfloat16 ? attend_as<bf16>(pool, call) : attend_as<float>(pool, call);
 }
 
 }  // namespace weft::WEFT_LEVEL

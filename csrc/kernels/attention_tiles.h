@@ -1,5 +1,6 @@
 // The two matrix products of attention, on tiles of sums that stay in registers. Each sum runs over the same terms in
-// the same order whatever the tile.
+// the same order whatever the tile. Keys and values of 8 or 4 bits become factors in registers, as codes: their scales
+// and zeros are left to whoever calls.
 #pragma once
 
 #include "attention.h"
@@ -10,58 +11,63 @@ namespace weft::WEFT_LEVEL {
 namespace {
 
 // One factor of a product is a vector of `lanes` packs of P elements; of the other factor P are broadcast to all lanes.
-template <class T>
-struct Product;
-
-template <>
-struct Product<float> {
-  static constexpr int P = 1;
+// First as it is without an instruction for pairs: two vectors of floats.
+struct FloatPairs {
+  static constexpr int P = 2;
   using Factor = float;
-  using Pack = f32v;
-  WEFT_INLINE Pack read(const float* from) { return load<f32v>(from); }
-  WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) { return fma(pack, splat(*factor), sum); }
+  struct Pack {
+    f32v even, odd;
+  };
+  WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) {
+    return fma(pack.odd, splat(factor[1]), fma(pack.even, splat(factor[0]), sum));
+  }
+  // Stores x, and returns what was stored.
   WEFT_INLINE f32v put(float* to, f32v x) { return store(to, x), x; }
   WEFT_INLINE void factor(float* to, float x) { *to = x; }
+  WEFT_INLINE void factor(float* to, bf16 x) { *to = widen(x); }
+
+  // bfloat16, or codes at bit `at` and 16 bits above, of each word
+  WEFT_INLINE Pack pairs(u32v word) { return {(f32v)(word << 16), (f32v)(word & 0xffff0000u)}; }
+  template <int BITS>
+  WEFT_INLINE Pack codes(u32v word, int at) {
+    constexpr uint32_t MASK = (1 << BITS) - 1;
+    return {__builtin_convertvector((i32v)(word >> at & MASK), f32v),
+            __builtin_convertvector((i32v)(word >> (at + 16) & MASK), f32v)};
+  }
+  template <int BITS>
+  static constexpr float OFFSET = 0;  // what the factors made of codes have too much
 };
 
 #if defined(WEFT_LEVEL_avx512)
-template <>
-struct Product<bf16> {
+struct BFloat16Pairs {
   static constexpr int P = 2;
   using Factor = bf16;
   using Pack = u32v;
-  WEFT_INLINE Pack read(const bf16* from) { return load<u32v>(from); }
   WEFT_INLINE f32v add(f32v sum, Pack pack, const bf16* factor) {
     uint32_t pair;
     memcpy(&pair, factor, sizeof pair);
     return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pack, (__m512bh)splat(pair));
   }
-  // Stores x rounded, and returns what was stored.
   WEFT_INLINE f32v put(bf16* to, f32v x) {
     const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
     store(to, half);
     return (f32v)((u32v)_mm512_maskz_cvtepu16_epi32(ALL_LANES, half) << 16);
   }
   WEFT_INLINE void factor(bf16* to, bf16 x) { *to = x; }
+
+  WEFT_INLINE Pack pairs(u32v word) { return word; }
+  template <int BITS>
+  WEFT_INLINE Pack codes(u32v word, int at) {
+    if (BITS == 4) return (word >> at & 0x000f000fu) | 0x43004300u;  // 128 + code: the last bit of that bfloat16 is 1
+    // The upper half of a small whole float is its bfloat16.
+    const FloatPairs::Pack floats = FloatPairs::codes<BITS>(word, at);
+    return (u32v)floats.even >> 16 | (u32v)floats.odd;
+  }
+  template <int BITS>
+  static constexpr float OFFSET = BITS == 4 ? 128 : 0;
 };
 #else
-template <>
-struct Product<bf16> {
-  static constexpr int P = 2;
-  using Factor = float;
-  struct Pack {
-    f32v even, odd;
-  };
-  WEFT_INLINE Pack read(const bf16* from) {
-    const u32v pairs = load<u32v>(from);
-    return {(f32v)(pairs << 16), (f32v)(pairs & 0xffff0000u)};
-  }
-  WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) {
-    return fma(pack.odd, splat(factor[1]), fma(pack.even, splat(factor[0]), sum));
-  }
-  WEFT_INLINE f32v put(float* to, f32v x) { return store(to, x), x; }
-  WEFT_INLINE void factor(float* to, bf16 x) { *to = widen(x); }
-};
+using BFloat16Pairs = FloatPairs;
 #endif
 
 // The sums that a product keeps in registers: rows times vectors.
@@ -71,89 +77,162 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;
 #endif
 
+// Products with queries and weights of T, and a KV of BITS (0: of T as well). C, S and V are attention.h's.
+template <class T, int BITS>
+struct Product : BFloat16Pairs {
+  using Query = T;
+  static constexpr int C = 2, S = 2, V = 1;
+  WEFT_INLINE Pack key(u32v word, int) { return pairs(word); }
+  WEFT_INLINE Pack value(u32v word, int, int) { return pairs(word); }
+  static constexpr int ROWS = TILE_ROWS;
+  static constexpr int vectors(int) { return TILE_VECTORS; }
+};
+
+template <>
+struct Product<float, 0> {
+  using Query = float;
+  static constexpr int P = 1, C = 1, S = 1, V = 1;
+  using Factor = float;
+  using Pack = f32v;
+  WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) { return fma(pack, splat(*factor), sum); }
+  WEFT_INLINE f32v put(float* to, f32v x) { return store(to, x), x; }
+  WEFT_INLINE void factor(float* to, float x) { *to = x; }
+  WEFT_INLINE Pack key(u32v word, int) { return (f32v)word; }
+  WEFT_INLINE Pack value(u32v word, int, int) { return (f32v)word; }
+  static constexpr int ROWS = TILE_ROWS;
+  static constexpr int vectors(int) { return TILE_VECTORS; }
+};
+
+template <class Pairs, int BITS>
+struct CodeProduct : Pairs {
+  using typename Pairs::Pack;
+  static constexpr int C = 32 / BITS, S = 4, V = 8 / BITS;
+  WEFT_INLINE Pack key(u32v word, int pair) { return Pairs::template codes<BITS>(word, pair * BITS); }
+  WEFT_INLINE Pack value(u32v word, int pair, int half) {
+    return Pairs::template codes<BITS>(word, pair * 8 + half * BITS);
+  }
+  static constexpr float EXCESS = Pairs::template OFFSET<BITS>;
+  // Taking codes apart is to be worth its while: more rows, fewer vectors.
+  static constexpr int ROWS = lanes == 16 ? 8 : TILE_ROWS;
+  static constexpr int vectors(int rows) { return rows > 4 ? 2 : TILE_VECTORS; }
+};
+template <>
+struct Product<bf16, 8> : CodeProduct<BFloat16Pairs, 8> {
+  using Query = bf16;
+};
+template <>
+struct Product<bf16, 4> : CodeProduct<BFloat16Pairs, 4> {
+  using Query = bf16;
+};
+template <>
+struct Product<float, 8> : CodeProduct<FloatPairs, 8> {
+  using Query = float;
+};
+template <>
+struct Product<float, 4> : CodeProduct<FloatPairs, 4> {
+  using Query = float;
+};
+
 // Totals of one row: the greatest score (times scale * log2 e), the sum of weights, the weighted sum of values [width].
 constexpr int64_t TOP = 0, SUM = 1, VALUES = 2;
 
 // The sums stay in registers only where every loop over them is unrolled.
 #define UNROLL _Pragma("GCC unroll 8")
 
-// scores[R][positions] = queries[R][depth] . keys, for N vectors of positions.
-// Decode waits for memory: with `values` (or null) it asks in time for the positions' values, [depth * lanes] each.
-template <class T, int R, int N>
-void score_tile(const typename Product<T>::Factor* queries, int64_t depth, const T* const* keys, int64_t stride,
-                const T* const* values, float* scores) {
-  using X = Product<T>;
+// scores[R][positions] = queries[R][depth] . keys, for N vectors of positions. stride: bytes from words to words.
+// Decode waits for memory: with `values` (or null) it asks in time for the positions' values.
+template <class X, int R, int N>
+void score_tile(const typename X::Factor* queries, int64_t depth, const char* const* keys, int64_t stride,
+                const char* const* values, float* scores) {
   f32v sums[R][N] = {};
-  for (int64_t d = 0; d < depth; d += X::P) {
-    typename X::Pack packs[N];
-    if (values != nullptr) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d * lanes);
-    UNROLL for (int n = 0; n < N; n++) packs[n] = X::read(keys[n] + d * stride);
-    UNROLL for (int r = 0; r < R; r++)
-      UNROLL for (int n = 0; n < N; n++) sums[r][n] = X::add(sums[r][n], packs[n], queries + r * depth + d);
+  for (int64_t d = 0; d < depth; d += X::C) {
+    u32v words[N];
+    if (values != nullptr) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d / X::C * lanes * 4);
+    UNROLL for (int n = 0; n < N; n++) words[n] = load<u32v>(keys[n] + d / X::C * stride);
+    UNROLL for (int c = 0; c < X::C; c += X::P) {
+      typename X::Pack packs[N];
+      UNROLL for (int n = 0; n < N; n++) packs[n] = X::key(words[n], c / X::P);
+      UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int n = 0; n < N; n++) sums[r][n] = X::add(sums[r][n], packs[n], queries + r * depth + d + c);
+    }
   }
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int n = 0; n < N; n++) store(scores + r * PARTITION + n * lanes, sums[r][n]);
 }
 
-// totals[R] = totals[R] * keep[R] + (weights[R][positions] . values) * add[R], for N vectors of channels
-template <class T, int R, int N>
-void value_tile(const typename Product<T>::Factor* weights, int64_t vectors, const T* const* values, int64_t channel,
-                int64_t width, const float* keep, const float* add, float* totals) {
-  using X = Product<T>;
+// The first channel of vector n of a row of values, counted as the words have them: see attention.h.
+template <class X>
+WEFT_INLINE int64_t channel_of(int64_t n) {
+  if (X::V == 1) return n * lanes;
+  constexpr int64_t EACH = 16 / lanes;  // vectors of words for 32 channels
+  const int64_t words = n / 2;
+  return words / EACH * 32 + words % EACH * lanes + n % 2 * 16;
+}
+
+// How a partition's sums and totals join, for each row.
+struct Joint {
+  const float *keep, *add;
+  const float* zeros;  // what the sums have too much, where values are codes
+};
+
+// totals[R] = totals[R] * keep[R] + (weights[R][positions] . values) * add[R], for N vectors of channels from `first` on
+template <class X, int R, int N>
+void value_tile(const typename X::Factor* weights, int64_t vectors, const char* const* values, int64_t first,
+                int64_t width, const Joint& joint, float* totals) {
+  constexpr int M = N / X::V;  // vectors of words
   f32v sums[R][N] = {};
   for (int64_t v = 0; v < vectors; v++)
-    for (int64_t i = 0; i < lanes; i += X::P) {
-      typename X::Pack packs[N];
-      UNROLL for (int n = 0; n < N; n++) packs[n] = X::read(values[v] + i * width + (channel + n * lanes) * X::P);
-      UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int n = 0; n < N; n++)
-          sums[r][n] = X::add(sums[r][n], packs[n], weights + r * PARTITION + v * lanes + i);
+    for (int64_t i = 0; i < lanes; i += X::S) {
+      u32v words[M];
+      const char* from = values[v] + (i / X::S * width + first * lanes) / X::V * 4;
+      UNROLL for (int m = 0; m < M; m++) words[m] = load<u32v>(from + m * lanes * 4);
+      UNROLL for (int s = 0; s < X::S; s += X::P) {
+        typename X::Pack packs[N];
+        UNROLL for (int n = 0; n < N; n++) packs[n] = X::value(words[n / X::V], s / X::P, n % X::V);
+        UNROLL for (int r = 0; r < R; r++)
+          UNROLL for (int n = 0; n < N; n++)
+            sums[r][n] = X::add(sums[r][n], packs[n], weights + r * PARTITION + v * lanes + i + s);
+      }
     }
   UNROLL for (int r = 0; r < R; r++)
     UNROLL for (int n = 0; n < N; n++) {
-      float* total = totals + r * (VALUES + width) + VALUES + channel + n * lanes;
-      store(total, fma(load<f32v>(total), splat(keep[r]), sums[r][n] * add[r]));
+      float* total = totals + r * (VALUES + width) + VALUES + channel_of<X>(first + n);
+      if (X::C > 2) sums[r][n] = sums[r][n] - splat(joint.zeros[r]);
+      store(total, fma(load<f32v>(total), splat(joint.keep[r]), sums[r][n] * joint.add[r]));
     }
 }
 
-template <class T>
-using ScoreTile = void (*)(const typename Product<T>::Factor*, int64_t, const T* const*, int64_t, const T* const*,
+template <class X>
+using ScoreTile = void (*)(const typename X::Factor*, int64_t, const char* const*, int64_t, const char* const*, float*);
+template <class X>
+using ValueTile = void (*)(const typename X::Factor*, int64_t, const char* const*, int64_t, int64_t, const Joint&,
                            float*);
-template <class T>
-using ValueTile = void (*)(const typename Product<T>::Factor*, int64_t, const T* const*, int64_t, int64_t, const float*,
-                           const float*, float*);
-
-template <class T, int R, int N>
-constexpr void find_tile(int rows, int vectors, ScoreTile<T>& score, ValueTile<T>& value) {
-  if (rows == R && vectors == N) {
-    score = score_tile<T, R, N>;
-    value = value_tile<T, R, N>;
-  } else if constexpr (N > 1) {
-    find_tile<T, R, N - 1>(rows, vectors, score, value);
-  } else if constexpr (R > 1) {
-    find_tile<T, R - 1, TILE_VECTORS>(rows, vectors, score, value);
-  }
-}
 
 // Every shape of tile by its numbers of rows and vectors.
-template <class T>
+template <class X>
 struct Tiles {
-  ScoreTile<T> score[TILE_ROWS + 1][TILE_VECTORS + 1] = {};
-  ValueTile<T> value[TILE_ROWS + 1][TILE_VECTORS + 1] = {};
-  constexpr Tiles() {
-    for (int r = 1; r <= TILE_ROWS; r++)
-      for (int n = 1; n <= TILE_VECTORS; n++)
-        find_tile<T, TILE_ROWS, TILE_VECTORS>(r, n, score[r][n], value[r][n]);
+  ScoreTile<X> score[X::ROWS + 1][TILE_VECTORS + 1] = {};
+  ValueTile<X> value[X::ROWS + 1][TILE_VECTORS + 1] = {};
+  constexpr Tiles() { fill<X::ROWS, X::vectors(X::ROWS)>(); }
+
+  template <int R, int N>
+  constexpr void fill() {
+    score[R][N] = score_tile<X, R, N>;
+    if constexpr (N % X::V == 0) value[R][N] = value_tile<X, R, N>;
+    if constexpr (N > 1)
+      fill<R, N - 1>();
+    else if constexpr (R > 1)
+      fill<R - 1, X::vectors(R - 1)>();
   }
 };
 
-template <class T>
-constexpr Tiles<T> TILES;
+template <class X>
+constexpr Tiles<X> TILES;
 
 // Calls body(first, count) for tiles of rows of as equal a size as can be.
-template <class F>
+template <class X, class F>
 WEFT_INLINE void for_tiles(int64_t rows, F body) {
-  const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+  const int64_t tiles = (rows + X::ROWS - 1) / X::ROWS;
   for (int64_t i = 0; i < tiles; i++) {
     const int64_t first = rows * i / tiles;
     body(first, rows * (i + 1) / tiles - first);

@@ -69,13 +69,14 @@ class PackedEmbedding:
     def release(self) -> None: ...
 
 class LayerKv:
-    """Zeroed keys and values of one layer, in the kernels' own layout. type: 0 float32, 1 bfloat16.
+    """Zeroed keys and values of one layer, in the kernels' own layout. type: of the activations, 0 float32, 1 bfloat16.
+    bits: 8 or 4 for codes (kernels/kv.py), 0 for the activations' type.
 
     ValueError: a block_size that is no multiple of 16, a head_dim that is no multiple of 8 or over 256.
     """
 
     def __init__(
-        self, backend: Backend, blocks: int, block_size: int, kv_heads: int, head_dim: int, type: int
+        self, backend: Backend, blocks: int, block_size: int, kv_heads: int, head_dim: int, type: int, bits: int
     ) -> None: ...
     @property
     def address(self) -> int: ...

@@ -50,7 +50,7 @@ class Embedding:
 
 @dataclass(frozen=True, slots=True)
 class PagedKv:
-    """Keys and values of one layer. Their memory is given back when the object goes."""
+    """Keys and values of one layer; dtype: of the activations. Their memory is given back when the object goes."""
 
     native: _native.LayerKv
     dtype: torch.dtype
@@ -177,9 +177,8 @@ class CpuKernels:
     def make_kv(
         self, blocks: int, block_size: int, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str = "auto"
     ) -> PagedKv:
-        if bits_of(cache, dtype) is not None:
-            raise ValueError(f"the C++ kernels have no KV cache of {cache}; what would work: auto, bf16")
-        native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, _type_of(dtype, "the KV"))
+        kind, bits = _type_of(dtype, "the KV"), bits_of(cache, dtype) or 0
+        native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, kind, bits)
         return PagedKv(native, dtype, block_size, kv_heads, head_dim)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

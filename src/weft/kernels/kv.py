@@ -32,7 +32,6 @@ Cache = Literal["auto", "bf16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 STEPS = {8: 1, 4: 16}
 TINY = 2.0**-100
-GROUP = 32  # the C++ kernels store values in groups of so many channels
 
 
 def bits_of(cache: str, dtype: torch.dtype) -> int | None:
@@ -50,7 +49,7 @@ def bits_of(cache: str, dtype: torch.dtype) -> int | None:
 def token_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str) -> int:
     """Bytes of one token's keys and values in one layer, as the C++ kernels store them."""
     bits = bits_of(cache, dtype)
-    multiple = 16 if bits is None else GROUP
+    multiple = 32 if bits == 4 else 16  # the channels of values are padded
     channels = head_dim + -(-head_dim // multiple) * multiple
     return kv_heads * (channels * dtype.itemsize if bits is None else channels * bits // 8 + 6)
 
