@@ -27,11 +27,6 @@ constexpr float LOG2_E = 1.44269504f;
 constexpr int64_t DECODE_ROWS = 12;             // so few rows are most likely those of one token
 constexpr int64_t PADDED_ROWS = (UNIT_ROWS + lanes - 1) / lanes * lanes;
 
-// What belongs to the codes of a partition's positions. Zeros are those of the factors made of codes.
-struct Numbers {
-  alignas(64) float key_scales[PARTITION], key_zeros[PARTITION];
-  alignas(64) float value_scales[PARTITION], value_zeros[PARTITION];
-};
 
 template <class X>
 constexpr bool CODES = X::C > 2;
@@ -48,8 +43,12 @@ struct Work {
   int64_t from[UNIT_ROWS], until[UNIT_ROWS];  // the positions that each row sees
   const char* keys[VECTORS];                  // of each vector of positions
   const char* values[VECTORS];
-  Numbers numbers;                            // where they are codes
-  float sums[UNIT_ROWS], zeros[UNIT_ROWS];  // of the queries; of the weights, each with the zero of its position
+
+  // Where they are codes: what belongs to the positions (zeros in steps of a code), and for each row minus the sum of
+  // its query, and the sum of its weights with the zeros of the values.
+  alignas(64) float key_scales[PARTITION], key_zeros[PARTITION], value_scales[PARTITION];
+  alignas(64) Factor value_zeros[PARTITION] = {};  // finite everywhere
+  float minus[UNIT_ROWS], zeros[UNIT_ROWS];
 };
 
 void clear_totals(float* totals, int64_t rows, int64_t size) {
@@ -57,11 +56,10 @@ void clear_totals(float* totals, int64_t rows, int64_t size) {
   for (int64_t row = 0; row < rows; row++) totals[row * size + TOP] = NO_SCORE;
 }
 
-// Zeros as they are stored -> in steps of a code, with what the factors have too much.
+// Zeros as they are stored -> in steps of a code.
 template <class X>
-WEFT_INLINE f32v factor_zeros(const uint8_t* from) {
-  const f32v zeros = __builtin_convertvector(__builtin_convertvector(load<u8v>(from), i32v), f32v);
-  return zeros * (1 / ZERO_STEPS<32 / X::C>) + X::EXCESS;
+WEFT_INLINE f32v load_zeros(const uint8_t* from) {
+  return __builtin_convertvector(load_bytes(from), f32v) * (1 / ZERO_STEPS<32 / X::C>);
 }
 
 // Where each vector of positions of the partition lies, from the block table.
@@ -70,19 +68,19 @@ void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, in
                   Work<X>& work) {
   const KvView& kv = call.kv;
   const int32_t* table = call.batch.tables + unit.slice * call.batch.table_width;
-  for (int64_t v = first; v < end; v++) {
-    const int64_t position = start + v * lanes;
-    const int64_t place = int64_t{table[position / kv.block_size]} * kv.kv_heads + unit.kv_head;
-    const int64_t slot = position % kv.block_size;
+  int64_t block = (start + first * lanes) / kv.block_size, slot = (start + first * lanes) % kv.block_size;
+  for (int64_t v = first; v < end; v++, slot += lanes) {
+    if (slot == kv.block_size) block++, slot = 0;
+    const int64_t place = int64_t{table[block]} * kv.kv_heads + unit.kv_head;
     work.keys[v] = kv.keys + (place * kv.head_dim / X::C * kv.block_size + slot) * 4;
     work.values[v] = kv.values + (place * kv.block_size + slot) / X::S * (kv.width() / X::V) * 4;
     if constexpr (CODES<X>) {
       const KvNumbers& from = kv.numbers[(place * kv.block_size + slot) / NUMBERS];
       const int64_t i = slot % NUMBERS, at = v * lanes;
-      store(work.numbers.key_scales + at, load_bf16(from.key_scales + i));
-      store(work.numbers.value_scales + at, load_bf16(from.value_scales + i));
-      store(work.numbers.key_zeros + at, factor_zeros<X>(from.key_zeros + i));
-      store(work.numbers.value_zeros + at, factor_zeros<X>(from.value_zeros + i));
+      store(work.key_scales + at, load_bf16(from.key_scales + i));
+      store(work.key_zeros + at, load_zeros<X>(from.key_zeros + i) + X::EXCESS);
+      store(work.value_scales + at, load_bf16(from.value_scales + i));
+      X::put_factors(work.value_zeros + at, load_zeros<X>(from.value_zeros + i));
     }
   }
 }
@@ -97,48 +95,55 @@ void score(const AttentionCall& call, const Unit& unit, int64_t first, int64_t e
       for (int64_t v = from; v < until; v += most)
         TILES<X>.score[rows][until - v < most ? until - v : most](
             work.queries + row * depth, depth, work.keys + v, call.kv.block_size * 4,
-            decode && row == 0 ? work.values + v : nullptr, &work.scores[row][v * lanes]);
+            decode && row == 0 ? work.values + v : nullptr,
+            {work.key_scales + v * lanes, work.key_zeros + v * lanes, work.minus + row}, &work.scores[row][v * lanes]);
     });
 }
 
-// Scores -> weights of one row that sees positions [from, until) of the partition. Returns the greatest score, scaled,
-// and the sum of the weights.
-template <class X>
-void weigh(Work<X>& work, int64_t row, int64_t first, int64_t end, int64_t from, int64_t until, float factor,
-           float& top, float& sum_of_weights) {
-  float* scores = work.scores[row];
-  typename X::Factor* weights = work.weights[row];
-  f32v greatest_yet = splat(-__builtin_inff());
-  for (int64_t v = first; v < end; v++) {
-    f32v x = load<f32v>(scores + v * lanes);
-    if constexpr (CODES<X>) {
-      const f32v zeros = load<f32v>(work.numbers.key_zeros + v * lanes);
-      x = fma(zeros, splat(-work.sums[row]), x) * load<f32v>(work.numbers.key_scales + v * lanes);
-    }
-    const int64_t begin = from - v * lanes, stop = until - v * lanes;
-    const bool partly = begin > 0 || stop < lanes;
-    if (partly) x = lanes_or(x, int(begin), int(stop), splat(-__builtin_inff()));
-    if (CODES<X> || partly) store(scores + v * lanes, x);
-    greatest_yet = max(x, greatest_yet);
+// The vectors of positions that a row sees only in part, or not at all.
+struct Seen {
+  int64_t from, until;  // of the partition's positions
+
+  WEFT_INLINE f32v or_else(f32v x, int64_t v, float other, const Seen& seen) {
+    const int64_t begin = seen.from - v * lanes, end = seen.until - v * lanes;
+    return begin > 0 || end < lanes ? lanes_or(x, int(begin), int(end), splat(other)) : x;
   }
+};
+
+// Scores -> weights of one row. Returns the greatest score, scaled, and the sum of the weights. Vectors are taken in
+// pairs, so that there may be one more at either end: nothing in it is seen.
+template <class X>
+void weigh(Work<X>& work, int64_t row, int64_t first, int64_t end, const Seen& seen, float factor, float& top,
+           float& sum_of_weights) {
+  float* scores = work.scores[row];
+  first = first / 2 * 2;
+  f32v greatest_yet = splat(-__builtin_inff());
+  for (int64_t v = first; v < end; v += 2)
+    for (int64_t i = v; i < v + 2; i++) {
+      const f32v x = Seen::or_else(load<f32v>(scores + i * lanes), i, -__builtin_inff(), seen);
+      store(scores + i * lanes, x);
+      greatest_yet = max(x, greatest_yet);
+    }
   top = greatest(greatest_yet) * factor;
   if (!(top > NO_SCORE)) top = NO_SCORE;
-  f32v total{}, zeros{};
-  for (int64_t v = first; v < end; v++) {
-    const f32v x = exp2(fma(load<f32v>(scores + v * lanes), splat(factor), splat(-top)));
+  f32v total{}, zeros{}, stored_total{};
+  for (int64_t v = first; v < end; v += 2) {
+    f32v x[2];
+    for (int i = 0; i < 2; i++) x[i] = exp2(fma(load<f32v>(scores + (v + i) * lanes), splat(factor), splat(-top)));
+    typename X::Factor* weights = work.weights[row] + v * lanes;
     if constexpr (CODES<X>) {
-      f32v scales = load<f32v>(work.numbers.value_scales + v * lanes);
-      const int64_t begin = from - v * lanes, stop = until - v * lanes;
-      if (begin > 0 || stop < lanes) scales = lanes_or(scales, int(begin), int(stop), f32v{});
-      const f32v scaled = X::put(weights + v * lanes, x * scales);
-      zeros = fma(scaled, load<f32v>(work.numbers.value_zeros + v * lanes), zeros);
-      total = total + x;
+      total = total + x[0] + x[1];
+      for (int i = 0; i < 2; i++)
+        x[i] = x[i] * Seen::or_else(load<f32v>(work.value_scales + (v + i) * lanes), v + i, 0.0f, seen);
+      const typename X::Stored stored = X::put(weights, x[0], x[1]);
+      zeros = X::add_stored(zeros, stored, work.value_zeros + v * lanes);
+      if (X::EXCESS != 0) stored_total = X::add_stored(stored_total, stored);
     } else {
-      total = total + X::put(weights + v * lanes, x);
+      total = X::add_stored(total, X::put(weights, x[0], x[1]));
     }
   }
   sum_of_weights = sum(total);
-  if (CODES<X>) work.zeros[row] = sum(zeros);
+  if constexpr (CODES<X>) work.zeros[row] = sum(fma(stored_total, splat(X::EXCESS), zeros));
 }
 
 // Softmax over the partition, and the factors by which its sums and the rows' totals join: totals are brought to the
@@ -150,7 +155,7 @@ void weigh_rows(const AttentionCall& call, const Unit& unit, int64_t start, int6
   float sums[UNIT_ROWS];
   for (int64_t row = 0; row < unit.rows; row++) {
     float top;
-    weigh(work, row, first, end, work.from[row] - start, work.until[row] - start, call.scale * LOG2_E, top, sums[row]);
+    weigh(work, row, first, end, {work.from[row] - start, work.until[row] - start}, call.scale * LOG2_E, top, sums[row]);
     float& total = totals[row * size + TOP];
     const float greater = top > total ? top : total;
     work.keep[row] = total - greater;
@@ -227,7 +232,7 @@ void prepare(const AttentionCall& call, const Unit& unit, Work<X>& work) {
     if (!CODES<X>) continue;
     f32v total{};
     for (int64_t d = 0; d < depth; d += lanes) total = total + load_some(q + d, depth - d);
-    work.sums[row] = sum(total);
+    work.minus[row] = -sum(total);
   }
 }
 

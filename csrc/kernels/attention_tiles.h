@@ -21,10 +21,23 @@ struct FloatPairs {
   WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) {
     return fma(pack.odd, splat(factor[1]), fma(pack.even, splat(factor[0]), sum));
   }
-  // Stores x, and returns what was stored.
-  WEFT_INLINE f32v put(float* to, f32v x) { return store(to, x), x; }
   WEFT_INLINE void factor(float* to, float x) { *to = x; }
   WEFT_INLINE void factor(float* to, bf16 x) { *to = widen(x); }
+
+  // Stores the weights of two vectors of positions, and returns what was stored.
+  struct Stored {
+    f32v first, second;
+  };
+  WEFT_INLINE Stored put(float* to, f32v first, f32v second) {
+    store(to, first);
+    store(to + lanes, second);
+    return {first, second};
+  }
+  WEFT_INLINE f32v add_stored(f32v sum, Stored weights) { return sum + weights.first + weights.second; }
+  WEFT_INLINE f32v add_stored(f32v sum, Stored weights, const float* factors) {
+    return fma(weights.second, load<f32v>(factors + lanes), fma(weights.first, load<f32v>(factors), sum));
+  }
+  WEFT_INLINE void put_factors(float* to, f32v x) { store(to, x); }
 
   // bfloat16, or codes at bit `at` and 16 bits above, of each word
   WEFT_INLINE Pack pairs(u32v word) { return {(f32v)(word << 16), (f32v)(word & 0xffff0000u)}; }
@@ -46,14 +59,24 @@ struct BFloat16Pairs {
   WEFT_INLINE f32v add(f32v sum, Pack pack, const bf16* factor) {
     uint32_t pair;
     memcpy(&pair, factor, sizeof pair);
-    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pack, (__m512bh)splat(pair));
-  }
-  WEFT_INLINE f32v put(bf16* to, f32v x) {
-    const __m256i half = (__m256i)_mm512_cvtneps_pbh((__m512)x);
-    store(to, half);
-    return (f32v)((u32v)_mm512_maskz_cvtepu16_epi32(ALL_LANES, half) << 16);
+    return dot(sum, pack, splat(pair));
   }
   WEFT_INLINE void factor(bf16* to, bf16 x) { *to = x; }
+
+  using Stored = u32v;  // rounded
+  WEFT_INLINE Stored put(bf16* to, f32v first, f32v second) {
+    const Stored pairs = (u32v)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    store(to, pairs);
+    return pairs;
+  }
+  WEFT_INLINE f32v dot(f32v sum, u32v pairs, u32v factors) {
+    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pairs, (__m512bh)factors);
+  }
+  WEFT_INLINE f32v add_stored(f32v sum, Stored weights) { return dot(sum, weights, splat(0x3f803f80u)); }
+  WEFT_INLINE f32v add_stored(f32v sum, Stored weights, const bf16* factors) {
+    return dot(sum, weights, load<u32v>(factors));
+  }
+  WEFT_INLINE void put_factors(bf16* to, f32v x) { store_bf16(to, x); }  // zeros, of which no bit is lost
 
   WEFT_INLINE Pack pairs(u32v word) { return word; }
   template <int BITS>
@@ -89,14 +112,11 @@ struct Product : BFloat16Pairs {
 };
 
 template <>
-struct Product<float, 0> {
+struct Product<float, 0> : FloatPairs {
   using Query = float;
   static constexpr int P = 1, C = 1, S = 1, V = 1;
-  using Factor = float;
   using Pack = f32v;
   WEFT_INLINE f32v add(f32v sum, Pack pack, const float* factor) { return fma(pack, splat(*factor), sum); }
-  WEFT_INLINE f32v put(float* to, f32v x) { return store(to, x), x; }
-  WEFT_INLINE void factor(float* to, float x) { *to = x; }
   WEFT_INLINE Pack key(u32v word, int) { return (f32v)word; }
   WEFT_INLINE Pack value(u32v word, int, int) { return (f32v)word; }
   static constexpr int ROWS = TILE_ROWS;
@@ -139,11 +159,17 @@ constexpr int64_t TOP = 0, SUM = 1, VALUES = 2;
 // The sums stay in registers only where every loop over them is unrolled.
 #define UNROLL _Pragma("GCC unroll 8")
 
+// What makes keys of codes, from the first position on: scores are (sums + zeros * minus) * scales.
+struct KeyNumbers {
+  const float *scales, *zeros;
+  const float* minus;  // of each row: minus the sum of its query
+};
+
 // scores[R][positions] = queries[R][depth] . keys, for N vectors of positions. stride: bytes from words to words.
 // Decode waits for memory: with `values` (or null) it asks in time for the positions' values.
 template <class X, int R, int N>
 void score_tile(const typename X::Factor* queries, int64_t depth, const char* const* keys, int64_t stride,
-                const char* const* values, float* scores) {
+                const char* const* values, const KeyNumbers& numbers, float* scores) {
   f32v sums[R][N] = {};
   for (int64_t d = 0; d < depth; d += X::C) {
     u32v words[N];
@@ -154,6 +180,12 @@ void score_tile(const typename X::Factor* queries, int64_t depth, const char* co
       UNROLL for (int n = 0; n < N; n++) packs[n] = X::key(words[n], c / X::P);
       UNROLL for (int r = 0; r < R; r++)
         UNROLL for (int n = 0; n < N; n++) sums[r][n] = X::add(sums[r][n], packs[n], queries + r * depth + d + c);
+    }
+  }
+  if constexpr (X::C > 2) {
+    UNROLL for (int n = 0; n < N; n++) {
+      const f32v scales = load<f32v>(numbers.scales + n * lanes), zeros = load<f32v>(numbers.zeros + n * lanes);
+      UNROLL for (int r = 0; r < R; r++) sums[r][n] = fma(zeros, splat(numbers.minus[r]), sums[r][n]) * scales;
     }
   }
   UNROLL for (int r = 0; r < R; r++)
@@ -203,7 +235,8 @@ void value_tile(const typename X::Factor* weights, int64_t vectors, const char* 
 }
 
 template <class X>
-using ScoreTile = void (*)(const typename X::Factor*, int64_t, const char* const*, int64_t, const char* const*, float*);
+using ScoreTile = void (*)(const typename X::Factor*, int64_t, const char* const*, int64_t, const char* const*,
+                           const KeyNumbers&, float*);
 template <class X>
 using ValueTile = void (*)(const typename X::Factor*, int64_t, const char* const*, int64_t, int64_t, const Joint&,
                            float*);

@@ -11,6 +11,16 @@ namespace {
 
 typedef uint8_t u8v __attribute__((vector_size(lanes)));
 
+WEFT_INLINE i32v load_bytes(const uint8_t* from) {
+#if defined(WEFT_LEVEL_avx512)
+  return (i32v)_mm512_maskz_cvtepu8_epi32(ALL_LANES, load<__m128i>(from));
+#elif defined(WEFT_LEVEL_avx2)
+  return (i32v)_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from)));
+#else
+  return __builtin_convertvector(load<u8v>(from), i32v);
+#endif
+}
+
 // One sum of two elements that are STRIDE lanes apart, and their difference.
 template <int STRIDE>
 WEFT_INLINE f32v butterfly(f32v x) {
@@ -21,10 +31,13 @@ WEFT_INLINE f32v butterfly(f32v x) {
   return other + (f32v)((u32v)x ^ minus);
 }
 
-// x [size], and room for a whole vector; size: a power of two, 8 at least.
-WEFT_INLINE void hadamard(float* x, int64_t size) {
+// x [size] -> its Hadamard transform. Room for a whole vector; size: a power of two, 8 at least. flips: what is done to
+// the bits of x first, or null.
+WEFT_INLINE void hadamard(float* x, int64_t size, const uint32_t* flips) {
   for (int64_t i = 0; i < size; i += lanes) {
-    f32v v = butterfly<2>(butterfly<1>(load<f32v>(x + i)));
+    f32v v = load<f32v>(x + i);
+    if (flips != nullptr) v = (f32v)((u32v)v ^ load<u32v>(flips + i));
+    v = butterfly<2>(butterfly<1>(v));
     if constexpr (lanes > 4) v = butterfly<4>(v);
     if constexpr (lanes > 8)
       if (size > 8) v = butterfly<8>(v);
@@ -39,7 +52,7 @@ WEFT_INLINE void hadamard(float* x, int64_t size) {
       }
 }
 
-// x times `factor` and -1 for the channels that the pattern of kernels/kv.py has it for.
+// -1 for the channels that the pattern of kernels/kv.py has it for.
 struct Signs {
   uint32_t flips[MAX_HEAD_DIM];
   constexpr Signs() : flips() {
@@ -48,19 +61,12 @@ struct Signs {
 };
 constexpr Signs SIGNS;
 
-WEFT_INLINE void sign(float* x, int64_t size, float factor) {
-  for (int64_t i = 0; i < size; i += lanes)
-    store(x + i, (f32v)((u32v)load<f32v>(x + i) ^ load<u32v>(SIGNS.flips + i)) * factor);
-}
-
-WEFT_INLINE void spread(float* x, int64_t size) {
-  sign(x, size, 1.0f);
-  hadamard(x, size);
-}
+WEFT_INLINE void spread(float* x, int64_t size) { hadamard(x, size, SIGNS.flips); }
 
 WEFT_INLINE void gather(float* x, int64_t size) {
-  hadamard(x, size);
-  sign(x, size, 1.0f / float(size));
+  hadamard(x, size, nullptr);
+  for (int64_t i = 0; i < size; i += lanes)
+    store(x + i, (f32v)((u32v)load<f32v>(x + i) ^ load<u32v>(SIGNS.flips + i)) * (1.0f / float(size)));
 }
 
 // A head's codes.

@@ -95,7 +95,7 @@ struct Writer {
     alignas(64) float turned[MAX_HEAD_DIM];
     rotate(x, norm, call.eps, cos, sin, depth / 2, turned);
     spread(turned, depth);
-    for (int64_t d = 0; d < depth; d += lanes) store_some(q + d, load<f32v>(turned + d) / float(depth), depth - d);
+    for (int64_t d = 0; d < depth; d += lanes) store_some(q + d, load<f32v>(turned + d) * (1.0f / float(depth)), depth - d);
   }
   WEFT_INLINE void key(const RotaryCall& call, const T* x, const float* cos, const float* sin, const Place& at) {
     const T* norm = static_cast<const T*>(call.k_norm);

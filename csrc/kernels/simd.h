@@ -88,7 +88,11 @@ WEFT_INLINE float widen(bf16 x) {
   memcpy(&f, &bits, sizeof f);
   return f;
 }
+#if defined(WEFT_LEVEL_avx512)  // GCC 12 makes two halves of a conversion, or single elements
+WEFT_INLINE f32v widen(u16v x) { return (f32v)((u32v)_mm512_maskz_cvtepu16_epi32(ALL_LANES, (__m256i)x) << 16); }
+#else
 WEFT_INLINE f32v widen(u16v x) { return (f32v)(__builtin_convertvector(x, u32v) << 16); }
+#endif
 WEFT_INLINE f32v load_bf16(const bf16* from) { return widen(load<u16v>(from)); }
 
 // float -> bfloat16, to nearest, ties to even; NaN stays NaN. The scalar form gives the vector form's bits.
