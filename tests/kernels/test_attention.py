@@ -26,7 +26,7 @@ MAX_LENGTH = 700
 
 @dataclass(frozen=True)
 class Shape:
-    """Of the attention of a model. spread: how far scores go apart."""
+    """Of the attention of a model. spread: how far scores go apart. cache: of the KV."""
 
     kv_heads: int
     group: int
@@ -36,6 +36,7 @@ class Shape:
     window: int | None = None
     norms: bool = False
     spread: float = 1.0
+    cache: str = "auto"
 
     @property
     def heads(self) -> int:
@@ -53,6 +54,7 @@ shapes = st.builds(
     norms=st.booleans(),
     spread=st.sampled_from([0.1, 1.0, 6.0]),
 )
+any_cache = shapes.flatmap(lambda shape: st.sampled_from([replace(shape, cache=c) for c in ("auto", "int8", "int4")]))
 # Around a vector of positions (16), a unit of rows (18), a block, a partition (256) and two of them.
 lengths = st.one_of(st.integers(1, 40), st.integers(250, 262), st.sampled_from([64, 128]))
 sequences = st.lists(lengths, min_size=1, max_size=3)  # the examples are longer
@@ -138,10 +140,9 @@ def at_once(kernels: Kernels, shape: Shape, inputs: Inputs, seed: int = 0, kv: A
 
 
 def make_kv(kernels: Kernels, shape: Shape, blocks: int, poisoned: bool = False) -> Any:
-    kv = kernels.make_kv(blocks, shape.block_size, shape.kv_heads, shape.head_dim, shape.dtype)
-    if poisoned:
-        for part in memory_of(kv, shape, blocks):
-            part.fill_(torch.nan)
+    kv = kernels.make_kv(blocks, shape.block_size, shape.kv_heads, shape.head_dim, shape.dtype, shape.cache)
+    if poisoned:  # every float of it is NaN, every code and zero its largest
+        ctypes.memset(kv.native.address, 0xFF, kv.native.bytes)
     return kv
 
 
@@ -193,9 +194,11 @@ def test_attention_is_the_references(backends: Any, shape: Shape, sequences: lis
 
 
 @many
-@given(shape=shapes, sequences=sequences, seed=seeds, data=st.data())
+@given(shape=any_cache, sequences=sequences, seed=seeds, data=st.data())
 @example(shape=replace(LLAMA, norms=True), sequences=[600, 20, 260], seed=0, data=None)
 @example(shape=replace(SMALL, window=100, spread=6.0), sequences=[600], seed=0, data=None)
+@example(shape=replace(LLAMA, norms=True, cache="int4"), sequences=[600, 20, 260], seed=0, data=None)
+@example(shape=replace(SMALL, window=100, spread=6.0, cache="int8"), sequences=[600], seed=0, data=None)
 def test_the_bits_of_a_row_are_its_own(
     backends: Any, shape: Shape, sequences: list[int], seed: int, data: st.DataObject | None
 ) -> None:
@@ -223,7 +226,7 @@ def cut(length: int, data: st.DataObject | None) -> list[tuple[int, int]]:
 
 
 @many
-@given(shape=shapes, seed=seeds, length=st.sampled_from([5, 40, 300]), data=st.data())
+@given(shape=any_cache, seed=seeds, length=st.sampled_from([5, 40, 300]), data=st.data())
 def test_nan_stays_with_the_rows_that_see_it(
     backends: Any, shape: Shape, seed: int, length: int, data: st.DataObject
 ) -> None:
@@ -239,13 +242,16 @@ def test_nan_stays_with_the_rows_that_see_it(
     assert y[bad:reach].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [(torch.float32, "auto"), (torch.bfloat16, "auto"), (torch.bfloat16, "int4"), (torch.float32, "int8")],
+)
 @pytest.mark.parametrize("window", [None, 3000])
 def test_a_long_context_is_split_over_the_threads_without_a_trace(
-    backends: Any, dtype: torch.dtype, window: int | None
+    backends: Any, dtype: torch.dtype, cache: str, window: int | None
 ) -> None:
     """Beside a short one, and long enough for every thread to take some of its partitions."""
-    shape = Shape(kv_heads=2, group=4, head_dim=64, block_size=32, dtype=dtype, window=window)
+    shape = Shape(kv_heads=2, group=4, head_dim=64, block_size=32, dtype=dtype, window=window, cache=cache)
     inputs = make_inputs(shape, [20000, 5], 0)
     outs = []
     for kernels in (backends.one, backends.two):
