@@ -51,7 +51,7 @@ from contestant import Contestant, ContestantError
 ROUNDS, MINUTES = 5, 40.0
 SEQUENCES = 16
 SCORED = 64
-ALIKE = 0.5  # least correlation of two engines' log-probabilities that is one model's, quantised in two ways
+ALIKE = 0.4  # least correlation with BF16's log-probabilities: random weights suffer much from 4 bits, others have 0
 SMALL_REPEATS = 5  # the small model answers in a tenth of a second
 BITS = 4 + 16 / 128  # a weight and its part of the scale
 KV = "int4"
@@ -81,14 +81,15 @@ def main() -> None:
     big, small = models.random_llama(cache), models.builtin()
     rng = np.random.default_rng(arguments.seed)
     questions = [_question(case, small if case is SMALL else big) for case in arguments.cases]
-    memory = _memory(big, arguments.kv, cache)
+    scored = questions[0].prompts(rng, SCORED)[0]
+    memory, truth = _memory(big, arguments.kv, cache, scored)
     with ExitStack() as stack:
         contest = Contest(stack.enter_context(peers.probes(cache / "probes.log")))
         contest.load(_entrants(arguments, big, small, cache), stack)
         missing = [case.name for case in arguments.cases if not _ours(contest, case)]
         if missing:
             raise SystemExit(f"weft cannot take part in {missing[0]}: {contest.failed.get(OURS)}")
-        checks = [*_loaded_rows(contest), *_agreement(contest, questions[0].prompts(rng, SCORED)[0])]
+        checks = [*_loaded_rows(contest), *_agreement(contest, scored, truth)]
         contest.warm_up(questions, rng)
         turns, done = rounds(contest, questions, rng, arguments.rounds, start + 60 * arguments.minutes)
     counted, notes = {}, []
@@ -149,25 +150,31 @@ def _ours(contest: Contest, case: Case) -> bool:
     return any(entrant.name == OURS and case.name in entrant.cases for entrant, _ in contest.loaded)
 
 
-def _memory(folder: Path, kv: str, cache: Path) -> dict[str, Any]:
-    """What weft reports of its memory in BF16 and in 4 bits, one after the other, and the ratios."""
+def _memory(folder: Path, kv: str, cache: Path, scored: list[int]) -> tuple[dict[str, Any], list[float]]:
+    """What weft reports of its memory in BF16 and in 4 bits, one after the other, and the ratios.
+
+    And what it says in BF16 of the tokens to be scored: their log-probabilities.
+    """
     common.say("memory of weft, in BF16 and in 4 bits")
     reported: dict[str, dict[str, float]] = {}
+    truth: list[float] = []
     for name, model, cache_dtype in (("bf16", folder, "auto"), ("fmpq", quantised_models.fmpq(folder, cache), kv)):
         with peers.weft(model, SEQUENCES, _log(cache, "weft-memory"), cache_dtype) as one:
             parts = one.facts["memory"]
+            truth = truth or one.ask("score", tokens=scored)["logprobs"]
             reported[name] = {
                 "weights": parts["weights"],
                 "kv_of_a_token": parts["KV pool"] / one.facts["kv_slots"],
                 "resident": common.resident_bytes(one.pid),
             }
     plain, four = reported["bf16"], reported["fmpq"]
-    return {
+    row = {
         "check": "memory",
         "bytes": reported,
         "weight_bytes_ratio": four["weights"] / plain["weights"],
         "kv_bytes_ratio": four["kv_of_a_token"] / plain["kv_of_a_token"],
     }
+    return row, truth
 
 
 def _loaded_rows(contest: Contest) -> list[dict[str, Any]]:
@@ -183,21 +190,20 @@ def _loaded_rows(contest: Contest) -> list[dict[str, Any]]:
     ]
 
 
-def _agreement(contest: Contest, tokens: list[int]) -> list[dict[str, Any]]:
-    """How like weft's log-probabilities of some tokens those of the others are, who run the same model rounded in
-    another way. An engine that gives none is passed over."""
-    found: dict[str, list[float]] = {}
+def _agreement(contest: Contest, tokens: list[int], truth: list[float]) -> list[dict[str, Any]]:
+    """How everybody's log-probabilities of some tokens correlate with those of weft in BF16, so that nobody runs another
+    model. An engine that gives none is passed over."""
+    found = []
     for entrant, one in contest.loaded:
         if ALL[0] in entrant.cases:
             try:
-                found[entrant.name] = one.ask("score", tokens=tokens)["logprobs"]
+                theirs = one.ask("score", tokens=tokens)["logprobs"]
             except ContestantError as error:
                 common.say(f"{entrant.name} is not compared: {error}")
-    ours = found.pop(OURS)
-    return [
-        {"check": "agreement", "of": [OURS, name], "correlation": float(np.corrcoef(ours, theirs)[0, 1])}
-        for name, theirs in found.items()
-    ]
+                continue
+            same = float(np.corrcoef(truth, theirs)[0, 1])
+            found.append({"check": "agreement", "of": entrant.name, "correlation": same})
+    return found
 
 
 def _rows(case: Case, turns: dict[str, list[Turn]], big: Path, failed: dict[str, str]) -> list[dict[str, Any]]:
@@ -273,7 +279,7 @@ def _notes(
     for row in checks:
         if row.get("check") == "agreement":
             word = "" if row["correlation"] >= ALIKE else "NOT THE SAME MODEL? "
-            notes.append(f"{word}log-probabilities of {' and '.join(row['of'])} correlate by {row['correlation']:.3f}")
+            notes.append(f"{word}log-probabilities of {row['of']} correlate with BF16's by {row['correlation']:.3f}")
     if (load := common.load_note(watch)) is not None:
         notes.append(load)
     return notes

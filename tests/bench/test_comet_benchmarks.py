@@ -296,8 +296,11 @@ def test_a_trace_is_cut_by_time_and_by_length(scripts: Any) -> None:
     serving = scripts("comet_serving")
     rows = [(5.0, Size(1600, 40)), (6.0, Size(8000, 4)), (9.0, Size(16, 4000)), (20.0, Size(1, 1))]
     assert [serving.count_within(rows, seconds) for seconds in (0.0, 1.0, 4.0, 100.0)] == [1, 2, 3, 4]
+    assert serving.after(rows, 6.0) == rows[1:]
+    with pytest.raises(SystemExit, match="--skip is 21"):
+        serving.after(rows, 21.0)
     sizes, cut = serving.fitted(rows, serving.LLAMA)
-    assert sizes == [Size(100, 10), Size(256, 1), Size(1, 144), Size(1, 1)]
+    assert sizes == [Size(100, 20), Size(256, 2), Size(1, 240), Size(1, 1)]
     assert cut == 2
 
 
@@ -320,10 +323,10 @@ def test_requests_of_a_lower_rate_are_among_those_of_the_highest(scripts: Any, t
     from weft.models.families import parse_config
 
     serving = scripts("comet_serving")
-    arguments = type("Arguments", (), {"trace": None, "seconds": 4.0})
+    arguments = type("Arguments", (), {"trace": None, "seconds": 4.0, "skip": 9.0})
     config = parse_config(scripts("models").LLAMA_1B)
     loads, notes = serving._loads(arguments, serving.BUILTIN, config, np.random.default_rng(1))
-    few, many = loads[1.0], loads[4.0]
+    few, many = loads[2.0], loads[8.0]
     assert 0 < len(few) < len(many) and [shot.prompt for shot in few] == [shot.prompt for shot in many[: len(few)]]
     assert few[-1].due <= 4.0 and many[-1].due <= 4.0
     assert all(isinstance(shot, Shot) and len(shot.prompt) == shot.input_tokens for shot in many)
