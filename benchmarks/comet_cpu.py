@@ -191,7 +191,7 @@ def _loaded_rows(contest: Contest) -> list[dict[str, Any]]:
 
 
 def _agreement(contest: Contest, tokens: list[int], truth: list[float]) -> list[dict[str, Any]]:
-    """How everybody's log-probabilities of some tokens correlate with those of weft in BF16, so that nobody runs another
+    """How all log-probabilities of some tokens correlate with those of weft in BF16, so that nobody runs another
     model. An engine that gives none is passed over."""
     found = []
     for entrant, one in contest.loaded:
