@@ -3,9 +3,11 @@
     python benchmarks/foreign.py [--quick] [--json FILE]
 
 The built-in model's layers are rounded to the nearest in the formats below and served twice, on the same kernels: as
-the quantised checkpoint, and as bfloat16 weights with the values that its integers stand for. Shown is the KL divergence
-of the first from the second, in nats for each token of held-out text, beside what the 4 or 8 bits of the weights cost
-(the second from the built-in model as it is), and the memory of the weights.
+the quantised checkpoint, and as bfloat16 weights with the values that its integers stand for. Shown is the KL
+divergence of the first from the second, in nats for each token of held-out text, beside what the 4 or 8 bits of the
+weights cost (the second from the built-in model as it is), and the memory of the weights.
+
+Claim: w4a16_in_a8_added_kl_percent, the first divergence in percent of the second, with weights in groups of 128.
 """
 
 from __future__ import annotations
@@ -41,18 +43,17 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """bits and group (None: per output) of compressed-tensors weights; claim: the name of the divergence, if one."""
+    """bits and group (None: per output) of compressed-tensors weights."""
 
     name: str
     bits: int
     group: int | None
-    claim: str | None = None
 
 
 FORMATS = (
-    Format("W4A16, groups of 128", 4, 128, "w4a16_in_a8_kl"),
-    Format("W4A16, groups of 32", 4, 32, "w4a16_groups_of_32_kl"),
-    Format("W8A16, per output", 8, None, "w8a16_in_a8_kl"),
+    Format("W4A16, groups of 128", 4, 128),
+    Format("W4A16, groups of 32", 4, 32),
+    Format("W8A16, per output", 8, None),
 )
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_folder(source)
     text = windows(standard_library()[1], tokenizer.encode, 4 if arguments.quick else 48, LENGTH, seed=0)
     kernels = open_kernels("auto", tuple(sorted(os.sched_getaffinity(0))))
-    rows, claims = [], {}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
         original, _ = served(source, kernels, text)
         for form in FORMATS:
@@ -70,15 +71,14 @@ def main() -> None:
             write(source, quantised, plain, form)
             dequantised, plain_bytes = served(plain, kernels, text)
             found, bytes_ = served(quantised, kernels, text)
-            row = {
-                "format": form.name,
-                "activations_kl": divergence(dequantised, found),
-                "weights_kl": divergence(original, dequantised),
-                "weight_bytes_ratio": bytes_ / plain_bytes,
-            }
-            rows.append(row)
-            if form.claim:
-                claims[form.claim] = row["activations_kl"]
+            rows.append(
+                {
+                    "format": form.name,
+                    "activations_kl": divergence(dequantised, found),
+                    "weights_kl": divergence(original, dequantised),
+                    "weight_bytes_ratio": bytes_ / plain_bytes,
+                }
+            )
     kernels.close()
     print(f"{kernels.name} kernels, {len(text)} sequences of {LENGTH} tokens\n")
     print(
@@ -96,7 +96,10 @@ def main() -> None:
         )
     )
     print()
-    common.report(arguments, claims, rows)  # nothing here is a time, so other load does not matter
+    added = 100 * float(rows[0]["activations_kl"]) / float(rows[0]["weights_kl"])
+    common.report(
+        arguments, {"w4a16_in_a8_added_kl_percent": added}, rows
+    )  # nothing here is a time, so other load does not matter
 
 
 def write(source: Path, quantised: Path, plain: Path, form: Format) -> None:

@@ -129,7 +129,7 @@ def test_exact_a4_is_a_flag_of_the_engine(quantised: Path, name: str) -> None:
 
 
 def test_exact_a4_is_refused_where_no_outlier_blocks_were_chosen() -> None:
-    with pytest.raises(ConfigError, match="--exact-a4 is for fmpq checkpoints.*are not quantised: leave the flag out"):
+    with pytest.raises(ConfigError, match=r"--exact-a4 is for fmpq checkpoints.*are not quantised: leave the flag out"):
         LLM("builtin", kernels="reference", exact_a4=True)
 
 
