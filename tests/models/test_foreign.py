@@ -363,6 +363,18 @@ def test_biases_of_zero_that_AutoGPTQ_wrote_are_read(made: Callable[[str], Made]
     assert torch.equal(served(folder, QuantisedReferenceKernels((0,)))[0], expected)
 
 
+def test_the_config_that_AutoGPTQ_wrote_beside_is_read(made: Callable[[str], Made], tmp_path: Path) -> None:
+    expected, _ = served(made("gptq").folder, QuantisedReferenceKernels((0,)))
+    folder = changed(made("gptq").folder, tmp_path, lambda tensors: None)
+    config = json.loads((folder / "config.json").read_text())
+    setting = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(
+        json.dumps({key: setting[key] for key in setting if key[:5] != "quant"})
+    )
+    assert torch.equal(served(folder, QuantisedReferenceKernels((0,)))[0], expected)
+
+
 def test_orders_that_differ_within_a_site_are_held_in_8_bits(made: Callable[[str], Made], tmp_path: Path) -> None:
     one = made("gptq in order of activations")
     name = "model.layers.0.self_attn.v_proj.g_idx"

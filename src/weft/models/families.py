@@ -25,6 +25,7 @@ ARCHITECTURES = {
     "Qwen3ForCausalLM": "qwen3",
 }
 DTYPES = ("float32", "bfloat16", "float16")
+GPTQ_FILE = "quantize_config.json"  # what AutoGPTQ wrote before config.json had a place for it
 QUANTISED = ("fmpq", "gptq", "awq", "compressed-tensors")  # quant_method of `quantization_config`
 LARGEST_WIDTH = 2**20
 
@@ -85,7 +86,10 @@ def read_config(folder: Path) -> ModelConfig:
     """The model that `folder`/config.json describes. Raises CheckpointError naming the key and its value."""
     if not (folder / CONFIG_FILE).exists():
         raise CheckpointError(f"{folder} has no {CONFIG_FILE}: it is not a Hugging Face model folder")
-    return parse_config(read_object(folder / CONFIG_FILE))
+    raw, beside = read_object(folder / CONFIG_FILE), folder / GPTQ_FILE
+    if raw.get("quantization_config") is None and beside.exists():
+        raw["quantization_config"] = {"quant_method": "gptq"} | read_object(beside)
+    return parse_config(raw)
 
 
 def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
