@@ -454,12 +454,16 @@ def test_settings_that_cannot_be_honoured_are_told_by_key(made: Callable[[str], 
 # ---------------------------------------------------------------- the whole
 
 
-@pytest.mark.parametrize("kernels", available())
-def test_a_folder_answers_with_nothing_else_to_say(tmp_path: Path, kernels: str) -> None:
+ANSWERS = [(kernels, "w4a16") for kernels in available()]
+ANSWERS += [(available()[0], name) for name in ("gptq in order of activations", "awq", "w8a8", "some layers left")]
+
+
+@pytest.mark.parametrize(("kernels", "name"), ANSWERS)
+def test_a_folder_answers_with_nothing_else_to_say(tmp_path: Path, kernels: str, name: str) -> None:
     model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
-    one = make(tmp_path, "tied", compressed("pack-quantized", 4, "group", 128, weights={"symmetric": True}), model)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BUILTIN / name, tmp_path)
+    one = make(tmp_path, "", FORMATS[name][1], model)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BUILTIN / file, tmp_path)
     with LLM(str(tmp_path), kernels=kernels, max_model_len=64, dtype="float32") as llm:
         (answer,) = llm.generate(["import os\n"], SamplingParams(max_tokens=6, temperature=0))
     tokens = [*answer.prompt_token_ids]
