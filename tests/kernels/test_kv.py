@@ -1,13 +1,30 @@
-"""Keys and values in 8 and 4 bits: the reference against plain statements."""
+"""Keys and values in 8 and 4 bits: the reference against plain statements, and every level against the reference.
+
+That a row's bits are its own, for these too, is in test_attention.py.
+"""
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from weft.core.plan import Slice
 from weft.kernels import kv
+from weft.kernels.base import Batch
+from weft.kernels.kv import Codes, QuantisedKv
+from weft.kernels.reference import ReferenceKernels
+from weft.models.batch import make_batch
+
+reference = ReferenceKernels((0,))
+many = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 rows = st.builds(
     lambda seed, size, power: (
@@ -68,3 +85,200 @@ def test_a_cache_that_cannot_be_is_refused() -> None:
         kv.bits_of("bf16", torch.float32)
     with pytest.raises(ValueError, match="no KV cache of 'int2'; what would work: auto, bf16, int8, int4"):
         kv.bits_of("int2", torch.float32)
+
+
+# The C++ kernels.
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_torch_thread() -> Iterator[None]:
+    """The reference works on small tensors, and torch's threads wait for one another longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A sequence of `length` tokens in one slice, and a KV for it."""
+
+    kv_heads: int
+    group: int
+    head_dim: int
+    block_size: int
+    length: int
+    dtype: torch.dtype
+    cache: str
+    seed: int
+    window: int | None = None
+
+    @property
+    def heads(self) -> int:
+        return self.kv_heads * self.group
+
+    @property
+    def blocks(self) -> int:
+        return -(-self.length // self.block_size) + 1
+
+    def batch(self) -> Batch:
+        order = torch.randperm(self.blocks, generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return make_batch([Slice(0, 0, (0,) * self.length, tuple(order[1:]), None)], self.block_size)
+
+    def make_kv(self, kernels: Any) -> Any:
+        return kernels.make_kv(self.blocks, self.block_size, self.kv_heads, self.head_dim, self.dtype, self.cache)
+
+    def rows(self) -> torch.Tensor:
+        """qkv with what is hard to quantise: outliers, heads on one side of zero, constant, tiny and huge ones."""
+        generator = torch.Generator().manual_seed(self.seed)
+        x = torch.randn(self.length, self.heads + 2 * self.kv_heads, self.head_dim, generator=generator)
+        kinds = torch.randint(0, 12, x.shape[:2], generator=generator)
+        x[kinds == 0, 3] *= 300
+        x[kinds == 1] += 9
+        x[kinds == 2] = -0.75
+        x[kinds == 3] = 0
+        x[kinds == 4] *= 2.0**-110
+        x[:, self.heads :][kinds[:, self.heads :] == 5] *= 2.0**100
+        return x.to(self.dtype).view(self.length, -1)
+
+    def write(self, kernels: Any, store: Any, qkv: torch.Tensor) -> torch.Tensor:
+        angles = torch.rand(self.length, self.head_dim // 2, generator=torch.Generator().manual_seed(self.seed)) * 6
+        tables = angles.cos(), angles.sin()
+        return kernels.rotary_write(qkv, *tables, store, self.batch(), self.heads, self.kv_heads, None, None, 1e-6)
+
+    def attend(self, kernels: Any, store: Any, q: torch.Tensor) -> torch.Tensor:
+        scale = self.head_dim**-0.5
+        return kernels.attention(q, store, self.batch(), self.heads, self.kv_heads, scale, self.window)
+
+
+cases = st.builds(
+    Case,
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 5, 7, 8, 9, 20]),
+    head_dim=st.sampled_from([8, 16, 24, 64, 72, 80, 96, 128, 256]),
+    block_size=st.sampled_from([16, 32, 64, 128]),
+    length=st.one_of(st.integers(1, 40), st.integers(250, 262)),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    cache=st.sampled_from(["int8", "int4"]),
+    seed=st.integers(0, 2**31),
+    window=st.one_of(st.none(), st.integers(1, 20), st.integers(200, 400)),
+)
+
+
+def stored(native: Any, case: Case) -> QuantisedKv:
+    """What lies in the memory of the C++ kernels, by the description in csrc/attention.h."""
+    bits = kv.BITS[case.cache]
+    spread_over = 2 if bits == 4 else 1  # channels in a byte of values
+    multiple = 16 * spread_over
+    width = -(-case.head_dim // multiple) * multiple
+    slots = case.blocks * case.kv_heads * case.block_size
+    memory = np.frombuffer(bytes((ctypes.c_ubyte * native.bytes).from_address(native.address)), np.uint8)
+    sizes = slots * case.head_dim * bits // 8, slots * width * bits // 8, slots * 6
+    assert native.bytes == sum(sizes)
+    key_bytes, value_bytes, number_bytes = np.split(memory, np.cumsum(sizes)[:2])
+    shape = (case.blocks, case.kv_heads)
+
+    words = key_bytes.view(np.uint32).reshape(*shape, -1, case.block_size)
+    at = np.array([j * bits + high for j in range(16 // bits) for high in (0, 16)])
+    keys = words[:, :, :, None] >> at[:, None].astype(np.uint32) & (1 << bits) - 1
+    keys = keys.reshape(*shape, case.head_dim, case.block_size).transpose(0, 3, 1, 2)
+
+    words = value_bytes.view(np.uint32).reshape(*shape, case.block_size // 4, -1)
+    parts = [[words >> (j * 8 + high + half * 4) & (1 << bits) - 1 for j in (0, 1) for high in (0, 16)]
+             for half in range(spread_over)]  # fmt: skip
+    by_word = np.stack([np.stack(part, axis=-2) for part in parts], axis=-2)  # [.., block_size / 4, 4, halves, words]
+    by_word = by_word.reshape(*shape, case.block_size, spread_over, -1, 16)
+    values = (
+        by_word.swapaxes(-3, -2).reshape(*shape, case.block_size, width)[..., : case.head_dim].transpose(0, 2, 1, 3)
+    )
+
+    numbers = number_bytes.reshape(*shape, case.block_size // 16, 96)
+    scales = [numbers[..., i : i + 32].copy().view(np.uint16).reshape(*shape, -1) for i in (0, 32)]
+    zeros = [numbers[..., i : i + 16].reshape(*shape, -1) for i in (64, 80)]
+    found = [
+        Codes(
+            torch.from_numpy(codes.astype(np.uint8)),
+            torch.from_numpy(scale.swapaxes(1, 2).astype(np.int16)).view(torch.bfloat16),
+            torch.from_numpy(zero.swapaxes(1, 2).copy()),
+        )
+        for codes, scale, zero in zip((keys, values), scales, zeros, strict=True)
+    ]
+    return QuantisedKv(*found, bits)
+
+
+@many
+@given(case=cases, sick=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]))
+@example(case=Case(2, 2, 64, 16, 300, torch.bfloat16, "int4", 0), sick=torch.nan)
+@example(case=Case(2, 2, 80, 32, 300, torch.float32, "int8", 1), sick=-torch.inf)
+def test_queries_codes_scales_and_zeros_are_the_references_to_the_bit(
+    backends: Any, case: Case, sick: float | None
+) -> None:
+    qkv = case.rows()
+    if sick is not None:
+        qkv[case.length // 2, case.head_dim * case.heads :: case.head_dim] = sick  # the first channel of each head
+    native, plain = case.make_kv(backends.two), case.make_kv(reference)
+    q, expected = (case.write(kernels, store, qkv) for kernels, store in ((backends.two, native), (reference, plain)))
+    assert torch.equal(q, expected)
+    found = stored(native.native, case)
+    for ours, truth in ((found.keys, plain.keys), (found.values, plain.values)):
+        assert torch.equal(ours.scales.view(torch.int16), truth.scales.view(torch.int16))
+        assert torch.equal(ours.zeros, truth.zeros)
+        assert torch.equal(ours.codes, truth.codes)
+
+
+@many
+@given(case=cases, spread=st.sampled_from([0.1, 1.0, 6.0]))
+@example(case=Case(1, 8, 64, 16, 600, torch.bfloat16, "int4", 0), spread=1.0)
+@example(case=Case(1, 8, 64, 16, 600, torch.bfloat16, "int8", 0, window=300), spread=6.0)
+@example(case=Case(2, 7, 128, 32, 300, torch.float32, "int4", 0), spread=6.0)
+def test_attention_is_that_over_the_dequantised_keys_and_values(backends: Any, case: Case, spread: float) -> None:
+    """In float64, over what the memory holds. Float32 sums in another order err by some 1e-5 of sum(weight * |value|);
+    the AVX-512 level rounds weights to bfloat16. What was spread averages the errors of all channels."""
+    generator = torch.Generator().manual_seed(case.seed)
+    qkv = torch.randn(case.length, case.heads + 2 * case.kv_heads, case.head_dim, generator=generator)
+    qkv[:, : case.heads] *= spread
+    native = case.make_kv(backends.two)
+    q = case.write(backends.two, native, qkv.to(case.dtype).view(case.length, -1))
+    y = case.attend(backends.two, native, q)
+    keys, values = (
+        part[: case.length].double().repeat_interleave(case.group, dim=1).transpose(0, 1)
+        for part in stored(native.native, case).read(case.batch().tables[0].long())
+    )
+    queries = q.double().view(case.length, case.heads, case.head_dim).transpose(0, 1)
+    distance = torch.arange(case.length)[:, None] - torch.arange(case.length)
+    hidden = (distance < 0) | (distance >= (case.window or case.length))
+    weights = (queries @ keys.mT * case.head_dim**-0.5).masked_fill(hidden, -torch.inf).softmax(dim=-1)
+    exact = kv.gather(weights @ values).transpose(0, 1).reshape(case.length, -1)
+    bound = (weights @ values.abs()).amax(dim=-1)
+    bound = bound.T.repeat_interleave(case.head_dim, dim=1) / (case.head_dim**0.5 if kv.spreads(case.head_dim) else 1)
+    allowed = 3e-5 * (1 + spread) * bound
+    if case.dtype is torch.bfloat16:
+        allowed += 2.0**-8 * (2 * exact.abs() + 2 * bound)
+    error = (y.double() - exact).abs()
+    assert (error <= allowed).all(), float((error / allowed).max())
+
+
+@pytest.mark.parametrize(("cache", "head_dim", "most"), [("int4", 64, 0.28), ("int4", 128, 0.27), ("int8", 64, 0.53)])
+def test_the_pool_takes_this_part_of_bfloat16s(backends: Any, cache: str, head_dim: int, most: float) -> None:
+    """kv_bytes_ratio, of the memory that is really taken; and what the pool is planned with is what it takes."""
+    small, wide = (backends.one.make_kv(64, 16, 4, head_dim, torch.bfloat16, name) for name in (cache, "bf16"))
+    assert small.bytes / wide.bytes <= most
+    for store, name in ((small, cache), (wide, "bf16")):
+        assert store.bytes == 64 * 16 * kv.token_bytes(4, head_dim, torch.bfloat16, name)
+
+
+@pytest.mark.parametrize("head_dim", [8, 24, 72, 80, 256])
+@pytest.mark.parametrize("cache", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_bytes_of_a_token_are_planned_as_they_are_taken(
+    backends: Any, head_dim: int, cache: str, dtype: torch.dtype
+) -> None:
+    taken = backends.one.make_kv(3, 32, 2, head_dim, dtype, cache).bytes
+    assert taken == 3 * 32 * kv.token_bytes(2, head_dim, dtype, cache)
+
+
+def test_a_cache_that_the_activations_cannot_have_is_refused(backends: Any) -> None:
+    with pytest.raises(ValueError, match="a KV cache of bf16 needs activations of bfloat16, and they are float32"):
+        backends.one.make_kv(4, 16, 2, 64, torch.float32, "bf16")
+    with pytest.raises(ValueError, match="no KV cache of 'fp8'"):
+        backends.one.make_kv(4, 16, 2, 64, torch.bfloat16, "fp8")

@@ -93,8 +93,8 @@ def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
     x, low = torch.where(usable, x, 0.0), torch.where(usable, low, 0.0)
     zero = (-low / step * steps).round().clamp(max=255)
     codes = (x / step + zero / steps).round().clamp(0, top)
-    none = torch.where(scale.isfinite() & (scale < TINY), 0.0, torch.nan).bfloat16()
-    scale = torch.where(usable, scale, none)
+    nan, nothing = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16), scale.new_zeros(())
+    scale = torch.where(usable, scale, torch.where(scale < TINY, nothing, nan))  # a NaN is under nothing
     return codes.byte(), scale.squeeze(-1), zero.byte().squeeze(-1)
 
 
