@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weft.comet.foreign import ForeignLinear, check_shape, join, read_linear
 from weft.comet.reference import QuantisedLinear
@@ -271,6 +274,7 @@ AWQ: dict[str, Any] = {"quant_method": "awq", "bits": 4, "group_size": 128, "zer
         (GPTQ | {"modules_in_block_to_quantize": [3]}, "modules_in_block_to_quantize is [3]; it must be a list"),
         (GPTQ | {"dynamic": {"+:.*": {"bits": 8}}}, "dynamic is"),
         (GPTQ | {"dynamic": {"-:(": {}}}, "dynamic is '('; it is no regular expression"),
+        (GPTQ | {"dynamic": {"-:a{99999999999999999999}": {}}}, "it is no regular expression"),
         (AWQ | {"version": "gemv"}, "version is 'gemv'; weft reads gemm"),
         (AWQ | {"format": "marlin"}, "format is 'marlin'; weft reads gemm"),
         (AWQ | {"modules_to_not_convert": "lm_head"}, "must be a list of module names"),
@@ -296,6 +300,29 @@ def test_what_cannot_be_honoured_is_refused_by_key(raw: Any, words: str) -> None
     with pytest.raises(CheckpointError) as caught:
         parse_scheme(raw)
     assert words in caught.value.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.sampled_from(["re:a{9}", "-:x"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_value_anywhere_is_read_or_refused(data: st.DataObject) -> None:
+    raw = copy.deepcopy(data.draw(st.sampled_from([GPTQ, AWQ, compressed(), compressed(input_activations=TOKEN)])))
+    more = ["dynamic", "lm_head", "modules_in_block_to_quantize", "modules_to_not_convert", "checkpoint_format"]
+    inner = raw["config_groups"]["group_0"] if "config_groups" in raw else raw
+    for part in (raw, inner, inner.get("weights", raw), inner.get("input_activations") or raw):
+        part |= data.draw(st.dictionaries(st.sampled_from([*part, *more]), JSON, max_size=1))
+    try:
+        scheme = parse_scheme(raw)
+    except CheckpointError as error:
+        assert "config.json: quantization_config" in error.message
+    else:
+        assert scheme.bits in (4, 8) and scheme.quantises(NAME) in (True, False)
 
 
 def test_broken_tensors_are_refused_by_file_and_name() -> None:

@@ -194,7 +194,7 @@ def _ignored(entry: str) -> re.Pattern[str]:
 def _pattern(key: str, text: str) -> re.Pattern[str]:
     try:
         return re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise _wrong(key, text, f"it is no regular expression: {error}") from error
 
 
