@@ -129,6 +129,30 @@ class Partition:
     decode: int
 
 
+class Regime(str, Enum):
+    """How two lanes share one device."""
+
+    SPLIT = "split"  # side by side, each on its share
+    TURNS = "turns"  # one after the other, each on the whole device, in proportion to the shares
+    MIXED = "mixed"  # the decode lane has the whole device and takes parts of prompts along
+
+
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """What the scheduler and the device go by until told otherwise.
+
+    partition: the shares (SPLIT), or the parts of the time (TURNS). chunk: most tokens of prompts in a step that has
+    decoding sequences, too (MIXED), or that another lane waits for (TURNS); None: as many as fit.
+    size_weight: seconds that each token of its prompt puts a request back in the queue. 0: order of arrival.
+    Otherwise the shortest goes first, and waiting makes up for size: a constant order, like that of priorities.
+    """
+
+    regime: Regime
+    partition: Partition
+    chunk: int | None = None
+    size_weight: float = 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class Capacity:
     """What a device offers; fixed once it is open.

@@ -1,0 +1,310 @@
+"""Latency models, fitted online from what was observed. Pure functions; standard library and numpy.
+
+    TTFT = a / (x - load) + b                                               semi-PD, equations 1 to 3
+    step = b + (a + token * T + slot * C) / min(share, saturation), times (1 + contention * rival)
+
+The first is the paper's: x is the prefill lane's share, load the work that arrives (seconds of the whole device for
+each second). The second contains the paper's TPOT = a / y + b as the case of one batch and no rival, and adds what the
+paper leaves out: from the saturation point on a share buys nothing (decode fills the memory's bandwidth with part of
+the cores), and a lane that computes beside another takes longer, whatever its share.
+
+A fit never extrapolates from one share: that would be the model's word, not the data's. Newer samples count more
+(`half_life`), so that the fit follows a device or a load that drifts, and samples of a share that was left long ago
+stop counting as knowledge of it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from weft.phases.observations import Stepped
+
+Array = NDArray[np.float64]
+
+HALF_LIFE = 60.0
+# A share counts as seen when its samples weigh as much as so many new ones.
+SEEN = 2.0
+# Shares closer than this are the same.
+SAME_SHARE = 0.015
+# Never predict for a queue that is closer to instability than this: x > load * (1 + MARGIN).
+MARGIN = 0.02
+# Tukey's constant: 95 % efficient on normal errors; what is off by more than so many deviations counts nothing.
+TUKEY = 4.685
+SATURATIONS = tuple(round(0.1 * i, 2) for i in range(1, 11))
+# Turns of reweighting; more of them change nothing that matters.
+TURNS = 8
+# A column that varies less than this (relative) cannot be told from the constant.
+VARIES = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class TtftSample:
+    """One request's time to its first token, at share x and load lambda (both fractions of the device)."""
+
+    at: float
+    share: float
+    load: float
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Unfit:
+    """Why there is no model, in a sentence."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class TtftModel:
+    """TTFT = a / (x - load) + b. error: median of |observed - predicted| / observed. shares: those it rests on."""
+
+    a: float
+    b: float
+    samples: int = 0
+    shares: tuple[float, ...] = ()
+    error: float = 0.0
+
+    def predict(self, share: float, load: float) -> float:
+        """Seconds; infinite where the queue has no end (x <= load)."""
+        if share <= load * (1 + MARGIN) or share <= 0:
+            return math.inf
+        return self.a / (share - load) + self.b
+
+
+@dataclass(frozen=True, slots=True)
+class StepModel:
+    """Seconds of a step of T tokens that reads C slots, on a share, beside a rival (part of the time, 0 to 1).
+
+    saturation, contention: None where the samples do not tell; predictions then take 1 and 0.
+    """
+
+    fixed: float
+    base: float
+    token: float
+    slot: float
+    saturation: float | None = None
+    contention: float | None = None
+    samples: int = 0
+    shares: tuple[float, ...] = ()
+    error: float = 0.0
+
+    def predict(self, tokens: float, context: float, share: float = 1.0, rival: float = 0.0) -> float:
+        work = self.base + self.token * tokens + self.slot * context
+        alone = self.fixed + work / min(share, self.saturation or 1.0)
+        return alone * (1.0 + (self.contention or 0.0) * rival)
+
+
+def fit_ttft(samples: Sequence[TtftSample], now: float, *, half_life: float = HALF_LIFE) -> TtftModel | Unfit:
+    """The hyperbola through the samples; those of an unstable queue (x <= load) tell nothing of it."""
+    good = [one for one in samples if one.share > one.load * (1 + MARGIN) and one.seconds > 0]
+    weights = _ages([one.at for one in good], now, half_life)
+    shares = seen_shares([one.share for one in good], weights)
+    if len(shares) < 2:
+        return Unfit(_one_share("TTFT", shares))
+    x = np.array([1.0 / (one.share - one.load) for one in good])
+    y = np.array([one.seconds for one in good])
+    names, found = _non_negative({"a": x, "b": np.ones_like(x)}, y, weights)
+    a, b = (found[names.index(name)] if name in names else 0.0 for name in ("a", "b"))
+    return TtftModel(a, b, len(good), shares, _error(y, a * x + b, weights))
+
+
+def fit_steps(samples: Sequence[Stepped], now: float, *, half_life: float = HALF_LIFE) -> StepModel | Unfit:
+    """The step law of one lane. Two shares give its slope; the saturation point takes three."""
+    good = [one for one in samples if one.seconds > 0 and one.share > 0]
+    weights = _ages([one.at for one in good], now, half_life)
+    shares = seen_shares([one.share for one in good], weights)
+    if len(shares) < 2:
+        return Unfit(_one_share("step time", shares))
+    return _fit(good, weights, shares)
+
+
+def fit_one_share(samples: Sequence[Stepped], now: float, *, half_life: float = HALF_LIFE) -> StepModel | Unfit:
+    """What one share tells: the cost of tokens and slots there, all of it taken to scale with 1 / share.
+
+    For a start, before there is anything better; `shares` of the model names the one.
+    """
+    good = [one for one in samples if one.seconds > 0 and one.share > 0]
+    if len(good) < 3:
+        return Unfit(f"{len(good)} steps were seen; three are needed")
+    weights = _ages([one.at for one in good], now, half_life)
+    return _fit(good, weights, seen_shares([one.share for one in good], weights), fixed=False)
+
+
+def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: bool = True) -> StepModel:
+    y = np.array([one.seconds for one in good])
+    rival = np.array([one.rival for one in good])
+    share = np.array([one.share for one in good])
+    tokens = np.array([float(one.prompt + one.output) for one in good])
+    context = np.array([float(one.context) for one in good])
+    # Fewer than three shares cannot tell a saturation point from a slope.
+    points = [one for one in SATURATIONS if one > shares[0] * 1.01] if len(shares) > 2 else [1.0]
+    contention = _contention_start(rival)
+
+    def at(point: float) -> tuple[float, StepModel]:
+        return _fit_at(point, y, share, tokens, context, rival, contention, weights, fixed)
+
+    best = min(map(at, points), key=lambda one: one[0])
+    if len(points) > 1:
+        point = best[1].saturation or 1.0
+        between = [one for one in (point - 0.05, point + 0.05) if shares[0] * 1.01 < one <= 1.0]
+        best = min([best, *map(at, between)], key=lambda one: one[0])
+    model = best[1]
+    # A point at or beyond the greatest share seen is not a point: nothing was seen to saturate.
+    told = len(shares) > 2 and model.saturation is not None and model.saturation < shares[-1] * 0.999
+    predicted = np.array([model.predict(t, c, s, r) for t, c, s, r in zip(tokens, context, share, rival, strict=True)])
+    return StepModel(
+        model.fixed,
+        model.base,
+        model.token,
+        model.slot,
+        model.saturation if told else (1.0 if len(shares) > 2 else None),
+        model.contention,
+        len(good),
+        shares,
+        _error(y, predicted, weights),
+    )
+
+
+def _fit_at(
+    point: float,
+    y: Array,
+    share: Array,
+    tokens: Array,
+    context: Array,
+    rival: Array,
+    contention: float | None,
+    weights: Array,
+    fixed: bool,
+) -> tuple[float, StepModel]:
+    """(loss, model) for one saturation point. Contention multiplies, so it and the rest take turns to be fitted."""
+    inverse = 1.0 / np.minimum(share, point)
+    columns = {"base": inverse}
+    if fixed:
+        columns = {"fixed": np.ones_like(y), **columns}
+    for name, values in (("token", tokens), ("slot", context)):
+        if np.ptp(values) > VARIES * max(float(np.max(values)), 1e-12):
+            columns[name] = values * inverse
+
+    def costs(value: float) -> tuple[list[str], Array, Array]:
+        names, found = _non_negative(columns, y / (1.0 + value * rival), weights)
+        return names, found, np.maximum(np.column_stack([columns[name] for name in names]) @ found, 1e-12)
+
+    value = contention
+    if value is not None:
+        turns = [_added(columns, inverse, y, rival, weights)]
+        for _ in range(2):
+            turns.append(_contention(y / costs(turns[-1])[2] - 1.0, rival, weights))
+        value = _limit(*turns)
+    names, found, predicted = costs(value or 0.0)
+    got = {name: float(number) for name, number in zip(names, found, strict=True)}
+    whole = predicted * (1.0 + (value or 0.0) * rival)
+    # Mean absolute error relative to the value: an outlier counts, but does not rule. Of two points that explain the
+    # samples equally well, the one with less of a cost that no share changes.
+    loss = float(np.average(np.minimum(np.abs(y / whole - 1.0), 1.0), weights=weights))
+    loss += 0.002 * got.get("fixed", 0.0) / float(np.median(y))
+    overhead, base, token, slot = (got.get(name, 0.0) for name in ("fixed", "base", "token", "slot"))
+    return loss, StepModel(overhead, base, token, slot, point, value)
+
+
+def _added(columns: dict[str, Array], inverse: Array, y: Array, rival: Array, weights: Array) -> float:
+    """Contention as a cost that is added, relative to the mean step: near enough to start from."""
+    names, found = _non_negative({**columns, "rival": rival * inverse}, y, weights)
+    added = float(found[names.index("rival")]) if "rival" in names else 0.0
+    alone = float(np.mean(y)) - added * float(np.mean(rival * inverse))
+    return added * float(np.mean(inverse)) / max(alone, 1e-12)
+
+
+def _limit(first: float, second: float, third: float) -> float:
+    """Where a sequence that converges by a constant factor is going (Aitken), as far as three of its members tell."""
+    bend = (third - second) - (second - first)
+    if abs(bend) < 1e-6:
+        return third
+    end = third - (third - second) ** 2 / bend
+    return min(max(end, 0.0), 2.0 * max(first, third))
+
+
+def _contention_start(rival: Array) -> float | None:
+    """0 where the samples can tell contention: some alone, some beside a rival."""
+    return 0.0 if np.sum(rival > 0.5) >= 3 and np.sum(rival < 0.2) >= 3 else None
+
+
+def _contention(excess: Array, rival: Array, weights: Array) -> float:
+    beside = rival > 0.2
+    return max(0.0, _median(excess[beside] / rival[beside], weights[beside] * rival[beside]))
+
+
+def seen_shares(shares: Sequence[float], weights: Array) -> tuple[float, ...]:
+    """The different shares, in order, that have samples of enough weight."""
+    groups: list[list[float]] = []  # share, weight
+    for share, weight in sorted(zip(shares, weights.tolist(), strict=True)):
+        if groups and share - groups[-1][0] < SAME_SHARE:
+            groups[-1][1] += weight
+        else:
+            groups.append([share, weight])
+    return tuple(share for share, weight in groups if weight >= SEEN)
+
+
+def _one_share(what: str, shares: tuple[float, ...]) -> str:
+    if not shares:
+        return f"the {what} has too few fresh samples to fit"
+    return f"the {what} was seen at one share alone ({shares[0]:.0%}), which does not tell how it depends on the share"
+
+
+def _ages(times: Sequence[float], now: float, half_life: float) -> Array:
+    return np.asarray(np.exp2(-np.maximum(now - np.asarray(times, dtype=float), 0.0) / half_life))
+
+
+def _error(y: Array, predicted: Array, weights: Array) -> float:
+    return _median(np.abs(y - predicted) / y, weights)
+
+
+def _median(values: Array, weights: Array) -> float:
+    """Weighted median; 0 of nothing."""
+    if not values.size or weights.sum() <= 0:
+        return 0.0
+    order = np.argsort(values)
+    total = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(total, total[-1] / 2)])
+
+
+def _non_negative(columns: dict[str, Array], y: Array, weights: Array) -> tuple[list[str], Array]:
+    """Robust coefficients, none below zero: a cost that comes out negative is left out, and the rest fitted again."""
+    names = list(columns)
+    while True:
+        found = robust(np.column_stack([columns[name] for name in names]), y, weights)
+        if len(names) == 1 or found.min() >= 0:
+            return names, np.maximum(found, 0.0)
+        names.pop(int(np.argmin(found * [float(np.mean(columns[name])) for name in names])))
+
+
+def robust(columns: Array, y: Array, weights: Array) -> Array:
+    """Coefficients of y ~ columns that bad samples do not move: least absolute deviations, then Tukey's biweight.
+
+    Residuals count relative to the fitted value, because noise on a latency grows with it.
+    """
+    scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
+    scaled = columns / scale
+    floor = 1e-3 * float(np.median(np.abs(y))) + 1e-12
+    size = np.maximum(np.abs(y), floor)
+    trust = np.ones_like(y)
+    found = np.zeros(columns.shape[1])
+    # Where two columns are one, any split between them does: this keeps the equations solvable.
+    ridge = 1e-9 * np.eye(columns.shape[1])
+    for turn in range(TURNS):
+        row = scaled.T * (weights * trust / np.square(size))
+        equations = row @ scaled
+        found = np.linalg.solve(equations + ridge * float(np.trace(equations)), row @ y)
+        predicted = scaled @ found
+        size = np.maximum(np.abs(predicted), floor)
+        off = np.abs(y - predicted) / size
+        spread = max(1.4826 * float(np.median(off)), 1e-6)
+        if turn < TURNS // 2:
+            trust = spread / np.maximum(off, 0.05 * spread)
+        else:
+            trust = np.square(np.maximum(1.0 - np.square(off / (TUKEY * spread)), 1e-6))
+    return np.asarray(found / scale)

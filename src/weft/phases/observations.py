@@ -1,0 +1,101 @@
+"""What a controller is told, and what it decides: plain frozen data, so that a run can be recorded and replayed.
+
+Shares are fractions of the device, in (0, 1]. Times are seconds on the engine's monotonic clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from weft.core.plan import Lane, Sharing
+
+
+@dataclass(frozen=True, slots=True)
+class Arrived:
+    """A request was accepted. tokens: of its prompt."""
+
+    at: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """A lane finished a step. seconds: device time.
+
+    prompt, output: tokens of prompts, and tokens that follow a sequence's last one, which the step computed.
+    context: KV slots that it read. share: of the device, when it began. rival: the part of its time in which the other
+    lane computed, too, 0 to 1.
+    """
+
+    at: float
+    lane: Lane
+    seconds: float
+    prompt: int
+    output: int
+    context: int
+    share: float
+    rival: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class FirstToken:
+    """A request got its first token. tokens: of its prompt. share: the prefill lane's, then."""
+
+    at: float
+    arrived: float
+    tokens: int
+    share: float
+
+    @property
+    def ttft(self) -> float:
+        return self.at - self.arrived
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """A request ended well. ttft: to its first token. waited: of that, until its first step.
+    tpot: mean seconds between the tokens of a sequence; None for one token. output: tokens of one sequence."""
+
+    at: float
+    arrived: float
+    ttft: float
+    waited: float
+    tpot: float | None
+    output: int
+
+
+Observation = Arrived | Stepped | FirstToken | Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Queue:
+    """Where the engine stands when it asks.
+
+    waiting: (when it arrived, tokens still to compute) of the sequences without a first token, most urgent first.
+    decoding: sequences past it. context: tokens of those, in all.
+    """
+
+    waiting: tuple[tuple[float, int], ...] = ()
+    decoding: int = 0
+    context: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """From now on the device is shared so. reason: one sentence, for the log.
+
+    shed: seconds of prompts that may wait, of the whole device; a request beyond them is refused. None: any number.
+    """
+
+    at: float
+    sharing: Sharing
+    reason: str
+    shed: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """Seconds that the first token, and each later one, may take."""
+
+    ttft: float
+    tpot: float

@@ -1,0 +1,165 @@
+"""The latency models against data made from known parameters: with noise, outliers, drift, and too little of it."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.core.plan import Lane
+from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one_share, fit_steps, fit_ttft
+from weft.phases.observations import Stepped
+
+SHARES = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
+
+
+def ttft_samples(truth: TtftModel, rng: random.Random, count: int = 120, noise: float = 0.05) -> list[TtftSample]:
+    made = []
+    for number in range(count):
+        share = rng.choice(SHARES)
+        load = rng.uniform(0.0, 0.8) * share
+        seconds = truth.predict(share, load) * math.exp(rng.gauss(0.0, noise))
+        made.append(TtftSample(number * 0.1, share, load, seconds))
+    return made
+
+
+def steps(
+    truth: StepModel,
+    rng: random.Random,
+    count: int = 240,
+    noise: float = 0.03,
+    shares: tuple[float, ...] = SHARES,
+    start: float = 0.0,
+) -> list[Stepped]:
+    made = []
+    for number in range(count):
+        share, batch, context = rng.choice(shares), rng.randint(1, 32), rng.randint(100, 20000)
+        rival = rng.choice([0.0, 0.0, 0.6, 1.0])
+        seconds = truth.predict(batch, context, share, rival) * math.exp(rng.gauss(0.0, noise))
+        made.append(Stepped(start + number * 0.1, Lane.DECODE, seconds, 0, batch, context, share, rival))
+    return made
+
+
+def far(samples: list[Stepped], rng: random.Random, part: float) -> list[Stepped]:
+    """A part of the samples made 3 to 30 times too slow, as by a stalled machine."""
+    return [
+        Stepped(s.at, s.lane, s.seconds * rng.uniform(3, 30), 0, s.output, s.context, s.share, s.rival)
+        if rng.random() < part
+        else s
+        for s in samples
+    ]
+
+
+@given(a=st.floats(0.01, 2.0), b=st.floats(0.0, 0.5), seed=st.integers(0, 10**6))
+@settings(max_examples=25, deadline=None)
+def test_the_ttft_curve_is_found_again(a: float, b: float, seed: int) -> None:
+    rng, truth = random.Random(seed), TtftModel(a, b)
+    model = fit_ttft(ttft_samples(truth, rng), now=12.0)
+    assert isinstance(model, TtftModel)
+    for share, load in ((0.3, 0.1), (0.5, 0.3), (0.9, 0.2), (1.0, 0.7)):
+        assert model.predict(share, load) == pytest.approx(truth.predict(share, load), rel=0.08)
+    assert model.error < 0.08 and model.shares == pytest.approx(SHARES)
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=15, deadline=None)
+def test_a_fifth_of_gross_outliers_does_not_move_the_ttft_curve(seed: int) -> None:
+    rng, truth = random.Random(seed), TtftModel(0.3, 0.05)
+    samples = [
+        TtftSample(s.at, s.share, s.load, s.seconds * (20.0 if rng.random() < 0.2 else 1.0))
+        for s in ttft_samples(truth, rng)
+    ]
+    model = fit_ttft(samples, now=12.0)
+    assert isinstance(model, TtftModel)
+    assert model.predict(0.6, 0.3) == pytest.approx(truth.predict(0.6, 0.3), rel=0.12)
+
+
+def test_an_unstable_queue_is_infinite_and_tells_nothing() -> None:
+    model = TtftModel(0.3, 0.1)
+    assert model.predict(0.5, 0.5) == math.inf and model.predict(0.5, 0.495) == math.inf
+    assert model.predict(0.5, 0.4) == pytest.approx(3.1)
+    rng = random.Random(1)
+    samples = ttft_samples(model, rng)
+    with_nonsense = samples + [TtftSample(1.0, 0.2, 0.9, 77.0)] * 50
+    assert fit_ttft(with_nonsense, now=12.0) == fit_ttft(samples, now=12.0)
+
+
+def test_one_share_alone_is_refused_by_name() -> None:
+    rng = random.Random(2)
+    alone = [s for s in ttft_samples(TtftModel(0.3, 0.1), rng, 300) if s.share == 0.5]
+    refused = fit_ttft(alone, now=30.0)
+    assert isinstance(refused, Unfit) and "one share alone (50%)" in refused.reason
+    refused = fit_steps(steps(StepModel(0.01, 0.01, 0, 0), rng, shares=(0.8,)), now=24.0)
+    assert isinstance(refused, Unfit) and "one share alone (80%)" in refused.reason
+    assert isinstance(fit_ttft([], now=0.0), Unfit) and isinstance(fit_steps([], now=0.0), Unfit)
+
+
+def test_a_share_that_was_left_long_ago_is_no_longer_known() -> None:
+    rng, truth = random.Random(3), StepModel(0.002, 0.01, 1e-4, 1e-7)
+    old, new = steps(truth, rng, 50, shares=(0.3,)), steps(truth, rng, 50, shares=(0.8,), start=600.0)
+    assert isinstance(fit_steps(old + new, now=605.0, half_life=60.0), Unfit)
+    assert isinstance(fit_steps(old + new, now=605.0, half_life=600.0), StepModel)
+
+
+@given(
+    fixed=st.floats(0.0, 0.01),
+    base=st.floats(0.004, 0.05),
+    token=st.floats(0.0, 5e-4),
+    slot=st.floats(0.0, 1e-6),
+    saturation=st.sampled_from([0.3, 0.5, 0.7, 1.0]),
+    contention=st.floats(0.0, 0.6),
+    seed=st.integers(0, 10**6),
+)
+@settings(max_examples=20, deadline=None)
+def test_the_step_law_is_found_again(
+    fixed: float, base: float, token: float, slot: float, saturation: float, contention: float, seed: int
+) -> None:
+    rng = random.Random(seed)
+    truth = StepModel(fixed, base, token, slot, saturation, contention)
+    model = fit_steps(far(steps(truth, rng), rng, 0.1), now=24.0)
+    assert isinstance(model, StepModel)
+    for share in (0.25, 0.5, 0.9):
+        for rival in (0.0, 1.0):
+            wanted = truth.predict(16, 8000, share, rival)
+            assert model.predict(16, 8000, share, rival) == pytest.approx(wanted, rel=0.08)
+
+
+def test_the_saturation_point_takes_three_shares_and_is_where_the_curve_bends() -> None:
+    rng, truth = random.Random(5), StepModel(0.001, 0.01, 0, 0, saturation=0.5)
+    model = fit_steps(steps(truth, rng), now=24.0)
+    assert isinstance(model, StepModel) and model.saturation == pytest.approx(0.5, abs=0.051)
+    two = fit_steps(steps(truth, rng, shares=(0.2, 0.4)), now=24.0)
+    assert isinstance(two, StepModel) and two.saturation is None
+    below = fit_steps(steps(truth, rng, shares=(0.1, 0.2, 0.3, 0.4)), now=24.0)
+    assert isinstance(below, StepModel) and below.saturation == 1.0
+
+
+def test_contention_is_told_only_where_it_was_seen_with_and_without() -> None:
+    rng, truth = random.Random(6), StepModel(0.001, 0.01, 0, 0, contention=0.4)
+    model = fit_steps(steps(truth, rng), now=24.0)
+    assert isinstance(model, StepModel) and model.contention == pytest.approx(0.4, abs=0.05)
+    always = [s for s in steps(truth, rng, 600) if s.rival == 1.0]
+    model = fit_steps(always, now=60.0)
+    assert isinstance(model, StepModel) and model.contention is None
+
+
+@given(seed=st.integers(0, 10**6))
+@settings(max_examples=10, deadline=None)
+def test_a_device_that_becomes_slower_is_followed(seed: int) -> None:
+    rng = random.Random(seed)
+    before, after = StepModel(0.001, 0.01, 0, 0, 0.6), StepModel(0.001, 0.02, 0, 0, 0.6)
+    samples = steps(before, rng, 300) + steps(after, rng, 300, start=30.0)
+    model = fit_steps(samples, now=60.0, half_life=5.0)
+    assert isinstance(model, StepModel)
+    assert model.predict(16, 8000, 0.4) == pytest.approx(after.predict(16, 8000, 0.4), rel=0.08)
+
+
+def test_from_one_share_the_costs_there_are_known() -> None:
+    rng, truth = random.Random(7), StepModel(0.0, 0.01, 1e-3, 1e-6)
+    model = fit_one_share(steps(truth, rng, shares=(0.5,), noise=0.0), now=24.0)
+    assert isinstance(model, StepModel) and model.shares == pytest.approx((0.5,))
+    assert model.predict(8, 4000, 0.5) == pytest.approx(truth.predict(8, 4000, 0.5), rel=0.03)
+    assert isinstance(fit_one_share([], 0.0), Unfit)
