@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from weft.core.inflight import UnknownTicket
-from weft.core.plan import Capacity, Lane, Plan, Result, TokenScore
+from weft.core.plan import Capacity, Lane, Partition, Plan, Regime, Result, Sharing, TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
@@ -49,6 +49,14 @@ def asked(
     params = SamplingParams(max_tokens=most, min_tokens=least, n=n, stop_token_ids=tuple(stops), **other)
     return (*shared, *own) or (0,), params
 
+
+SHARINGS = st.builds(
+    Sharing,
+    st.sampled_from(Regime),
+    st.builds(Partition, st.integers(1, 4), st.integers(1, 4)),
+    st.sampled_from([None, 1, 3, 8]),
+    st.sampled_from([0.0, 0.5]),
+)
 
 # prompt, parameters, priority, salt
 ASKED = st.tuples(
@@ -86,6 +94,8 @@ class Auditor:
         self.writer: dict[tuple[int, int], int] = {}
         self.good: set[int] = set()
         self.steps: set[int] = set()
+        self.strict = True  # the decode lane decodes, and nothing else
+        self.dropped: set[int] = set()  # sequences whose result in flight nobody wants any more
 
     def submitted(self, plan: Plan) -> None:
         assert plan.lane not in self.claims, "two tickets of one lane in flight"
@@ -93,6 +103,9 @@ class Auditor:
         assert plan.tokens <= self.settings.max_num_batched_tokens
         assert len(plan.slices) <= min(self.settings.max_num_seqs, self.capacity.max_slices)
         assert len({piece.sequence for piece in plan.slices}) == len(plan.slices), "a sequence is twice in a plan"
+        for other in self.claims.values():
+            shared = {piece.sequence for piece in plan.slices} & {piece.sequence for piece in other.plan.slices}
+            assert not shared - self.dropped, "a sequence is computed by two lanes at once"
         self.steps.add(plan.step)
         size = self.capacity.block_size
         claim = Claim(plan, [set(piece.blocks) for piece in plan.slices])
@@ -101,7 +114,7 @@ class Auditor:
             assert len(claim.named[index]) == len(piece.blocks), "a block is twice in a table"
             assert all(0 <= block < self.capacity.blocks for block in piece.blocks)
             assert piece.end <= len(piece.blocks) * size, "the block table is too short"
-            if plan.lane is Lane.DECODE:
+            if plan.lane is Lane.DECODE and self.strict:
                 assert len(piece.tokens) == 1 and piece.sample is not None
             if piece.sample is not None:
                 assert piece.sample.position == piece.end
@@ -179,6 +192,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.stories: dict[str, Story] = {}
         self.now = 0.0
         self.number = 0
+        self.sharing: Sharing | None = None
+        self.retired: set[Lane] = set()
         self.last: Result | None = None
 
     # -- moves ---------------------------------------------------------------------------------------------------
@@ -258,6 +273,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._hear(self.scheduler.lose(self.auditor.claims[lane].plan.step, "it hangs", self.now))
         assert not self._members(lane), "nobody waits for a lost step"
 
+    @rule(sharing=SHARINGS)
+    @precondition(lambda self: self.lanes == SPLIT)
+    def share(self, sharing: Sharing) -> None:
+        """Another regime, whatever is in flight: in the middle of prompts, and of decode steps."""
+        self.scheduler.share(sharing)
+        self.sharing = sharing
+
+    @rule(data=st.data())
+    @precondition(lambda self: self.lanes == SPLIT and bool(self.auditor.claims) and not self.retired)
+    def retire(self, data: st.DataObject) -> None:
+        """A lane answers no more, until its result comes all the same: the other one does the work of both."""
+        lane = data.draw(st.sampled_from(sorted(self.auditor.claims)))
+        for sequence in self._members(lane):
+            self.stories[sequence.live.request.id].harmed = True
+        self._hear(self.scheduler.lose(self.auditor.claims[lane].plan.step, "it hangs", self.now))
+        assert self.scheduler.retire(lane)
+        self.retired.add(lane)
+
     @rule(seconds=st.floats(0.0, 30.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
@@ -304,7 +337,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _round(self, fault: str | None = None) -> bool:
         """What the engine does: decode first, results as they come. Whether anything was in flight."""
-        for lane in reversed(self.lanes):
+        for lane in self.scheduler.order():
             self._schedule(lane)
         moved = len(self.scheduler.inflight) > 0
         self.rounds += 1
@@ -319,9 +352,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         return moved
 
     def _schedule(self, lane: Lane) -> None:
+        self.auditor.dropped = self._dropped()
         plan = self.scheduler.schedule(lane, self.now)
         if plan is not None:
-            assert plan.lane is lane
+            assert plan.lane is lane and lane not in self.retired
+            regime = None if self.sharing is None else self.sharing.regime
+            if not self.retired:
+                assert regime is not Regime.MIXED or lane is Lane.DECODE
+                busy = [claim for other, claim in self.auditor.claims.items() if other is not lane]
+                assert regime is not Regime.TURNS or not busy or self.loose, "two lanes at once, and they take turns"
+            self.auditor.strict = regime is not Regime.MIXED and not self.retired
             self.auditor.submitted(plan)
             self.device.submit(plan)
 
@@ -346,8 +386,19 @@ class SchedulerMachine(RuleBasedStateMachine):
             if sequence.id in harmed:
                 self.stories[sequence.live.request.id].harmed = True
         self.auditor.completed(result)
+        self.retired.discard(lane)
+        result = replace(result, seconds=(0.0, 0.001, 0.3)[plan.step % 3] * (1 + 9 * (lane is Lane.PREFILL)))
         self.last = result
         self._hear(self.scheduler.complete(result, self.now))
+
+    @property
+    def loose(self) -> bool:
+        """Whether a ticket in flight was given up, so that nobody waits for its turn to end."""
+        return any(flight.lost for flight in self.scheduler.inflight)
+
+    def _dropped(self) -> set[int]:
+        members = [(flight, one) for flight in self.scheduler.inflight for one in flight.members]
+        return {one.id for flight, one in members if one.flight is not flight}
 
     def _members(self, lane: Lane) -> list[Any]:
         """The sequences that still want the lane's result: others were preempted, or have ended."""

@@ -20,11 +20,13 @@ class UnknownTicket(LookupError):
 
 @dataclass(slots=True, eq=False)
 class Flight:
-    """One ticket. members: the sequences of the plan's slices, in order. orphans: tables left to it."""
+    """One ticket. members: the sequences of the plan's slices, in order. orphans: tables left to it. lost: nobody waits
+    for it any more."""
 
     plan: Plan
     members: tuple[Sequence, ...]
     orphans: list[tuple[int, ...]] = field(default_factory=list)
+    lost: bool = False
 
 
 class InFlight:
@@ -55,14 +57,16 @@ class InFlight:
             sequence.flight.orphans.append(sequence.table)
             sequence.flight = None
 
+    def plan(self, ticket: Ticket) -> Plan:
+        """The plan of a ticket in flight. Raises UnknownTicket."""
+        return self._flight(ticket).plan
+
     def land(self, ticket: Ticket) -> list[tuple[Slice, Sequence]]:
         """End the ticket, free what was left to it, and give the slices whose sequences still want them.
 
         Raises UnknownTicket, with nothing changed.
         """
-        flight = self._lanes.get(ticket.lane)
-        if flight is None or flight.plan.step != ticket.step:
-            raise UnknownTicket(f"step {ticket.step} of lane {ticket.lane.value} is not in flight")
+        flight = self._flight(ticket)
         del self._lanes[ticket.lane]
         # Aborted and preempted members have left this flight, and may be in a later one.
         wanted = [
@@ -84,3 +88,9 @@ class InFlight:
             flight.orphans = [piece.blocks for piece in flight.plan.slices]
             for sequence in flight.members:
                 sequence.flight = None
+
+    def _flight(self, ticket: Ticket) -> Flight:
+        flight = self._lanes.get(ticket.lane)
+        if flight is None or flight.plan.step != ticket.step:
+            raise UnknownTicket(f"step {ticket.step} of lane {ticket.lane.value} is not in flight")
+        return flight

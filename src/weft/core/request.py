@@ -76,7 +76,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class RequestEnd:
-    """The one terminal event of a request. `error`/`code` are set when reason is ERROR (code: weft.errors)."""
+    """The one terminal event of a request. `error`/`code` are set when reason is ERROR (code: weft.errors).
+
+    generated_tokens: of all its `sequences` together."""
 
     request: str
     reason: Finish
@@ -87,6 +89,7 @@ class RequestEnd:
     error: str | None = None
     code: str | None = None
     preemptions: int = 0
+    sequences: int = 1
 
 
 Event = TokenOutput | PromptScores | RequestEnd

@@ -35,14 +35,18 @@ class Running:
     def __len__(self) -> int:
         return len(self.prefilling) + len(self.decoding)
 
-    def start(self, sequence: Sequence) -> bool:
-        """WAITING to PREFILL, with blocks for all its tokens; False, and nothing done, when seats or blocks lack."""
+    def start(self, sequence: Sequence, steps: int = 1) -> bool:
+        """WAITING to PREFILL, with blocks for all its tokens; False, and nothing done, when seats or blocks lack.
+
+        steps: those that decode is likely to take while this prompt is computed. The blocks that it grows into by then
+        are left to it: otherwise it would preempt the prompt while a ticket computes it, and stand still until that
+        ticket gives the blocks back.
+        """
         if len(self) >= self.most:
             return False
         hits = self._match(sequence)
         needed = -(-len(sequence.tokens) // self.block_size) - len(hits)
-        # One block for everybody's next growth, or this sequence would be preempted as soon as it decodes.
-        reserve = len(self) + 1 if len(self) else 0
+        reserve = self._growth(steps) + 1 if len(self) else 0
         if self.pool.available - self.pool.idle(hits) < needed + reserve:
             return False
         self.pool.share(hits)
@@ -123,6 +127,16 @@ class Running:
             return []
         self.prefix.extend(sequence.digests, sequence.tokens, sequence.live.request.cache_salt)
         return self.prefix.match(sequence.digests, sequence.tokens)
+
+    def _growth(self, steps: int) -> int:
+        """Blocks that those who run grow into within so many steps. At least one each, for the next growth: without it
+        whoever starts now would be preempted as soon as somebody decodes."""
+        total = 0
+        for line in (self.prefilling, self.decoding):
+            for sequence in line:
+                end = min(len(sequence.tokens) + steps, sequence.live.max_len)
+                total += max(1, -(-end // self.block_size) - len(sequence.table))
+        return total
 
     def _least_urgent(self) -> Sequence:
         """Of those that run. Asked for on behalf of one that decodes, so there is one."""

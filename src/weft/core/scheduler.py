@@ -1,7 +1,8 @@
 """The scheduler: turns requests into plans, and results into events. Pure policy: no clock, no device, no thread.
 
 Continuous batching: a plan has one token of every decoding sequence, and parts of prompts in what is left of the token
-budget. The mixed lane gets both; with two lanes the decode lane gets the one, the prefill lane the other.
+budget. The mixed lane gets both; with two lanes the decode lane gets the one, the prefill lane the other, unless the
+regime (see `Sharing`) has them take turns, or has one lane do both.
 """
 
 from __future__ import annotations
@@ -10,11 +11,13 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Slice, Ticket, TokenScore
+from weft.core.pace import Pace
+from weft.core.plan import Capacity, Lane, Plan, Regime, Result, Sampled, Sharing, Slice, Ticket, TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
 from weft.core.sequence import Live, Sequence, State, urgency
 from weft.core.slices import decode_slice, prefill_slice, shortfall
+from weft.core.turns import Turns
 from weft.errors import InvalidRequest, NeverFits, StepFailed
 
 __all__ = ["Scheduler", "SchedulerSettings"]
@@ -49,6 +52,13 @@ class Scheduler:
         self._numbers = itertools.count()
         self._sequence_ids = itertools.count()
         self._steps = itertools.count(1)
+        self._pace = Pace()
+        # How two lanes share the device; None: side by side, whatever their shares are.
+        self._sharing: Sharing | None = None
+        self._turns: Turns | None = None
+        # The lane that computes both phases; None: each its own.
+        self._both = Lane.MIXED if Lane.MIXED in lanes else None
+        self._lost: set[Lane] = set()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -102,6 +112,7 @@ class Scheduler:
         events: list[Event] = []
         for flight in self.inflight:
             if flight.plan.step == step:
+                flight.lost = True
                 for sequence in flight.members:
                     if sequence.flight is flight:
                         self._end_request(sequence.live, Finish.ERROR, now, events, message, STEP_FAILED)
@@ -125,15 +136,53 @@ class Scheduler:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
+    def share(self, sharing: Sharing) -> None:
+        """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
+        turns = sharing.regime is Regime.TURNS
+        if turns and (self._turns is None or self._sharing is None or self._sharing.partition != sharing.partition):
+            self._turns = Turns(sharing.partition)
+        elif not turns:
+            self._turns = None
+        self._sharing = sharing
+        self._choose()
+
+    def retire(self, lane: Lane) -> bool:
+        """A lane answers no more: the other one computes both phases, until a late result shows that the lane lives.
+
+        False when no lane is left.
+        """
+        self._lost.add(lane)
+        self._choose()
+        return len(self._lost) < len(self.lanes)
+
+    def _choose(self) -> None:
+        left = [lane for lane in self.lanes if lane not in self._lost]
+        if len(left) < 2:
+            self._both = left[0] if left else None
+        else:
+            mixed = self._sharing is not None and self._sharing.regime is Regime.MIXED
+            self._both = Lane.DECODE if mixed else None
+
+    def order(self) -> tuple[Lane, ...]:
+        """The lanes, in the order in which they should be asked for their next plan.
+
+        Decode comes first where they do not take turns: what runs gets its blocks before a new prefill takes them.
+        """
+        if self._turns is not None and not self._lost:
+            return self._turns.order()
+        return tuple(sorted(self.lanes, key=lambda lane: lane is Lane.PREFILL))
+
     def schedule(self, lane: Lane, now: float) -> Plan | None:
-        """The next plan of a lane; None when it has a ticket in flight or nothing to do."""
-        if self.inflight.busy(lane):
+        """The next plan of a lane; None when it has a ticket in flight, nothing to do, or another lane has its turn."""
+        if self.inflight.busy(lane) or lane in self._lost or (self._both is not None and self._both is not lane):
+            return None
+        if self._turns is not None and any(not flight.lost for flight in self.inflight):
             return None
         pieces: list[Slice] = []
         members: list[Sequence] = []
-        if lane is not Lane.PREFILL:
+        if lane is not Lane.PREFILL or self._both is lane:
             self._plan_decode(pieces, members)
-        if lane is not Lane.DECODE:
+        if lane is not Lane.DECODE or self._both is lane:
             self._plan_prefill(pieces, members, now)
         if not pieces:
             return None
@@ -143,14 +192,16 @@ class Scheduler:
 
     def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> None:
         for sequence in list(self.running.decoding):
+            if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
+                continue
             # A more urgent one may have taken its blocks a moment ago.
             if sequence.state is State.DECODE and self.running.grow(sequence):
                 pieces.append(decode_slice(sequence))
                 members.append(sequence)
 
     def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
-        budget = self.budget - len(pieces)
-        started = list(self.running.prefilling)
+        budget = self._prompt_budget(len(pieces))
+        started = [one for one in self.running.prefilling if one.flight is None]
         at = 0
         while budget > 0:
             head = self.running.waiting.first
@@ -167,8 +218,22 @@ class Scheduler:
             pieces.append(piece)
             members.append(sequence)
 
+    def _prompt_budget(self, decoding: int) -> int:
+        """Tokens of prompts for a plan: cut to the chunk where decoding sequences would wait for them."""
+        budget, sharing = self.budget - decoding, self._sharing
+        if sharing is None or sharing.chunk is None:
+            return budget
+        # Those in this plan, or those that the decode lane has its next turn for.
+        waiting = decoding if self._turns is None else len(self.running.decoding)
+        return min(budget, max(1, sharing.chunk)) if waiting else budget
+
+    def _size_rank(self, request: Request) -> float:
+        return 0.0 if self._sharing is None else self._sharing.size_weight * len(request.prompt)
+
     def _start(self, sequence: Sequence, now: float) -> bool:
-        if not self.running.start(sequence):
+        # One lane for both phases never starves one of them while it computes the other.
+        steps = 1 if self._both is not None else self._pace.decode_steps(len(sequence.tokens))
+        if not self.running.start(sequence, steps):
             return False
         live = sequence.live
         if live.scheduled is None:
@@ -184,7 +249,14 @@ class Scheduler:
     def complete(self, result: Result, now: float) -> list[Event]:
         """Take in what a finished ticket produced. Raises UnknownTicket, with nothing changed, for any other result."""
         events: list[Event] = []
+        plan = self.inflight.plan(result.ticket)
         wanted = self.inflight.land(result.ticket)
+        if result.ticket.lane in self._lost:
+            self._lost.discard(result.ticket.lane)
+            self._choose()
+        self._pace.note(plan, result.seconds)
+        if self._turns is not None:
+            self._turns.used(result.ticket.lane, result.seconds)
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
         scores, failed = dict(result.prompt_scores), dict(result.failed)
         for piece, sequence in wanted:
@@ -296,6 +368,7 @@ class Scheduler:
                 error=error,
                 code=code,
                 preemptions=live.preemptions,
+                sequences=live.request.params.n,
             )
         )
 
@@ -310,7 +383,7 @@ class Scheduler:
             seed=sequence_seed(live.seed, index),
             tokens=list(request.prompt),
             prompt_len=len(request.prompt),
-            rank=(urgency(request.priority, live.arrived), live.number, index),
+            rank=(urgency(request.priority, live.arrived) + self._size_rank(request), live.number, index),
         )
         live.sequences.append(sequence)
         self.running.add(sequence)

@@ -1,0 +1,192 @@
+"""How two lanes share a device: side by side, by turns, one for both; and the blocks that prefill leaves to decode."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from weft.core.plan import Lane, Partition, Plan, Regime, Sharing
+from weft.core.turns import Turns
+from weft.devices.simulated import continuation
+
+VOCABULARY = 50
+SPLIT = (Lane.PREFILL, Lane.DECODE)
+EVEN = Partition(1, 1)
+
+
+def right(prompt: Any, count: int) -> list[int]:
+    return list(continuation(tuple(prompt), count, VOCABULARY))
+
+
+def shape(plan: Plan | None) -> list[int]:
+    assert plan is not None
+    return [len(piece.tokens) for piece in plan.slices]
+
+
+# -- regimes ---------------------------------------------------------------------------------------------------------
+
+
+def test_mixed_means_that_the_decode_lane_takes_chunks_of_prompts_along(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64)
+    driver.scheduler.share(Sharing(Regime.MIXED, EVEN, chunk=5))
+    driver.submit("a", [1, 2, 3], max_tokens=9)
+    assert driver.plan(Lane.PREFILL) is None
+    assert shape(driver.plan(Lane.DECODE)) == [3]
+    driver.land(Lane.DECODE)
+    driver.submit("b", range(12), max_tokens=3)
+    for wanted in ([1, 5], [1, 5], [1, 2], [1, 1]):
+        assert shape(driver.plan(Lane.DECODE)) == wanted and driver.plan(Lane.PREFILL) is None
+        driver.land(Lane.DECODE)
+    driver.drain()
+    assert driver.tokens["a", 0] == right([1, 2, 3], 9) and driver.tokens["b", 0] == right(range(12), 3)
+
+
+def test_a_prompt_with_nobody_to_wait_for_it_is_not_cut_to_the_chunk(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64)
+    driver.scheduler.share(Sharing(Regime.MIXED, EVEN, chunk=5))
+    driver.submit("a", range(30), max_tokens=2)
+    assert shape(driver.plan(Lane.DECODE)) == [30]
+
+
+def test_a_regime_changes_in_the_middle_of_a_prompt_and_nothing_is_computed_twice(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64, max_num_batched_tokens=8)
+    driver.submit("a", range(20), max_tokens=4)
+    assert shape(driver.plan(Lane.PREFILL)) == [8]
+    driver.scheduler.share(Sharing(Regime.MIXED, EVEN))
+    assert driver.plan(Lane.DECODE) is None, "the prompt is in the prefill lane's ticket"
+    driver.land(Lane.PREFILL)
+    assert driver.plan(Lane.PREFILL) is None and shape(driver.plan(Lane.DECODE)) == [8]
+    driver.scheduler.share(Sharing(Regime.SPLIT, EVEN))
+    assert driver.plan(Lane.PREFILL) is None
+    driver.land(Lane.DECODE)
+    assert shape(driver.plan(Lane.PREFILL)) == [4]
+    driver.land(Lane.PREFILL)
+    driver.drain()
+    assert driver.tokens["a", 0] == right(range(20), 4)
+
+
+def test_turns_let_one_lane_compute_at_a_time_in_proportion_to_the_parts(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=500, max_num_batched_tokens=4, max_model_len=900)
+    driver.scheduler.share(Sharing(Regime.TURNS, Partition(3, 1)))
+    driver.submit("a", [1], max_tokens=400)
+    driver.submit("b", range(45), max_tokens=1)
+    taken = {Lane.PREFILL: 0.0, Lane.DECODE: 0.0}
+    for _ in range(60):
+        lanes = [lane for lane in driver.scheduler.order() if driver.plan(lane) is not None]
+        assert len(lanes) == 1
+        seconds = 0.3 if lanes[0] is Lane.PREFILL else 0.1
+        if driver.scheduler.running.prefilling and driver.scheduler.running.decoding:
+            taken[lanes[0]] += seconds
+        driver.land(lanes[0], lambda result, seconds=seconds: replace(result, seconds=seconds))
+    assert taken[Lane.PREFILL] / taken[Lane.DECODE] == pytest.approx(3.0, rel=0.35)
+    assert driver.tokens["b", 0] == right(range(45), 1)
+
+
+def test_a_lane_that_had_nothing_to_do_gets_no_credit_for_it() -> None:
+    turns = Turns(EVEN)
+    for _ in range(100):
+        turns.used(Lane.DECODE, 1.0)
+    turns.used(Lane.PREFILL, 1.0)
+    assert turns.order()[0] is Lane.DECODE, "one turn each from here on, not a hundred"
+
+
+def test_a_lost_step_keeps_no_turn(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64)
+    driver.scheduler.share(Sharing(Regime.TURNS, EVEN))
+    driver.submit("a", [1], max_tokens=5)
+    driver.round()
+    driver.submit("b", range(9), max_tokens=1)
+    plan = driver.plan(Lane.PREFILL)
+    assert plan is not None and driver.plan(Lane.DECODE) is None
+    driver.hear(driver.scheduler.lose(plan.step, "it hangs", driver.now))
+    assert driver.ends["b"].code == "step_failed" and driver.plan(Lane.DECODE) is not None
+
+
+@pytest.mark.parametrize("dead", SPLIT)
+def test_one_lane_does_the_work_of_both_when_the_other_is_gone_and_until_it_is_back(drive: Any, dead: Lane) -> None:
+    driver = drive(SPLIT, blocks=64)
+    left = SPLIT[1 - SPLIT.index(dead)]
+    driver.submit("lost", range(9), max_tokens=9)
+    if dead is Lane.DECODE:
+        driver.round()
+    plan = driver.plan(dead)
+    assert plan is not None
+    driver.hear(driver.scheduler.lose(plan.step, "it hangs", driver.now))
+    assert driver.scheduler.retire(dead)
+    driver.submit("a", [1, 2], max_tokens=4)
+    for _ in range(2):
+        assert driver.plan(left) is not None and driver.plan(dead) is None
+        driver.land(left)
+    # In flight on the lane that is left, when the other one comes back after all.
+    assert shape(driver.plan(left)) == [1]
+    driver.land(dead)
+    assert driver.plan(dead) is None, "its sequence is in the other lane's ticket"
+    driver.land(left)
+    assert driver.plan(Lane.PREFILL) is None and shape(driver.plan(Lane.DECODE)) == [1]
+    driver.land(Lane.DECODE)
+    driver.drain()
+    assert driver.tokens["a", 0] == right([1, 2], 4)
+
+
+def test_nothing_is_left_when_both_lanes_are_gone(drive: Any) -> None:
+    driver = drive(SPLIT)
+    assert driver.scheduler.retire(Lane.PREFILL) and not driver.scheduler.retire(Lane.DECODE)
+    driver.submit("a", [1], max_tokens=4)
+    assert driver.plan(Lane.PREFILL) is None and driver.plan(Lane.DECODE) is None
+
+
+def test_shortest_first_lets_waiting_make_up_for_size(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=200, max_num_batched_tokens=8, max_num_seqs=1)
+    driver.scheduler.share(Sharing(Regime.SPLIT, EVEN, size_weight=0.1))
+    driver.submit("running", [1], max_tokens=1)
+    driver.plan(Lane.PREFILL)
+    driver.submit("long", range(40), max_tokens=1)  # put back by 4 seconds
+    driver.now = 3.0
+    driver.submit("short", [7, 8], max_tokens=1)  # 3.2
+    driver.now = 5.0
+    driver.submit("late", [9], max_tokens=1)  # 5.1: the long one has waited enough
+    driver.land(Lane.PREFILL)
+    driver.drain()
+    assert list(driver.ends) == ["running", "short", "long", "late"]
+
+
+# -- blocks that prefill leaves to decode ----------------------------------------------------------------------------
+
+
+def decode_steps_during_a_prefill(driver: Any, count: int) -> int:
+    """How many of `count` decode steps are taken while a long prompt is computed in one prefill step."""
+    for index in range(3):
+        driver.submit(f"old{index}", [index, 1], max_tokens=40)
+    driver.plan(Lane.PREFILL)
+    driver.land(Lane.PREFILL, lambda result: replace(result, seconds=0.6))
+    # The pace is known: 0.1 seconds for a token of a prompt, 0.2 seconds for a decode step.
+    driver.plan(Lane.DECODE)
+    driver.land(Lane.DECODE, lambda result: replace(result, seconds=0.2))
+    driver.submit("new", range(28), max_tokens=4)
+    started = driver.plan(Lane.PREFILL)  # 2.8 seconds, 14 decode steps; None when it has to wait
+    taken = 0
+    for _ in range(count):
+        plan = driver.plan(Lane.DECODE)
+        if plan is not None:
+            driver.land(Lane.DECODE, lambda result: replace(result, seconds=0.2))
+        taken += plan is not None and len(plan.slices) == 3
+    if started is not None:
+        driver.land(Lane.PREFILL, lambda result: replace(result, seconds=2.8))
+    driver.drain()
+    assert driver.tokens["new", 0] == right(range(28), 4)
+    assert all(driver.tokens[f"old{index}", 0] == right([index, 1], 40) for index in range(3))
+    return taken
+
+
+@pytest.mark.parametrize("blocks", [30, 24, 20])
+def test_decode_goes_on_at_full_size_while_a_prompt_is_computed_in_a_tight_pool(drive: Any, blocks: int) -> None:
+    driver = drive(SPLIT, blocks=blocks, block_size=2, enable_prefix_caching=False)
+    assert decode_steps_during_a_prefill(driver, 14) == 14
+
+
+def test_without_that_lease_decode_stands_still(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = drive(SPLIT, blocks=24, block_size=2, enable_prefix_caching=False)
+    monkeypatch.setattr(driver.scheduler._pace, "decode_steps", lambda tokens: 1)
+    assert decode_steps_during_a_prefill(driver, 14) < 14
