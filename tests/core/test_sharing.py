@@ -155,8 +155,8 @@ def test_shortest_first_lets_waiting_make_up_for_size(drive: Any) -> None:
 # -- blocks that prefill leaves to decode ----------------------------------------------------------------------------
 
 
-def decode_steps_during_a_prefill(driver: Any, count: int) -> int:
-    """How many of `count` decode steps are taken while a long prompt is computed in one prefill step."""
+def decode_steps_during_a_prefill(driver: Any, prompt: int = 28) -> int:
+    """How many of 14 decode steps have all three sequences, while a long prompt is computed in one prefill step."""
     for index in range(3):
         driver.submit(f"old{index}", [index, 1], max_tokens=40)
     driver.plan(Lane.PREFILL)
@@ -164,10 +164,11 @@ def decode_steps_during_a_prefill(driver: Any, count: int) -> int:
     # The pace is known: 0.1 seconds for a token of a prompt, 0.2 seconds for a decode step.
     driver.plan(Lane.DECODE)
     driver.land(Lane.DECODE, lambda result: replace(result, seconds=0.2))
-    driver.submit("new", range(28), max_tokens=4)
+    if prompt:
+        driver.submit("new", range(prompt), max_tokens=4)
     started = driver.plan(Lane.PREFILL)  # 2.8 seconds, 14 decode steps; None when it has to wait
     taken = 0
-    for _ in range(count):
+    for _ in range(14):
         plan = driver.plan(Lane.DECODE)
         if plan is not None:
             driver.land(Lane.DECODE, lambda result: replace(result, seconds=0.2))
@@ -175,18 +176,19 @@ def decode_steps_during_a_prefill(driver: Any, count: int) -> int:
     if started is not None:
         driver.land(Lane.PREFILL, lambda result: replace(result, seconds=2.8))
     driver.drain()
-    assert driver.tokens["new", 0] == right(range(28), 4)
+    assert not prompt or driver.tokens["new", 0] == right(range(prompt), 4)
     assert all(driver.tokens[f"old{index}", 0] == right([index, 1], 40) for index in range(3))
     return taken
 
 
-@pytest.mark.parametrize("blocks", [30, 24, 20])
-def test_decode_goes_on_at_full_size_while_a_prompt_is_computed_in_a_tight_pool(drive: Any, blocks: int) -> None:
-    driver = drive(SPLIT, blocks=blocks, block_size=2, enable_prefix_caching=False)
-    assert decode_steps_during_a_prefill(driver, 14) == 14
+@pytest.mark.parametrize("blocks", [40, 30, 24, 20])
+def test_a_prompt_costs_decode_no_step_in_a_tight_pool(drive: Any, blocks: int) -> None:
+    pool = {"blocks": blocks, "block_size": 2, "enable_prefix_caching": False}
+    with_prompt, without = drive(SPLIT, **pool), drive(SPLIT, **pool)
+    assert decode_steps_during_a_prefill(with_prompt) == decode_steps_during_a_prefill(without, prompt=0) > 8
 
 
-def test_without_that_lease_decode_stands_still(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = drive(SPLIT, blocks=24, block_size=2, enable_prefix_caching=False)
+def test_without_the_lease_decode_stands_still(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = drive(SPLIT, blocks=30, block_size=2, enable_prefix_caching=False)
     monkeypatch.setattr(driver.scheduler._pace, "decode_steps", lambda tokens: 1)
-    assert decode_steps_during_a_prefill(driver, 14) < 14
+    assert decode_steps_during_a_prefill(driver) < 14
