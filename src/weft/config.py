@@ -22,14 +22,49 @@ def setting(default: Any = None, *, help: str, **metadata: Any) -> Any:  # a dat
     return field(default=default, metadata={"help": help, **metadata})
 
 
-def parse_partition(text: str) -> tuple[int, int] | None:
-    """(prefill, decode) shares of the cores, or None for 'off': one mixed lane. Raises ValueError."""
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """What --partition asks for: two lanes. policy: "fixed", "paper" or "auto".
+
+    prefill, decode: shares to begin with, in parts of `whole`; they may add up to more than that (lanes that overlap).
+    """
+
+    policy: str
+    prefill: int
+    decode: int
+    whole: int
+
+    def of(self, units: int) -> tuple[int, int]:
+        """(prefill, decode) in units of a device that has so many; at least one each. Raises ValueError when lanes that
+        do not overlap cannot have one each."""
+        wanted = [round(units * part / self.whole) for part in (self.prefill, self.decode)]
+        if self.prefill + self.decode > self.whole:
+            return max(1, wanted[0]), max(1, wanted[1])
+        if units < 2:
+            raise ValueError("two lanes that do not overlap need two")
+        prefill = min(units - 1, max(1, wanted[0]))
+        rest = units - prefill
+        return prefill, rest if self.prefill + self.decode == self.whole else min(rest, max(1, wanted[1]))
+
+
+def parse_partition(text: str) -> Shares | None:
+    """The lanes of --partition; None for 'off': one mixed lane. Raises ValueError."""
     if text == "off":
         return None
-    prefill, colon, decode = text.partition(":")
-    if not (colon and prefill.isdecimal() and decode.isdecimal() and int(prefill) > 0 and int(decode) > 0):
-        raise ValueError("it must be off or two positive numbers P:D, such as 1:1")
-    return int(prefill), int(decode)
+    if text in ("auto", "paper"):
+        return Shares(text, 100, 100, 100)
+    prefill, _, decode = text.partition(":")
+    if text.count("%") == 2 and prefill[-1:] == decode[-1:] == "%":
+        prefill, decode, whole = prefill[:-1], decode[:-1], 100
+    else:
+        whole = 0
+    if not (prefill.isdecimal() and decode.isdecimal() and int(prefill) > 0 and int(decode) > 0):
+        raise ValueError(
+            "it must be off, auto, paper, two positive numbers P:D such as 1:1, or two percentages such as 80%:100%"
+        )
+    if whole and max(int(prefill), int(decode)) > whole:
+        raise ValueError("a lane cannot have more than 100% of the device")
+    return Shares("fixed", int(prefill), int(decode), whole or int(prefill) + int(decode))
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
@@ -84,9 +119,17 @@ class EngineConfig:
     enable_prefix_caching: bool = setting(True, help="reuse the KV of prompt prefixes seen before")
     partition: str = setting(
         "off",
-        help="off: one mixed lane. P:D: prefill and decode lanes side by side on P and D parts of the cores",
-        metavar="off|P:D",
+        help="off: one mixed lane. P:D: prefill and decode lanes side by side on P and D parts of the device. P%:D%: "
+        "on shares that may overlap. auto: whatever meets the targets of --slo-ttft and --slo-tpot best. paper: "
+        "semi-PD's controller",
+        metavar="off|P:D|P%:D%|auto|paper",
         parse=parse_partition,
+    )
+    slo_ttft: float | None = setting(
+        None, help="seconds that a first token may take, for --partition auto and paper (0.5 if not given)"
+    )
+    slo_tpot: float | None = setting(
+        None, help="seconds that each later token may take, for --partition auto and paper (0.1 if not given)"
     )
     cores: str | None = setting(
         None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST", parse=parse_cores
@@ -123,7 +166,18 @@ class EngineConfig:
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}; a step of that many sequences would not fit"
             )
-        return found + _form_problems(self)
+        return found + self._target_problems() + _form_problems(self)
+
+    def _target_problems(self) -> list[str]:
+        found = []
+        for flag, value in (("--slo-ttft", self.slo_ttft), ("--slo-tpot", self.slo_tpot)):
+            if value is not None and not 0 < value < 86400:
+                found.append(f"{flag} is {value}; it must be more than 0 and less than 86400 seconds")
+            elif value is not None and self.partition not in ("auto", "paper"):
+                found.append(
+                    f"{flag} is {value}, and --partition {self.partition} has no use for it; auto and paper do"
+                )
+        return found
 
     def validate(self) -> None:
         """Raise ConfigError naming every problem at once."""

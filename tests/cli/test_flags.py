@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from weft.cli.flags import Parser, add_settings, load, settings_of
-from weft.config import EngineConfig, ServerConfig, parse_cores, parse_partition
+from weft.config import EngineConfig, ServerConfig, Shares, parse_cores, parse_partition
 from weft.errors import ConfigError
 
 BOTH = (EngineConfig, ServerConfig)
@@ -47,7 +47,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     return st.lists(one, min_size=1, max_size=3).map(tuple) if item.many else one
 
 
-GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS})
+# Without the targets, which only two values of --partition go with.
+GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if not name.startswith("slo_")})
 
 
 def read(arguments: list[str], environment: dict[str, str]) -> tuple[Any, ...]:
@@ -225,14 +226,46 @@ def test_every_setting_has_a_type_that_flags_know() -> None:
 
 def test_partition_and_cores() -> None:
     assert parse_partition("off") is None
-    assert parse_partition("1:3") == (1, 3)
+    assert parse_partition("1:3") == Shares("fixed", 1, 3, 4)
+    assert parse_partition("80%:100%") == Shares("fixed", 80, 100, 100)
+    assert parse_partition("auto") == Shares("auto", 100, 100, 100)
     assert parse_cores("8,0-2,1") == (0, 1, 2, 8)
-    for text in ("", "1", "1:", "0:1", "1:1:1", "-1:2", "auto"):
-        with pytest.raises(ValueError, match="it must be off or"):
+    for text in ("", "1", "1:", "0:1", "1:1:1", "-1:2", "Auto", "1%:1", "%:%", "80%100%"):
+        with pytest.raises(ValueError, match="it must be off, auto"):
             parse_partition(text)
+    with pytest.raises(ValueError, match="more than 100%"):
+        parse_partition("101%:20%")
     for text in ("", "a", "1-", "0-99999999999", "1,,2"):
         with pytest.raises(ValueError, match="not a core number"):
             parse_cores(text)
+
+
+@given(
+    text=st.sampled_from(["1:1", "3:1", "1:99", "30%:50%", "80%:100%", "100%:100%", "1%:1%", "auto"]),
+    units=st.integers(1, 200),
+)
+def test_shares_of_a_device_are_at_least_one_unit_and_overlap_only_if_asked(text: str, units: int) -> None:
+    shares = parse_partition(text)
+    assert shares is not None
+    overlap = shares.prefill + shares.decode > shares.whole
+    if units == 1 and not overlap:
+        with pytest.raises(ValueError, match="need two"):
+            shares.of(units)
+        return
+    prefill, decode = shares.of(units)
+    assert 1 <= prefill <= units and 1 <= decode <= units
+    assert overlap or prefill + decode <= units
+    if shares.prefill + shares.decode == shares.whole:
+        assert prefill + decode == units
+
+
+@pytest.mark.parametrize("given", [{"slo_ttft": 0.5}, {"slo_tpot": 0.1, "partition": "1:1"}])
+def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="has no use for it; auto and paper do"):
+        EngineConfig(**given).validate()
+    with pytest.raises(ConfigError, match=r"--slo-ttft is 0\.0; it must be more than 0"):
+        EngineConfig(partition="auto", slo_ttft=0.0).validate()
+    EngineConfig(partition="auto", slo_ttft=0.5, slo_tpot=0.1).validate()
 
 
 def test_validate_raises_what_problems_found() -> None:

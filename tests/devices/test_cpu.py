@@ -384,7 +384,7 @@ def test_each_lane_adopts_its_share_at_its_own_next_step() -> None:
     device.close()
 
 
-@pytest.mark.parametrize("shares", [(0, 4), (4, 0), (3, 2), (-1, 2)])
+@pytest.mark.parametrize("shares", [(0, 4), (4, 0), (5, 2), (-1, 2), (1, 5)])
 def test_an_impossible_partition_is_refused_and_changes_nothing(shares: tuple[int, int]) -> None:
     device, _ = fake_device((4, 5, 6, 7))
     with pytest.raises(DeviceError, match="there are 4"):

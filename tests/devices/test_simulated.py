@@ -265,7 +265,7 @@ def test_a_partition_is_adopted_at_a_lanes_next_step(devices: Any) -> None:
         device.submit(plan(step, piece(0, 3), lane=Lane.PREFILL))
         seconds.append(collect(device, 1)[0].seconds)
     assert seconds == pytest.approx([0.001 + 0.003 * 4 / share for share in (2, 1, 3)])
-    for wrong in (Partition(0, 4), Partition(4, 0), Partition(3, 2)):
+    for wrong in (Partition(0, 4), Partition(4, 0), Partition(5, 2), Partition(1, 5)):
         with pytest.raises(DeviceError, match="there are 4"):
             device.set_partition(wrong)
 

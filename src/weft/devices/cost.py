@@ -9,17 +9,29 @@ from weft.core.plan import Plan
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """Seconds of a step: `fixed`, and on the whole device `per_token` for each token that is computed and
-    `per_context` for each KV slot that is read. A lane with a part of the device's shares takes longer accordingly."""
+    """Seconds of a step, on the whole device and alone.
+
+    fixed: whatever the share (launches, sampling). per_token: arithmetic, for each token that is computed; takes 1 /
+    share as long on a share. weights, per_context: memory, to read the weights once and each KV slot; a share of
+    `saturation` has all of the memory's bandwidth, a smaller one its part of it. contention: how much longer memory
+    takes beside a rival with the whole device, in proportion to the rival's share.
+
+    Shares that add up to more than the device (lanes on the same cores) shrink in proportion while both compute.
+    """
 
     fixed: float = 0.0
     per_token: float = 0.0
     per_context: float = 0.0
+    weights: float = 0.0
+    saturation: float = 1.0
+    contention: float = 0.0
 
-    def seconds(self, plan: Plan, share: float = 1.0) -> float:
-        """share: the lane's part of the device, in (0, 1]."""
+    def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
+        """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0."""
         context = sum(piece.end for piece in plan.slices)
-        return self.fixed + (self.per_token * plan.tokens + self.per_context * context) / share
+        own = share / max(1.0, share + rival)
+        memory = (self.weights + self.per_context * context) / min(1.0, own / self.saturation)
+        return self.fixed + self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
 
 
 FREE = CostModel()

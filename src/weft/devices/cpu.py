@@ -221,10 +221,10 @@ class CpuDevice:
     def set_partition(self, partition: Partition) -> None:
         if self._partition is None:
             raise DeviceError("this device has one mixed lane; open it with --partition P:D to have shares")
-        if min(partition.prefill, partition.decode) < 1 or partition.prefill + partition.decode > len(self._cores):
+        if min(partition.prefill, partition.decode) < 1 or max(partition.prefill, partition.decode) > len(self._cores):
             raise DeviceError(
                 f"partition {partition.prefill}:{partition.decode}; each lane needs a core, "
-                f"and there are {len(self._cores)} for both"
+                f"and there are {len(self._cores)}"
             )
         self._shares = _cores_of(partition, self._cores)
         self._partition = partition
@@ -273,16 +273,16 @@ def usable_cores(wanted: str | None) -> Cores:
 
 
 def share_out(partition: str, cores: int) -> Partition | None:
-    """The partition for --partition `partition`: P:D parts of the cores, at least one for each lane."""
-    parts = parse_partition(partition)
-    if parts is None:
+    """The cores that each lane begins with, for --partition `partition`; at least one each."""
+    shares = parse_partition(partition)
+    if shares is None:
         return None
-    if cores < 2:
+    try:
+        return Partition(*shares.of(cores))
+    except ValueError:
         raise ConfigError(
             f"--partition is {partition}: two lanes need two cores, and there is 1; --partition off needs one"
-        )
-    prefill = min(cores - 1, max(1, round(cores * parts[0] / sum(parts))))
-    return Partition(prefill, cores - prefill)
+        ) from None
 
 
 def memory_rows(
@@ -314,7 +314,7 @@ def _kv_words(config: EngineConfig) -> str:
 
 
 def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
-    """The prefill lane's cores from the front, the decode lane's from the back."""
+    """The prefill lane's cores from the front, the decode lane's from the back; they overlap where they have to."""
     return {Lane.PREFILL: cores[: partition.prefill], Lane.DECODE: cores[len(cores) - partition.decode :]}
 
 

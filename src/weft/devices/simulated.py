@@ -82,8 +82,21 @@ class ManualDevice:
         """Nothing to free."""
 
 
+def check_partition(partition: Partition, shares: int) -> None:
+    """Raises DeviceError. The lanes may overlap: each share has its own limit, the sum has none."""
+    if min(partition.prefill, partition.decode) < 1 or max(partition.prefill, partition.decode) > shares:
+        raise DeviceError(
+            f"partition {partition.prefill}:{partition.decode} is impossible; each lane needs at least 1 share, "
+            f"and there are {shares}"
+        )
+
+
 class SimulatedDevice:
-    """In real time, a thread per lane. partition: the shares of each lane; None for one mixed lane."""
+    """In real time, a thread per lane. partition: the shares of each lane; None for one mixed lane.
+
+    A lane takes on its share when it begins a step, and how long that takes is settled then: by the lane's share, and
+    by that of the other lane if it computes at that moment. VirtualDevice (virtual.py) is exact about what overlaps.
+    """
 
     def __init__(
         self,
@@ -99,6 +112,8 @@ class SimulatedDevice:
         self._lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        # The shares of the lanes that compute now.
+        self._computing: dict[Lane, float] = {}
         self._dead: str | None = None
         # A result, or None for "wake up".
         self._results: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
@@ -147,14 +162,9 @@ class SimulatedDevice:
         return self._partition
 
     def set_partition(self, partition: Partition) -> None:
-        shares = self.capacity().shares
         if self._partition is None:
             raise DeviceError("the simulated device has one mixed lane; there is nothing to divide")
-        if partition.prefill < 1 or partition.decode < 1 or partition.prefill + partition.decode > shares:
-            raise DeviceError(
-                f"partition {partition.prefill}:{partition.decode} is impossible; both lanes need at least 1 share, "
-                f"and there are {shares}"
-            )
+        check_partition(partition, self.capacity().shares)
         self._partition = partition
 
     def memory(self) -> tuple[tuple[str, int], ...]:
@@ -174,14 +184,25 @@ class SimulatedDevice:
             if self._dead is not None:
                 self._results.put(Result(Ticket(plan.step, lane), error=self._dead))
                 continue
-            seconds = self._cost.seconds(plan, self._share(lane)) + self._executor.faults.slow.get(plan.step, 0.0)
+            if plan.step in self._executor.faults.gone:
+                return
+            seconds = self._begin(plan) + self._executor.faults.slow.get(plan.step, 0.0)
             # A lost step is one that only `close` ends.
             lost = plan.step in self._executor.faults.lost
             if (lost or seconds > 0) and self._closed.wait(None if lost else seconds):
                 return
             with self._lock:
+                self._computing.pop(lane, None)
                 result = self._executor.run(plan, seconds)
             self._results.put(result)
+
+    def _begin(self, plan: Plan) -> float:
+        """How long the step takes."""
+        with self._lock:
+            share = self._share(plan.lane)
+            rival = sum(self._computing.values())
+            self._computing[plan.lane] = share
+        return self._cost.seconds(plan, share, rival)
 
     def _share(self, lane: Lane) -> float:
         partition = self._partition
@@ -203,8 +224,8 @@ def open_simulated(config: EngineConfig, folder: Path, say: Callable[[str], None
     say("reading the model's shape")
     capacity = _capacity(config, folder)
     say("making the KV pool")
-    parts = parse_partition(config.partition)
-    return SimulatedDevice(capacity, None if parts is None else Partition(*parts), cost=SMALL)
+    shares = parse_partition(config.partition)
+    return SimulatedDevice(capacity, None if shares is None else Partition(*shares.of(shares.whole)), cost=SMALL)
 
 
 def _capacity(config: EngineConfig, folder: Path) -> Capacity:
@@ -219,7 +240,7 @@ def _capacity(config: EngineConfig, folder: Path) -> Capacity:
         # A padded vocabulary has ids without a token; a client could not read them.
         vocabulary = min(vocabulary, Tokenizer.from_folder(folder).vocabulary)
     max_model_len = config.max_model_len or longest
-    parts = parse_partition(config.partition)
+    shares = parse_partition(config.partition)
     blocks = config.num_blocks
     if blocks is None and config.kv_cache_memory_bytes is not None:
         blocks = config.kv_cache_memory_bytes // (SLOT_BYTES * config.block_size)
@@ -235,7 +256,7 @@ def _capacity(config: EngineConfig, folder: Path) -> Capacity:
         block_size=config.block_size,
         max_tokens=config.max_num_batched_tokens,
         max_slices=config.max_num_seqs,
-        shares=1 if parts is None else sum(parts),
+        shares=1 if shares is None else shares.whole,
         max_model_len=max_model_len,
         vocabulary=vocabulary,
     )
