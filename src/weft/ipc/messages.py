@@ -39,7 +39,11 @@ class LaneStats(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):
-    """A snapshot of the engine; counters grow from start. Blocks: free + cached + held + pinned = total."""
+    """A snapshot of the engine; counters grow from start. Blocks: free + cached + held + pinned = total.
+
+    iteration_tokens: computed by all lanes. partition_*: of the controller; regime is "" without one, chunk 0 without a
+    limit; seconds are those that the device took to be told of new shares, and that the decisions took.
+    """
 
     running: int
     waiting: int
@@ -54,6 +58,12 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     generation_tokens: int
     uptime: float
     lanes: tuple[LaneStats, ...] = ()
+    iteration_tokens: int = 0
+    partition_regime: str = ""
+    partition_chunk: int = 0
+    partition_switches: int = 0
+    partition_switch_seconds: float = 0.0
+    partition_decide_seconds: float = 0.0
 
 
 class Phase(msgspec.Struct, frozen=True):

@@ -6,13 +6,22 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from weft.config import EngineConfig
+from weft.config import EngineConfig, parse_partition
+from weft.core.plan import Capacity
 from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices import open_device
 from weft.devices.base import Device
 from weft.ipc.messages import Phase, Ready
 from weft.loop.engine import Engine
+from weft.phases.auto import AutoPolicy
+from weft.phases.controller import Controller
+from weft.phases.forecast import Device as Forecast
+from weft.phases.observations import Targets
+from weft.phases.paper import PaperPolicy
 from weft.text.hub import resolve_model
+
+# Those of the paper's code.
+DEFAULT_TARGETS = Targets(ttft=0.5, tpot=0.1)
 
 
 def open_engine(config: EngineConfig, say: Callable[[str], None]) -> tuple[Engine, Ready]:
@@ -31,11 +40,27 @@ def open_engine(config: EngineConfig, say: Callable[[str], None]) -> tuple[Engin
 def _open(config: EngineConfig, folder: Path, phases: Phases) -> tuple[Engine, Ready]:
     device = open_device(config, folder, phases.begin)
     try:
-        engine = Engine(device, Scheduler(device.capacity(), device.lanes(), settings(config)))
+        scheduler = Scheduler(device.capacity(), device.lanes(), settings(config))
+        engine = Engine(device, scheduler, controller=controller(config, device.capacity()))
         return engine, _ready(config, device, phases.end())
     except BaseException:
         device.close()
         raise
+
+
+def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
+    """What --partition auto and paper go by; None for shares that stay as they are."""
+    shares = parse_partition(config.partition)
+    targets = Targets(config.slo_ttft or DEFAULT_TARGETS.ttft, config.slo_tpot or DEFAULT_TARGETS.tpot)
+    if shares is None or shares.policy == "fixed":
+        return None
+    if shares.policy == "paper":
+        return Controller(PaperPolicy(targets, capacity.shares))
+    chunk = min(config.max_num_batched_tokens, capacity.max_tokens)
+    seats = min(config.max_num_seqs, capacity.max_slices)
+    # Only who has named a target has asked for requests to be refused in its name.
+    policy = AutoPolicy(targets, Forecast(capacity.shares, chunk, seats), shed=config.slo_ttft is not None)
+    return Controller(policy, lone=True)
 
 
 def settings(config: EngineConfig) -> SchedulerSettings:

@@ -17,6 +17,8 @@ from weft.core.scheduler import Scheduler
 from weft.devices.base import Device
 from weft.errors import DeviceError, Unavailable
 from weft.ipc.messages import LaneStats, Stats
+from weft.loop.control import Control
+from weft.phases.controller import Controller
 
 logger = logging.getLogger("weft.engine")
 
@@ -25,7 +27,8 @@ STEP_TIMEOUT = 300.0
 
 @dataclass(slots=True)
 class LaneMeter:
-    """What a lane has done since the start, and since when its ticket is in flight. warned: it was given up on once."""
+    """What a lane has done since the start, and since when its ticket is in flight. warned: its step was given up.
+    retired: the lane was, too."""
 
     busy: float = 0.0
     steps: int = 0
@@ -33,13 +36,16 @@ class LaneMeter:
     plan: Plan | None = None
     since: float = 0.0
     warned: bool = False
+    retired: bool = False
 
 
 class Engine:
     """One thread owns it; only `wake` may be called from another.
 
-    step_timeout: seconds after which the requests in a step that does not end get an error; after as much again the
-    device counts as dead. None: never. dead: why the engine takes no requests any more, or None.
+    step_timeout: seconds after which the requests in a step that does not end get an error; after as much again its
+    lane counts as gone, and the other lane, if there is one, does the work of both; without any the device is dead.
+    None: never. controller: says how two lanes share the device; None: as the device has it.
+    dead: why the engine takes no requests any more, or None.
     """
 
     def __init__(
@@ -49,6 +55,7 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
         *,
         step_timeout: float | None = STEP_TIMEOUT,
+        controller: Controller | None = None,
     ) -> None:
         self.dead: str | None = None
         self._device = device
@@ -57,9 +64,8 @@ class Engine:
         self._step_timeout = step_timeout
         self._started = clock()
         self._events: list[Event] = []
-        # Decode first: what runs gets its blocks before a new prefill takes them.
-        self._lanes = sorted(device.lanes(), key=lambda lane: lane is Lane.PREFILL)
-        self._meters = {lane: LaneMeter() for lane in self._lanes}
+        self._meters = {lane: LaneMeter() for lane in scheduler.order()}
+        self._control = None if controller is None else Control(controller, device, scheduler, self._started)
         self._closed = False
 
     def submit(self, request: Request) -> None:
@@ -68,7 +74,12 @@ class Engine:
             raise Unavailable(f"the engine is dead: {self.dead}")
         if self._closed:
             raise Unavailable("the engine is closed")
-        self._scheduler.submit(request, self._clock())
+        now = self._clock()
+        if self._control is not None:
+            self._control.admit(request, now)
+        self._scheduler.submit(request, now)
+        if self._control is not None:
+            self._control.arrived(request, now)
 
     def abort(self, request_id: str) -> None:
         """End a request; its events come out of the next `step`. An id that is not live is ignored: it just ended."""
@@ -85,6 +96,8 @@ class Engine:
             for result in self._poll(timeout):
                 self._complete(result)
             self._watch()
+            if self._control is not None:
+                self._control.consider(self._clock())
             # Before the caller deals with the events, so that the device works in the meantime.
             self._launch()
         events, self._events = self._events, []
@@ -100,7 +113,8 @@ class Engine:
         return not (self._scheduler.live or self._events or (self._scheduler.inflight and self.dead is None))
 
     def stats(self) -> Stats:
-        scheduler, pool = self._scheduler, self._scheduler.pool
+        scheduler, pool, control = self._scheduler, self._scheduler.pool, self._control
+        sharing = None if control is None else control.decision.sharing
         return Stats(
             running=len(scheduler.running),
             waiting=scheduler.waiting,
@@ -115,6 +129,12 @@ class Engine:
             generation_tokens=scheduler.generation_tokens,
             uptime=self._clock() - self._started,
             lanes=tuple(self._lane_stats(lane, meter) for lane, meter in self._meters.items()),
+            iteration_tokens=sum(meter.tokens for meter in self._meters.values()),
+            partition_regime="" if sharing is None else sharing.regime.value,
+            partition_chunk=0 if sharing is None else sharing.chunk or 0,
+            partition_switches=0 if control is None else control.switches,
+            partition_switch_seconds=0.0 if control is None else control.switch_seconds,
+            partition_decide_seconds=0.0 if control is None else control.decide_seconds,
         )
 
     def close(self) -> None:
@@ -126,7 +146,7 @@ class Engine:
     # -- one step --------------------------------------------------------------------------------------------------
 
     def _launch(self) -> None:
-        for lane in self._lanes:
+        for lane in self._scheduler.order():
             if self.dead is not None:
                 return
             plan = self._schedule(lane)
@@ -143,6 +163,8 @@ class Engine:
     def _send(self, plan: Plan) -> None:
         meter = self._meters[plan.lane]
         meter.plan, meter.since, meter.warned = plan, self._clock(), False
+        if self._control is not None:
+            self._control.launched(plan, meter.since)
         try:
             self._device.submit(plan)
         except DeviceError as error:
@@ -173,6 +195,11 @@ class Engine:
         meter = self._meters[lane]
         if meter.plan is not None:
             meter.tokens += meter.plan.tokens
+            if self._control is not None:
+                self._control.landed(meter.plan, result, self._clock())
+        if meter.retired:
+            meter.retired = False
+            logger.warning("lane %s answers again", lane.value)
         meter.busy += result.seconds
         meter.steps += 1
         meter.plan = None
@@ -183,6 +210,8 @@ class Engine:
 
     def _note(self, events: list[Event]) -> None:
         self._events.extend(events)
+        if self._control is not None:
+            self._control.noted(events, self._clock())
         for event in events:
             if isinstance(event, RequestEnd):
                 _log_end(event)
@@ -205,22 +234,31 @@ class Engine:
         if self._step_timeout is None:
             return None
         now = self._clock()
-        ends = [self._limit(meter) - now for meter in self._meters.values() if meter.plan is not None]
+        ends = [self._limit(meter) - now for meter in self._watched()]
         return max(0.0, min(ends)) if ends else None
 
     def _limit(self, meter: LaneMeter) -> float:
         return meter.since + (self._step_timeout or 0.0) * (2 if meter.warned else 1)
 
+    def _watched(self) -> list[LaneMeter]:
+        return [meter for meter in self._meters.values() if meter.plan is not None and not meter.retired]
+
     def _watch(self) -> None:
         if self._step_timeout is None:
             return
-        for lane, meter in self._meters.items():
+        for meter in self._watched():
             if meter.plan is None or self.dead is not None or self._clock() < self._limit(meter):
                 continue
+            lane = meter.plan.lane
             message = f"step {meter.plan.step} of lane {lane.value} did not end within {self._step_timeout:g} s"
             if meter.warned:
-                self._die(f"{message}, nor within as much again")
-                return
+                message += ", nor within as much again"
+                meter.retired = self._scheduler.retire(lane)
+                if not meter.retired:
+                    self._die(message)
+                    return
+                logger.error("%s; the other lane does its work", message)
+                continue
             meter.warned = True
             logger.error("%s; its requests end. The threads are at:\n%s", message, _stacks())
             self._note(self._scheduler.lose(meter.plan.step, message, self._clock()))

@@ -1,12 +1,13 @@
 """Latency models, fitted online from what was observed. Pure functions; standard library and numpy.
 
     TTFT = a / (x - load) + b                                               semi-PD, equations 1 to 3
-    step = b + (a + token * T + slot * C) / min(share, saturation), times (1 + contention * rival)
+    step = (b + token * T / share + (a + slot * C) / min(share, saturation)) * (1 + contention * rival)
 
 The first is the paper's: x is the prefill lane's share, load the work that arrives (seconds of the whole device for
 each second). The second contains the paper's TPOT = a / y + b as the case of one batch and no rival, and adds what the
-paper leaves out: from the saturation point on a share buys nothing (decode fills the memory's bandwidth with part of
-the cores), and a lane that computes beside another takes longer, whatever its share.
+paper leaves out: memory is read no faster from the saturation point on (decode fills its bandwidth with part of the
+cores), and a lane that computes beside another takes longer, whatever its share. It holds for a step of any lane: T
+tokens of prompts or of output, C slots of context, so that steps of every regime teach the same law.
 
 A fit never extrapolates from one share: that would be the model's word, not the data's. Newer samples count more
 (`half_life`), so that the fit follows a device or a load that drifts, and samples of a share that was left long ago
@@ -94,8 +95,8 @@ class StepModel:
     error: float = 0.0
 
     def predict(self, tokens: float, context: float, share: float = 1.0, rival: float = 0.0) -> float:
-        work = self.base + self.token * tokens + self.slot * context
-        alone = self.fixed + work / min(share, self.saturation or 1.0)
+        memory = (self.base + self.slot * context) / min(share, self.saturation or 1.0)
+        alone = self.fixed + self.token * tokens / share + memory
         return alone * (1.0 + (self.contention or 0.0) * rival)
 
 
@@ -114,7 +115,7 @@ def fit_ttft(samples: Sequence[TtftSample], now: float, *, half_life: float = HA
 
 
 def fit_steps(samples: Sequence[Stepped], now: float, *, half_life: float = HALF_LIFE) -> StepModel | Unfit:
-    """The step law of one lane. Two shares give its slope; the saturation point takes three."""
+    """The step law of a device. Two shares give its slope; the saturation point takes three."""
     good = [one for one in samples if one.seconds > 0 and one.share > 0]
     weights = _ages([one.at for one in good], now, half_life)
     shares = seen_shares([one.share for one in good], weights)
@@ -186,9 +187,9 @@ def _fit_at(
     columns = {"base": inverse}
     if fixed:
         columns = {"fixed": np.ones_like(y), **columns}
-    for name, values in (("token", tokens), ("slot", context)):
+    for name, values, scale in (("token", tokens, 1.0 / share), ("slot", context, inverse)):
         if np.ptp(values) > VARIES * max(float(np.max(values)), 1e-12):
-            columns[name] = values * inverse
+            columns[name] = values * scale
 
     def costs(value: float) -> tuple[list[str], Array, Array]:
         names, found = _non_negative(columns, y / (1.0 + value * rival), weights)

@@ -84,13 +84,14 @@ class Queue:
 class Decision:
     """From now on the device is shared so. reason: one sentence, for the log.
 
-    shed: seconds of prompts that may wait, of the whole device; a request beyond them is refused. None: any number.
+    shed: tokens of prompts that a new request may have to wait for, its own included; one that would wait for more is
+    refused. None: any number.
     """
 
     at: float
     sharing: Sharing
     reason: str
-    shed: float | None = None
+    shed: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
+from weft.core.plan import Regime
 from weft.core.request import Event, Finish, Request, RequestEnd, TokenOutput
 from weft.errors import Unavailable, WeftError
 from weft.ipc.messages import Stats
@@ -120,10 +121,18 @@ class Metrics:
             ("prefix_cache_hits", "prompt tokens found in the prefix cache", stats.prefix_hits),
             ("prompt_tokens", "prompt tokens of the requests taken", stats.prompt_tokens),
             ("generation_tokens", "tokens generated", stats.generation_tokens),
+            ("iteration_tokens", "tokens computed, of prompts and of output", stats.iteration_tokens),
+            ("partition_switches", "changes of how the lanes share the device", stats.partition_switches),
+            ("partition_switch_seconds", "time to tell the device of new shares", stats.partition_switch_seconds),
+            ("partition_decide_seconds", "time to decide on shares", stats.partition_decide_seconds),
         ):
             family = CounterMetricFamily(PREFIX + name, words, labels=["model_name"])
             family.add_metric(list(self._labels.values()), count)
             yield family
+        if stats.partition_regime:
+            regimes = {regime.value: float(regime.value == stats.partition_regime) for regime in Regime}
+            yield self._by("partition_regime", "how the lanes share the device: 1 is in force", "regime", regimes)
+            yield self._gauge("partition_chunk", "most prompt tokens beside decode; 0: no limit", stats.partition_chunk)
         yield from self._lanes(stats)
 
     def _lanes(self, stats: Stats) -> Iterator[Metric]:

@@ -1,0 +1,123 @@
+"""A simulated device in virtual time: hours of serving in seconds, and the same every time.
+
+`poll` moves the clock to the next result instead of waiting for it. Where two lanes overlap for part of a step, each
+goes at the pace that the cost model gives it beside the other for just that part. The engine has to be given `clock`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
+from weft.devices.base import Description
+from weft.devices.cost import FREE, CostModel
+from weft.devices.oracle import Executor, Faults
+from weft.devices.simulated import DESCRIPTION, check_partition
+from weft.errors import DeviceError
+
+
+@dataclass(slots=True)
+class Job:
+    """A step under way. left: the part of it that is still to be done. share: the lane's when it began."""
+
+    plan: Plan
+    began: float
+    share: float
+    left: float = 1.0
+
+
+class VirtualDevice:
+    """partition: the shares of each lane; None for one mixed lane. Faults other than failed and nan are not for it."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        partition: Partition | None = None,
+        *,
+        cost: CostModel = FREE,
+        faults: Faults | None = None,
+    ) -> None:
+        self._executor = Executor(capacity, faults or Faults())
+        self._cost = cost
+        self._partition = partition
+        self._lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
+        self._plans: dict[Lane, deque[Plan]] = {lane: deque() for lane in self._lanes}
+        self._jobs: dict[Lane, Job] = {}
+        self._results: list[Result] = []
+        self._woken = False
+        self._now = 0.0
+
+    def clock(self) -> float:
+        return self._now
+
+    def capacity(self) -> Capacity:
+        return self._executor.capacity
+
+    def describe(self) -> Description:
+        return DESCRIPTION
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return self._lanes
+
+    def submit(self, plan: Plan) -> Ticket:
+        self._plans[plan.lane].append(plan)
+        self._start(plan.lane)
+        return Ticket(plan.step, plan.lane)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        """Lets time pass until a result comes, or `timeout` seconds. Raises DeviceError when none can ever come."""
+        end = math.inf if timeout is None else self._now + timeout
+        while not self._results and not self._woken and self._now < end:
+            if not self._jobs and math.isinf(end):
+                raise DeviceError("nothing is under way, so no time can pass")
+            self._advance(end)
+        found, self._results, self._woken = self._results, [], False
+        return found
+
+    def wake(self) -> None:
+        self._woken = True
+
+    def partition(self) -> Partition | None:
+        return self._partition
+
+    def set_partition(self, partition: Partition) -> None:
+        if self._partition is None:
+            raise DeviceError("the simulated device has one mixed lane; there is nothing to divide")
+        check_partition(partition, self.capacity().shares)
+        self._partition = partition
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return (("KV pool (simulated)", self._executor.slots.nbytes),)
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _start(self, lane: Lane) -> None:
+        if lane in self._jobs or not self._plans[lane]:
+            return
+        partition = self._partition
+        share = 1.0
+        if partition is not None:
+            share = (partition.prefill if lane is Lane.PREFILL else partition.decode) / self.capacity().shares
+        self._jobs[lane] = Job(self._plans[lane].popleft(), self._now, share)
+
+    def _advance(self, end: float) -> None:
+        """To the next end of a step, or to `end`: nothing else changes how fast the lanes go."""
+        seconds = {lane: self._seconds(lane, job) for lane, job in self._jobs.items()}
+        ends = {lane: self._now + job.left * seconds[lane] for lane, job in self._jobs.items()}
+        then = min([end, *ends.values()])
+        for lane, job in list(self._jobs.items()):
+            if ends[lane] <= then:
+                del self._jobs[lane]
+                self._results.append(self._executor.run(job.plan, then - job.began))
+                self._start(lane)
+            else:
+                job.left -= (then - self._now) / seconds[lane]
+        self._now = then
+
+    def _seconds(self, lane: Lane, job: Job) -> float:
+        """Of the whole step, at the pace of this moment."""
+        rival = sum(other.share for name, other in self._jobs.items() if name is not lane)
+        return self._cost.seconds(job.plan, job.share, rival)

@@ -1,0 +1,188 @@
+"""What the engine tells a controller, and what it does with its decisions.
+
+A lane takes on a share when it begins a step, never in the middle of one, so nothing waits for the other lane and a
+change costs no step.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import dataclass
+
+from weft.core.plan import Lane, Partition, Plan, Regime, Result, Sharing
+from weft.core.request import Event, Finish, Request, RequestEnd, TokenOutput
+from weft.core.scheduler import Scheduler
+from weft.devices.base import Device
+from weft.errors import DeviceError, QueueFull
+from weft.phases.controller import Controller
+from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Queue, Stepped
+
+logger = logging.getLogger("weft.partition")
+
+# Waiting requests that a policy is shown, the most urgent ones.
+SHOWN = 256
+
+
+@dataclass(slots=True)
+class Flying:
+    """A lane's tickets in flight: seconds of the ended ones; since when, with which share, and beside how much of the
+    other lane's seconds the present one flies."""
+
+    seconds: float = 0.0
+    since: float | None = None
+    share: float = 1.0
+    beside: float = 0.0
+
+    def until(self, now: float) -> float:
+        return self.seconds + (0.0 if self.since is None else now - self.since)
+
+
+class Control:
+    """switches: changes of how the device is shared. switch_seconds: what the device took to be told of shares.
+    decide_seconds: what the policy took. decision: the one in force."""
+
+    def __init__(self, controller: Controller, device: Device, scheduler: Scheduler, now: float) -> None:
+        self.switches = 0
+        self.switch_seconds = 0.0
+        self.decide_seconds = 0.0
+        self._controller = controller
+        self._device = device
+        self._scheduler = scheduler
+        self._shares = device.capacity().shares
+        self._flying = {lane: Flying() for lane in device.lanes()}
+        self._first: dict[str, tuple[float, int]] = {}  # arrival and prompt of who has no first token yet
+        self.decision = controller.first(now)
+        self._adopt(self.decision)
+
+    # -- what happens ----------------------------------------------------------------------------------------------
+
+    def admit(self, request: Request, now: float) -> None:
+        """Raises QueueFull for a request that would get its first token too late, where the policy says so."""
+        most = self.decision.shed
+        if most is None:
+            return
+        own = len(request.prompt)
+        ahead = sum(tokens for _, tokens in self._waiting() if self._before(tokens, own))
+        if ahead + own > most:
+            raise QueueFull(
+                f"{ahead} prompt tokens go first, and the device computes {most} within the target of --slo-ttft",
+                retry_after=self._scheduler.admission.retry_after(now),
+            )
+
+    def _before(self, tokens: int, own: int) -> bool:
+        """Whether a prompt that waits goes before a new one. Ageing is left out: it only ever puts more before."""
+        return tokens <= own or not self.decision.sharing.size_weight
+
+    def arrived(self, request: Request, now: float) -> None:
+        self._first[request.id] = (now, len(request.prompt))
+        self._controller.tell(Arrived(now, len(request.prompt)))
+
+    def noted(self, events: list[Event], now: float) -> None:
+        for event in events:
+            if isinstance(event, TokenOutput):
+                first = self._first.pop(event.request, None)
+                if first is not None and event.token is not None:
+                    self._controller.tell(FirstToken(now, first[0], first[1], self._share(Lane.PREFILL)))
+            elif isinstance(event, RequestEnd):
+                self._first.pop(event.request, None)
+                self._ended(event, now)
+
+    def _ended(self, end: RequestEnd, now: float) -> None:
+        times = end.timing
+        if end.reason not in (Finish.STOP, Finish.LENGTH) or times.first_token is None or times.scheduled is None:
+            return
+        output = end.generated_tokens // end.sequences
+        tpot = (now - times.first_token) / (output - 1) if output > 1 else None
+        ttft, waited = times.first_token - times.arrived, times.scheduled - times.arrived
+        self._controller.tell(Finished(now, times.arrived, ttft, waited, tpot, output))
+
+    def launched(self, plan: Plan, now: float) -> None:
+        """Just before a plan is submitted: the lane's share is what the device is told now."""
+        lane, other = plan.lane, self._other(plan.lane)
+        lone = self._controller.lone and self.decision.sharing.regime is Regime.SPLIT and self._idle(other)
+        self._tell_device(self._target(lane if lone else None))
+        flying, beside = self._flying[lane], self._flying.get(other)
+        flying.since, flying.share = now, self._share(lane)
+        flying.beside = 0.0 if beside is None else beside.until(now)
+
+    def landed(self, plan: Plan, result: Result, now: float) -> None:
+        lane = plan.lane
+        flying, beside = self._flying[lane], self._flying.get(self._other(lane))
+        if flying.since is None:
+            return
+        seconds = max(now - flying.since, 1e-9)
+        rival = 0.0 if beside is None else min(1.0, max(0.0, (beside.until(now) - flying.beside) / seconds))
+        flying.seconds, flying.since = flying.seconds + seconds, None
+        if result.error is None:
+            output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
+            context = sum(piece.end for piece in plan.slices)
+            prompt = plan.tokens - output
+            self._controller.tell(Stepped(now, lane, result.seconds, prompt, output, context, flying.share, rival))
+
+    # -- what follows ----------------------------------------------------------------------------------------------
+
+    def consider(self, now: float) -> None:
+        """Ask the policy if it is time to; one comparison otherwise."""
+        if not self._controller.due(now):
+            return
+        began = time.perf_counter()
+        decision = self._controller.ask(self._queue(), now)
+        self.decide_seconds += time.perf_counter() - began
+        if decision is not None:
+            self.switches += 1
+            self.decision = decision
+            logger.info("partition: %s", decision.reason)
+            self._adopt(decision)
+
+    def _adopt(self, decision: Decision) -> None:
+        self._scheduler.share(decision.sharing)
+        self._tell_device(self._target(None))
+
+    def _target(self, lone: Lane | None) -> Partition:
+        """What the device shall be told. lone: the lane whose rival has nothing to do."""
+        sharing: Sharing = self.decision.sharing
+        if sharing.regime is not Regime.SPLIT:
+            return Partition(self._shares, self._shares)
+        prefill = self._shares if lone is Lane.PREFILL else sharing.partition.prefill
+        decode = self._shares if lone is Lane.DECODE else sharing.partition.decode
+        return Partition(prefill, decode)
+
+    def _tell_device(self, partition: Partition) -> None:
+        if partition == self._device.partition():
+            return
+        began = time.perf_counter()
+        try:
+            self._device.set_partition(partition)
+        except DeviceError as error:  # the shares in force go on
+            logger.error("partition %d:%d was refused: %s", partition.prefill, partition.decode, error.message)
+        self.switch_seconds += time.perf_counter() - began
+
+    def _queue(self) -> Queue:
+        decoding = self._scheduler.running.decoding
+        return Queue(tuple(self._waiting()), len(decoding), sum(len(one.tokens) for one in decoding))
+
+    def _waiting(self) -> list[tuple[float, int]]:
+        """(arrival, tokens to compute) of the sequences without a first token."""
+        running = self._scheduler.running
+        found: list[tuple[float, int]] = []
+        for line in (running.prefilling, running.waiting):
+            for one in line:
+                if one.live.first_token is None:
+                    found.append((one.live.arrived, len(one.tokens) - one.computed))
+                if len(found) >= SHOWN:
+                    return found
+        return found
+
+    def _share(self, lane: Lane) -> float:
+        partition = self._device.partition()
+        if partition is None:
+            return 1.0
+        return (partition.prefill if lane is Lane.PREFILL else partition.decode) / self._shares
+
+    def _idle(self, lane: Lane) -> bool:
+        return not self._scheduler.inflight.busy(lane) and not self._scheduler.owned(lane)
+
+    @staticmethod
+    def _other(lane: Lane) -> Lane:
+        return Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL

@@ -1,0 +1,223 @@
+"""`--partition auto`: shares the device in the way that is predicted to miss the fewest targets.
+
+The ways: one lane for both phases with chunked prefill (the chunk sized to the TPOT target), turns, and any split that
+the device allows. The step law is fitted from every step; shares that were not seen are tried for a moment, but only
+while there are misses to be saved. A change must save enough (hysteresis), and no change comes soon after another
+(dwell). Where nothing meets both targets, the declared policy: decode keeps its target, prompts go shortest first (with
+ageing), and a prompt that could not make its deadline even so is refused, if that was allowed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from weft.core.plan import Partition, Regime, Sharing
+from weft.phases.forecast import Device, Load, Outlook, candidates, outlook
+from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one_share, fit_steps, fit_ttft
+from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
+
+# Kept of each kind: of one share, in all, and the seconds over which arrivals are counted.
+STEPS_EACH, STEPS_MOST, FIRSTS_MOST, PROMPTS, OUTPUTS = 40, 240, 200, 48, 64
+RATE_SECONDS = 20.0
+# A change has to save so many misses within the horizon, and such a part of them.
+SAVES, SAVES_PART = 0.5, 0.1
+# Shares for trying out, in the order in which they are tried.
+TRIALS = (1 / 2, 1 / 4, 3 / 4)
+# More than this part of the requests: out of reach.
+OUT_OF_REACH = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class AutoState:
+    """sharing: in force since `since`. overload: whether the declared policy holds. tried: trials so far."""
+
+    sharing: Sharing
+    began: float = 0.0
+    since: float = 0.0
+    trial: bool = False
+    tried: int = 0
+    overload: bool = False
+    fitted: float = -1e9
+    steps: tuple[Stepped, ...] = ()
+    arrivals: tuple[Arrived, ...] = ()
+    firsts: tuple[TtftSample, ...] = ()
+    outputs: tuple[int, ...] = ()
+    model: StepModel | None = None
+    ttft: TtftModel | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AutoPolicy:
+    """dwell: seconds between changes. refit: seconds between fits. trial: seconds that a share is tried.
+    shed: whether prompts that cannot make the TTFT target may be refused."""
+
+    targets: Targets
+    device: Device
+    shed: bool = False
+    dwell: float = 2.0
+    refit: float = 5.0
+    trial: float = 1.5
+
+    @property
+    def _whole(self) -> Partition:
+        return Partition(self.device.shares, self.device.shares)
+
+    def start(self) -> AutoState:
+        return AutoState(Sharing(Regime.MIXED, self._whole, max(1, self.device.chunk // 4)))
+
+    def first(self, now: float) -> Decision:
+        return Decision(now, self.start().sharing, "one lane for both phases until there is something to go by")
+
+    def decide(
+        self, state: AutoState, seen: tuple[Observation, ...], queue: Queue, now: float
+    ) -> tuple[AutoState, Decision | None]:
+        state = self._learn(state, seen, now)
+        model, load = state.model, self._load(state, now)
+        if model is None or now - state.since < (self.trial if state.trial else self.dwell):
+            return state, None
+        if not (queue.waiting or queue.decoding):
+            return state, None  # nothing to decide for
+        options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
+        here = self._outlook(state.sharing, state, load, queue, now)
+        trial = self._trial(state, model, here, queue, now)
+        if trial is not None:
+            return trial
+        overload = all(one.late > OUT_OF_REACH or one.slow > OUT_OF_REACH for one in options)
+        best = self._best(options, overload)
+        saved = here.score - best.score
+        better = saved > max(SAVES, SAVES_PART * here.score) or (overload and self._protects(here, best))
+        if not (better or state.trial or overload is not state.overload):
+            return state, None
+        if not better and not state.trial:
+            best = here
+        return self._change(state, best, here, overload, load, now)
+
+    # -- what is known -------------------------------------------------------------------------------------------
+
+    def _learn(self, state: AutoState, seen: tuple[Observation, ...], now: float) -> AutoState:
+        arrivals = [one for one in state.arrivals if now - one.at <= RATE_SECONDS]
+        arrivals += [one for one in seen if isinstance(one, Arrived)]
+        load = self._load(replace(state, arrivals=tuple(arrivals)), now)
+        firsts = list(state.firsts)
+        if state.model is not None:
+            whole = self._speed(state.model, load)
+            here = self._outlook(state.sharing, state, load, Queue(), now)
+            for one in seen:
+                # Fresh only: of requests that came after the last change.
+                if isinstance(one, FirstToken) and one.arrived >= state.since:
+                    share, used = min(1.0, here.speed / whole), load.rate * load.prompt / whole
+                    firsts.append(TtftSample(one.at, share, used, one.ttft))
+        state = replace(
+            state,
+            began=state.began or now,
+            arrivals=tuple(arrivals),
+            firsts=tuple(firsts[-FIRSTS_MOST:]),
+            steps=kept(state.steps, (one for one in seen if isinstance(one, Stepped))),
+            outputs=(state.outputs + tuple(one.output for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
+        )
+        return self._fit(state, now) if now - state.fitted >= self.refit or state.model is None else state
+
+    def _fit(self, state: AutoState, now: float) -> AutoState:
+        found = fit_steps(state.steps, now)
+        if isinstance(found, Unfit):
+            found = fit_one_share(state.steps, now)
+        if isinstance(found, Unfit):
+            return state
+        ttft = fit_ttft(state.firsts, now)
+        return replace(state, model=found, ttft=ttft if isinstance(ttft, TtftModel) else None, fitted=now)
+
+    def _load(self, state: AutoState, now: float) -> Load:
+        span = min(RATE_SECONDS, max(now - state.began, 1.0)) if state.began else RATE_SECONDS
+        output = sum(state.outputs) / len(state.outputs) if state.outputs else 100.0
+        prompts = tuple(one.tokens for one in state.arrivals[-PROMPTS:])
+        return Load(len(state.arrivals) / span, prompts, output)
+
+    def _speed(self, model: StepModel, load: Load) -> float:
+        """Tokens of prompts per second on the whole device."""
+        return self.device.chunk / model.predict(self.device.chunk, load.prompt, 1.0)
+
+    # -- what to do ----------------------------------------------------------------------------------------------
+
+    def _options(self, state: AutoState, model: StepModel, load: Load, queue: Queue) -> list[Sharing]:
+        found = list(candidates(model, self.targets, queue, load, self.device, state.sharing.size_weight))
+        if len(model.shares) < 2:
+            # Of shares that were never seen there is nothing to say; turns and chunks need none.
+            found = [one for one in found if one.regime is not Regime.SPLIT]
+        return found
+
+    def _outlook(self, sharing: Sharing, state: AutoState, load: Load, queue: Queue, now: float) -> Outlook:
+        model = state.model or StepModel(0.0, 1e-3, 0.0, 0.0)
+        return outlook(sharing, model, state.ttft, load, queue, self.targets, self.device, now)
+
+    def _trial(
+        self, state: AutoState, model: StepModel, here: Outlook, queue: Queue, now: float
+    ) -> tuple[AutoState, Decision] | None:
+        """A share that was not seen yet, while both phases have work and there are misses to be saved."""
+        wanted = min(3, self.device.shares)
+        if state.trial or len(model.shares) >= wanted or here.misses < SAVES or self.device.shares < 2:
+            return None
+        if not (queue.waiting and queue.decoding) or state.tried >= 3 * len(TRIALS):
+            return None
+        part = TRIALS[state.tried % len(TRIALS)]
+        prefill = max(1, min(self.device.shares - 1, round(self.device.shares * part)))
+        partition = Partition(prefill, self.device.shares - prefill)
+        sharing = Sharing(Regime.SPLIT, partition, None, state.sharing.size_weight)
+        reason = (
+            f"{here.misses:.1f} misses are predicted, and step times are known at {len(model.shares)} share"
+            f"{'s' if len(model.shares) > 1 else ''} only: a trial of {words(sharing, self.device.shares)}"
+        )
+        state = replace(state, sharing=sharing, since=now, trial=True, tried=state.tried + 1)
+        return state, Decision(now, sharing, reason)
+
+    def _best(self, options: list[Outlook], overload: bool) -> Outlook:
+        if overload:
+            safe = [one for one in options if one.slow <= OUT_OF_REACH]
+            if safe:  # decode keeps its target; of those, what serves prompts fastest
+                return max(safe, key=lambda one: one.speed)
+            return min(options, key=lambda one: one.tpot)
+        return min(options, key=lambda one: one.score)
+
+    def _protects(self, here: Outlook, best: Outlook) -> bool:
+        if best.slow <= OUT_OF_REACH < here.slow:
+            return True
+        return best.slow <= OUT_OF_REACH and best.speed > here.speed * (1.0 + SAVES_PART)
+
+    def _change(
+        self, state: AutoState, best: Outlook, here: Outlook, overload: bool, load: Load, now: float
+    ) -> tuple[AutoState, Decision | None]:
+        # Shortest first: a second of its own prefill puts a prompt back by a few seconds of waiting.
+        weight = 4.0 / best.speed if overload else 0.0
+        sharing = replace(best.sharing, size_weight=weight)
+        moved = replace(state, sharing=sharing, since=now, trial=False, overload=overload)
+        if replace(sharing, size_weight=0.0) == replace(state.sharing, size_weight=0.0) and overload is state.overload:
+            return replace(moved, sharing=state.sharing), None
+        shed = max(1, int(self.targets.ttft * best.speed)) if overload and self.shed else None
+        reason = (
+            f"{words(sharing, self.device.shares)}: predicted TTFT {best.ttft:.3f} s (target {self.targets.ttft:g}), "
+            f"TPOT {best.tpot:.4f} s (target {self.targets.tpot:g}), {best.misses:.1f} misses in 10 s instead of "
+            f"{here.misses:.1f}; {load.rate:.2f} requests/s of {load.prompt:.0f} tokens"
+        )
+        if overload:
+            reason = f"both targets are out of reach, so decode keeps its own and prompts go shortest first: {reason}"
+        return moved, Decision(now, sharing, reason, shed)
+
+
+def words(sharing: Sharing, shares: int) -> str:
+    """A way of sharing, for people."""
+    prefill, decode = sharing.partition.prefill, sharing.partition.decode
+    if sharing.regime is Regime.MIXED:
+        return f"one lane, chunks of {sharing.chunk} tokens"
+    if sharing.regime is Regime.TURNS:
+        return f"turns, {prefill}:{decode} of the time"
+    return f"split, {prefill}:{decode} of {shares}"
+
+
+def kept(before: Iterable[Stepped], new: Iterable[Stepped]) -> tuple[Stepped, ...]:
+    """The newest steps of each share and kind, so that what is known of one share outlives a long stay at another."""
+    groups: dict[tuple[float, bool, bool], list[Stepped]] = {}
+    for one in (*before, *new):
+        groups.setdefault((round(one.share, 2), one.prompt > 0, one.output > 0), []).append(one)
+    newest = [one for group in groups.values() for one in group[-STEPS_EACH:]]
+    newest.sort(key=lambda one: one.at)
+    return tuple(newest[-STEPS_MOST:])
