@@ -109,7 +109,7 @@ def test_a_share_that_was_left_long_ago_is_no_longer_known() -> None:
     base=st.floats(0.004, 0.05),
     token=st.floats(0.0, 5e-4),
     slot=st.floats(0.0, 1e-6),
-    saturation=st.sampled_from([0.3, 0.5, 0.7, 1.0]),
+    saturation=st.sampled_from([0.35, 0.5, 0.7, 1.0]),
     contention=st.floats(0.0, 0.6),
     seed=st.integers(0, 10**6),
 )

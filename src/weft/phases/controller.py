@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from weft.core.plan import Sharing
 from weft.phases.observations import Decision, Observation, Queue
 
 
@@ -29,6 +30,25 @@ class Policy(Protocol):
     ) -> tuple[Any, Decision | None]:
         """What to change, if anything. seen: since the last call."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class FixedPolicy:
+    """One way of sharing for good: what the others are compared with."""
+
+    sharing: Sharing
+
+    def start(self) -> None:
+        return None
+
+    def first(self, now: float) -> Decision:
+        return Decision(now, self.sharing, "fixed")
+
+    def decide(
+        self, state: None, seen: tuple[Observation, ...], queue: Queue, now: float
+    ) -> tuple[None, Decision | None]:
+        del seen, queue, now
+        return state, None
 
 
 @dataclass(frozen=True, slots=True)
