@@ -71,7 +71,7 @@ class Scale:
 
 # One in sixteen and one in two: about 70 in, 130 out. Sequences that grow much are those that preempt others.
 LLAMA = Scale((0.03, 0.06, 0.14), 1 / 16, 1 / 2, (256, 240), Slo(ttft=2.0, tpot=0.15), 120.0)
-BUILTIN = Scale((2.0, 8.0), 1 / 16, 1 / 2, (256, 240), Slo(ttft=0.5, tpot=0.05), 5.0)
+BUILTIN = Scale((1.0, 4.0), 1 / 16, 1 / 2, (256, 240), Slo(ttft=0.5, tpot=0.05), 5.0)
 WARM = 2  # requests to a server before any counts
 
 

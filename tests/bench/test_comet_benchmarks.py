@@ -326,7 +326,7 @@ def test_requests_of_a_lower_rate_are_among_those_of_the_highest(scripts: Any, t
     arguments = type("Arguments", (), {"trace": None, "seconds": 4.0, "skip": 9.0})
     config = parse_config(scripts("models").LLAMA_1B)
     loads, notes = serving._loads(arguments, serving.BUILTIN, config, np.random.default_rng(1))
-    few, many = loads[2.0], loads[8.0]
+    few, many = loads[1.0], loads[4.0]
     assert 0 < len(few) < len(many) and [shot.prompt for shot in few] == [shot.prompt for shot in many[: len(few)]]
     assert few[-1].due <= 4.0 and many[-1].due <= 4.0
     assert all(isinstance(shot, Shot) and len(shot.prompt) == shot.input_tokens for shot in many)
