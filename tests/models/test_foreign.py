@@ -451,6 +451,12 @@ def test_settings_that_cannot_be_honoured_are_told_by_key(made: Callable[[str], 
     assert "lm_head.qweight" in refused(quantization_config=GPTQ | {"lm_head": True})
 
 
+def test_dummy_weights_are_refused_for_a_quantised_config(made: Callable[[str], Made]) -> None:
+    config = read_config(made("gptq").folder)
+    with pytest.raises(CheckpointError, match="--load-format dummy draws unquantised weights"):
+        load_weights(made("gptq").folder, config, QuantisedReferenceKernels((0,)), torch.float32, dummy_seed=0)
+
+
 # ---------------------------------------------------------------- the whole
 
 

@@ -111,6 +111,11 @@ def load_weights(
     if say is not None:
         say("weights")
     if config.quantization is not None:
+        if dummy_seed is not None:
+            raise CheckpointError(
+                "--load-format dummy draws unquantised weights, and config.json has a quantization_config; "
+                "serve the checkpoint's own weights, or a folder without that key"
+            )
         load = _load_quantised if config.quantization.get("quant_method") == METHOD else _load_foreign
         return load(folder, config, kernels, dtype)
     _check_memory(config, dtype)
