@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ GIB = 2**30
 WARM_INPUT, WARM_OUTPUT = 64, 4
 BEST = "the best peer"
 OURS = "weft"
+MOST_WORDS = 300  # of a failure; the logs have all
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +82,13 @@ class Contest:
         for entrant in entrants:
             free = free_memory() / GIB
             if free < entrant.need:
-                self.failed[entrant.name] = f"needs about {entrant.need:g} GiB of memory, and {free:.1f} are free"
+                self._fail(entrant, f"needs about {entrant.need:g} GiB of memory, and {free:.1f} are free")
                 continue
             common.say(f"loading {entrant.name} ({', '.join(entrant.cases)})")
             try:
-                one = stack.enter_context(entrant.open())
-            except (OSError, ValueError, RuntimeError, StopIteration) as error:
-                self.failed[entrant.name] = _words(error)
-                continue
-            self.loaded.append((entrant, one))
-        for name, why in self.failed.items():
-            common.say(f"{name} failed: {why}")
+                self.loaded.append((entrant, stack.enter_context(entrant.open())))
+            except (OSError, ValueError, RuntimeError, subprocess.SubprocessError) as error:
+                self._fail(entrant, str(error))
 
     def warm_up(self, questions: Sequence[Question], rng: np.random.Generator) -> None:
         """First touches, lazy set-up, thread pools: a short form of every case."""
@@ -125,11 +123,14 @@ class Contest:
             answer = one.ask("run", prompts=prompts, output=output)
             check_lengths(answer, len(prompts), output)
         except ContestantError as error:
-            self.failed[entrant.name] = _words(error)
             self.loaded = [pair for pair in self.loaded if pair[1] is not one]
-            common.say(f"{entrant.name} failed: {error}")
+            self._fail(entrant, str(error))
             return None
         return answer
+
+    def _fail(self, entrant: Entrant, why: str) -> None:
+        common.say(f"{entrant.name} failed: {why}")
+        self.failed[entrant.name] = why if len(why) <= MOST_WORDS else f"{why[:MOST_WORDS]}..."
 
 
 def check_lengths(answer: dict[str, Any], prompts: int, output: int) -> None:
@@ -199,7 +200,3 @@ def rounds(
         done += 1
         length = time.monotonic() - start
     return turns, done
-
-
-def _words(error: Exception) -> str:
-    return str(error) or type(error).__name__

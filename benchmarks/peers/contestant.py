@@ -100,8 +100,8 @@ class Contestant:
 
     def _last_words(self) -> str:
         self._file.flush()
-        words = self.log.read_text().strip().splitlines()[-3:]
-        return f"{self.name} has ended: " + (" / ".join(words) or "without a word") + f" (see {self.log})"
+        words = self.log.read_text().strip().splitlines()[-1:]
+        return f"{self.name} has ended (see {self.log}): " + (words[0] if words else "without a word")
 
     def __enter__(self) -> Self:
         return self
