@@ -50,7 +50,7 @@ from contestant import Contestant, ContestantError
 
 ROUNDS, MINUTES = 5, 40.0
 SEQUENCES = 16
-SCORED = 64
+SCORED = 256
 ALIKE = 0.4  # least correlation with BF16's log-probabilities: random weights suffer much from 4 bits, others have 0
 SMALL_REPEATS = 5  # the small model answers in a tenth of a second
 BITS = 4 + 16 / 128  # a weight and its part of the scale
@@ -223,7 +223,8 @@ def _rows(case: Case, turns: dict[str, list[Turn]], big: Path, failed: dict[str,
             "best_peer": name == best,
             "limit": limit if name == OURS else None,
         }
-        for name, rate in rates.items()
+        for name in (OURS, *SHORT.values())
+        if (rate := rates.get(name)) is not None
     ]
     there = [name for name in failed if case is not SMALL or name == Q4]
     return rows + [{"case": case.name, "contestant": name, "failed": failed[name]} for name in there]
@@ -248,7 +249,7 @@ def _tables(rows: Sequence[dict[str, Any]]) -> str:
     for name in dict.fromkeys(row["case"] for row in rows):
         own = [row for row in rows if row["case"] == name]
         lines = [
-            [row["contestant"], f"failed: {row['failed']}", "", ""]
+            [row["contestant"], "failed", "", ""]
             if "failed" in row
             else [
                 row["contestant"] + (" (best peer)" if row["best_peer"] else ""),
@@ -274,8 +275,8 @@ def _notes(
     if done < arguments.rounds:
         notes.append(f"{done} of {arguments.rounds} rounds fitted in {arguments.minutes:g} minutes")
     for case, made in turns.items():
-        names = [name for name in figures(made) if name != OURS]
-        notes.append(f"{case}: compared with {', '.join(names)}; the best peer is {best_peer(made)}")
+        names = ", ".join(name for name in figures(made) if name != OURS)
+        notes.append(f"{case}: {f'compared with {names}; the best peer is {best_peer(made)}' if names else 'no peer'}")
     for row in checks:
         if row.get("check") == "agreement":
             word = "" if row["correlation"] >= ALIKE else "NOT THE SAME MODEL? "
