@@ -44,6 +44,19 @@ void bind_recording(nb::class_<Program>& program) {
           },
           arg("packed"), arg("domain"), arg("x"), arg("type"), arg("out"))
       .def(
+          "norm_quantise",
+          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int64_t x, int64_t residual,
+             int64_t between, const PackedW4Ax& packed, int64_t out) {
+            self.norm_quantise(norm_form(type, weight, eps, size), x, residual, between, packed, out);
+          },
+          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("x"), arg("residual"), arg("between"), arg("packed"),
+          arg("out"))
+      .def(
+          "silu_mul_quantise",
+          [](Program& self, int type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
+             int64_t out) { self.silu_mul_quantise(Type(type), gate_up, size, between, packed, out); },
+          arg("type"), arg("gate_up"), arg("size"), arg("between"), arg("packed"), arg("out"))
+      .def(
           "multiply",
           [](Program& self, const PackedW4Ax& packed, int domain, int64_t x, int64_t y, int type) {
             self.multiply(packed, Domain(domain), x, y, Type(type));

@@ -49,8 +49,12 @@ struct Kernels {
   void (*linear)(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
   // 4-bit weights -> panels, which are zero before.
   void (*pack_w4ax)(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels);
-  // x [to.rows, in] -> integers, as the weights want them; and their product y [x.rows, out].
+  // x [to.rows, in] -> integers, as the weights want them.
   void (*quantise_w4ax)(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
+  // The same of the rows that a norm or a gated activation gives; these are written to call.out, too.
+  void (*norm_quantise)(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to);
+  void (*silu_mul_quantise)(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to);
+  // Their product y [x.rows, out].
   void (*multiply_w4ax)(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
   // Limits of the machine: reads memory once; multiplies in registers and returns the floating-point operations.
   void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);

@@ -8,6 +8,19 @@
 
 namespace weft {
 
+namespace {
+
+NormCall norm_call(const Step& step, const NormForm& form, int64_t x, int64_t residual, int64_t out) {
+  void* sum = residual < 0 ? nullptr : step.at(residual);
+  return {form.type, step.at(x), sum, form.weight, form.eps, step.batch.rows, form.size, step.at(out)};
+}
+
+GateCall gate_call(const Step& step, Type type, int64_t gate_up, int64_t size, int64_t out) {
+  return {type, step.at(gate_up), step.batch.rows, size, step.at(out)};
+}
+
+}  // namespace
+
 void Program::add(Call call) {
   calls_.push_back(std::move(call));
   seconds_.push_back(0);
@@ -22,8 +35,7 @@ void Program::embed(const PackedEmbedding& table, Type type, int64_t out) {
 
 void Program::norm(const NormForm& form, int64_t x, int64_t residual, int64_t out) {
   add([=](const Step& step) {
-    step.kernels().norm(step.backend.pool(), {form.type, step.at(x), residual < 0 ? nullptr : step.at(residual),
-                                              form.weight, form.eps, step.batch.rows, form.size, step.at(out)});
+    step.kernels().norm(step.backend.pool(), norm_call(step, form, x, residual, out));
   });
 }
 
@@ -40,6 +52,24 @@ void Program::quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type 
     const W4AxWeights& weights = packed.weights();
     step.kernels().quantise_w4ax(step.backend.pool(), weights, step.at(x, domain), type,
                                  {step.at(out, domain), step.rows(domain), weights.blocks()});
+  });
+}
+
+void Program::norm_quantise(const NormForm& form, int64_t x, int64_t residual, int64_t between,
+                            const PackedW4Ax& packed, int64_t out) {
+  add([=, &packed](const Step& step) {
+    const W4AxWeights& weights = packed.weights();
+    step.kernels().norm_quantise(step.backend.pool(), norm_call(step, form, x, residual, between), weights,
+                                 {step.at(out), step.batch.rows, weights.blocks()});
+  });
+}
+
+void Program::silu_mul_quantise(Type type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
+                                int64_t out) {
+  add([=, &packed](const Step& step) {
+    const W4AxWeights& weights = packed.weights();
+    step.kernels().silu_mul_quantise(step.backend.pool(), gate_call(step, type, gate_up, size, between), weights,
+                                     {step.at(out), step.batch.rows, weights.blocks()});
   });
 }
 
@@ -77,7 +107,7 @@ void Program::attention(const LayerKv& kv, const AttentionForm& form, int64_t q,
 
 void Program::silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out) {
   add([=](const Step& step) {
-    step.kernels().silu_mul(step.backend.pool(), {type, step.at(gate_up), step.batch.rows, size, step.at(out)});
+    step.kernels().silu_mul(step.backend.pool(), gate_call(step, type, gate_up, size, out));
   });
 }
 

@@ -66,6 +66,11 @@ class Program {
   void norm(const NormForm& form, int64_t x, int64_t residual, int64_t out);
   void linear(const PackedLinear& packed, Domain domain, int64_t x, int64_t y, Type type);
   void quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type type, int64_t out);
+  // A norm, or a gated activation, and quantise() of what it gives, in one pass. They write `between` as well.
+  void norm_quantise(const NormForm& form, int64_t x, int64_t residual, int64_t between, const PackedW4Ax& packed,
+                     int64_t out);
+  void silu_mul_quantise(Type type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
+                         int64_t out);
   void multiply(const PackedW4Ax& packed, Domain domain, int64_t x, int64_t y, Type type);
   void rotary_write(const LayerKv& kv, const RotaryForm& form, int64_t qkv, int64_t q);
   void attention(const LayerKv& kv, const AttentionForm& form, int64_t q, int64_t out);

@@ -1,29 +1,53 @@
-// x [rows, in] -> quantised rows (w4ax.h): permuted, transformed, and rounded to integers block by block.
+// x [rows, in] -> quantised rows (w4ax.h): permuted, transformed, and rounded to integers block by block; by itself, or
+// in one pass with the norm or the gated activation that gives x.
 //
 // Every operation and its order is that of comet/reference.py and comet/hadamard.py, so the bits are the same. Note that
 // torch computes 127 / a as (1 / a) * 127, with two roundings.
 #include "integer.h"
+#include "kernels/rows.h"
 
 namespace weft::WEFT_LEVEL {
 
 namespace {
 
 constexpr int VECTORS = BLOCK / lanes;
-constexpr int64_t PIECE = 16;  // blocks of a row that are one item of work: about a microsecond
+constexpr int64_t PIECE = 8;  // blocks of a row that are one item of work
 constexpr float TINY = 0x1p-100f;
 constexpr float WHOLE = 0x1.8p23f;  // a float this large has no fraction: adding it rounds, halves to even
 
 typedef f32v Block[VECTORS];
 
+// The channels of a row with these numbers: in one instruction where the CPU has it.
+WEFT_INLINE f32v pick(const float* row, i32v numbers) {
+#if defined(WEFT_LEVEL_avx512)
+  return (f32v)_mm512_mask_i32gather_ps(__m512{}, ALL_LANES, (__m512i)numbers, row, 4);
+#elif defined(WEFT_LEVEL_avx2)
+  return (f32v)_mm256_i32gather_ps(row, (__m256i)numbers, 4);
+#else
+  f32v x;
+  for (int i = 0; i < lanes; i++) x[i] = row[numbers[i]];
+  return x;
+#endif
+}
+
+// A row of bfloat16 has an even number of them and is read in pairs; the odd one is the upper half.
+WEFT_INLINE f32v pick(const bf16* row, i32v numbers) {
+#if defined(WEFT_LEVEL_avx512) || defined(WEFT_LEVEL_avx2)
+  const u32v pairs = (u32v)pick(reinterpret_cast<const float*>(row), numbers >> 1);
+  return (f32v)((numbers & 1) != 0 ? pairs & 0xffff0000u : pairs << 16);
+#else
+  f32v x;
+  for (int i = 0; i < lanes; i++) x[i] = widen(row[numbers[i]]);
+  return x;
+#endif
+}
+
 template <class Element>
 WEFT_INLINE void gather(const Element* row, const int32_t* permutation, int64_t block, Block& x) {
-  if (permutation == nullptr) {
-    for (int v = 0; v < VECTORS; v++) x[v] = load_as_float(row + block * BLOCK + v * lanes);
-    return;
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+    const int64_t at = block * BLOCK + v * lanes;
+    x[v] = permutation == nullptr ? load_as_float(row + at) : pick(row, load<i32v>(permutation + at));
   }
-  float part[BLOCK];
-  for (int i = 0; i < BLOCK; i++) part[i] = to_float(row[permutation[block * BLOCK + i]]);
-  for (int v = 0; v < VECTORS; v++) x[v] = load<f32v>(part + v * lanes);
 }
 
 // Sums and differences of elements that are STRIDE apart.
@@ -58,16 +82,21 @@ WEFT_INLINE void hadamard(Block& x) {
   butterfly<64>(x);
 }
 
-// The largest magnitude, as the bits of a float. Those of an infinity or a NaN are INFINITE at least.
-constexpr uint32_t INFINITE = 0x7f800000;
+// All lanes of x in one: by halves.
+template <class F>
+WEFT_INLINE int32_t fold(i32v x, F join) {
+  if constexpr (lanes > 8) x = join(x, (i32v)turned<8>((f32v)x));
+  if constexpr (lanes > 4) x = join(x, (i32v)turned<4>((f32v)x));
+  x = join(x, (i32v)turned<2>((f32v)x));
+  return join(x, (i32v)turned<1>((f32v)x))[0];
+}
+WEFT_INLINE i32v larger(i32v a, i32v b) { return a > b ? a : b; }
+
+// The largest magnitude. Of a block with an infinity or a NaN, it is that.
 WEFT_INLINE float largest(const Block& x) {
-  u32v most = {};
-  for (int v = 0; v < VECTORS; v++) {
-    const u32v bits = (u32v)x[v] & 0x7fffffffu;
-    most = bits > most ? bits : most;
-  }
-  uint32_t all = 0;
-  for (int i = 0; i < lanes; i++) all = most[i] > all ? most[i] : all;
+  i32v most = {};  // bits of floats without a sign are in the order of the floats
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) most = larger(most, (i32v)x[v] & 0x7fffffff);
+  const int32_t all = fold(most, [](i32v a, i32v b) { return larger(a, b); });
   float f;
   memcpy(&f, &all, sizeof f);
   return f;
@@ -91,24 +120,25 @@ struct Result {
   int32_t* total;
 };
 
-WEFT_INLINE void round_block(const Block& x, float inverse, int low, int high, const Result& to) {
+// CLIP: to -8..7. Otherwise x * inverse is known to be within -127.00001 and 127.00001.
+template <bool CLIP>
+WEFT_INLINE void round_block(const Block& x, float inverse, const Result& to) {
   i32v total = {};
-  for (int v = 0; v < VECTORS; v++) {
-    const i32v rounded = (i32v)(x[v] * splat(inverse) + splat(WHOLE)) - (i32v)splat(WHOLE);
-    const i32v above = rounded < low ? splat(low) : rounded, value = above > high ? splat(high) : above;
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+    i32v value = (i32v)(x[v] * splat(inverse) + splat(WHOLE)) - (i32v)splat(WHOLE);
+    if (CLIP) {
+      value = value < -8 ? splat(-8) : value;
+      value = value > 7 ? splat(7) : value;
+    }
     store(to.values + v * lanes, __builtin_convertvector(value, i8v));
     total += value;
   }
-  int32_t all = 0;
-  for (int i = 0; i < lanes; i++) all += total[i];
-  *to.total = all;
+  *to.total = fold(total, [](i32v a, i32v b) { return a + b; });
 }
 
 WEFT_INLINE void quantise_block(const Block& x, bool four, const Result& to) {
   const float most = largest(x);
-  uint32_t bits;
-  memcpy(&bits, &most, sizeof bits);
-  const bool finite = bits < INFINITE;
+  const bool finite = most < __builtin_inff();
   if (!finite || most < TINY) {
     memset(to.values, 0, BLOCK);
     *to.total = 0;
@@ -116,28 +146,65 @@ WEFT_INLINE void quantise_block(const Block& x, bool four, const Result& to) {
   } else if (four) {
     const float low = lowest(x), high = highest(x), extreme = -low >= high ? low : high;
     *to.scale = extreme / -8.0f;
-    round_block(x, 1.0f / extreme * -8.0f, -8, 7, to);
+    round_block<true>(x, 1.0f / extreme * -8.0f, to);
   } else {
     *to.scale = most / 127.0f;
-    round_block(x, 1.0f / most * 127.0f, -127, 127, to);
+    round_block<false>(x, 1.0f / most * 127.0f, to);
   }
+}
+
+// Blocks [first, end) of a row.
+template <class Element>
+void quantise_row(const W4AxWeights& form, const Element* x, const QuantisedRows& to, int64_t row, int64_t first,
+                  int64_t end) {
+  for (int64_t b = first; b < end; b++) {
+    Block block;
+    gather(x + row * form.in, form.permutation, b, block);
+    const bool outlier = b < form.outlier_blocks;
+    if (form.hadamard && !outlier) hadamard(block);
+    const int64_t at = b * to.rows + row;
+    quantise_block(block, form.exact_a4 && !outlier, {to.values + at * BLOCK, to.scales + at, to.totals + at});
+  }
+}
+
+// Rough nanoseconds of one thread, for for_rows().
+double row_cost(const W4AxWeights& form) {
+  return double(form.blocks()) * (20 + (form.permutation == nullptr ? 0 : 40) + (form.hadamard ? 20 : 0));
 }
 
 template <class Element>
 void quantise(Pool& pool, const W4AxWeights& form, const Element* x, const QuantisedRows& to) {
   const int64_t blocks = form.blocks(), pieces = (blocks + PIECE - 1) / PIECE;
-  pool.run(to.rows * pieces, [&](int64_t item, int) {
-    const int64_t row = item / pieces, first = item % pieces * PIECE;
-    const int64_t end = first + PIECE < blocks ? first + PIECE : blocks;
-    for (int64_t b = first; b < end; b++) {
-      Block block;
-      gather(x + row * form.in, form.permutation, b, block);
-      const bool outlier = b < form.outlier_blocks;
-      if (form.hadamard && !outlier) hadamard(block);
-      const int64_t at = b * to.rows + row;
-      quantise_block(block, form.exact_a4 && !outlier, {to.values + at * BLOCK, to.scales + at, to.totals + at});
+  for_rows(pool, to.rows * pieces, row_cost(form) / double(pieces), [&](int64_t first, int64_t end) {
+    for (int64_t item = first; item < end; item++) {
+      const int64_t begin = item % pieces * PIECE, next = begin + PIECE;
+      quantise_row(form, x, to, item / pieces, begin, next < blocks ? next : blocks);
     }
   });
+}
+
+// make(row) writes a row of x, which is then quantised while it is in the L1 cache.
+template <class Element, class F>
+void make_and_quantise(Pool& pool, const W4AxWeights& form, const Element* x, const QuantisedRows& to, double cost,
+                       F make) {
+  for_rows(pool, to.rows, cost + row_cost(form), [&](int64_t first, int64_t end) {
+    for (int64_t row = first; row < end; row++) {
+      make(row);
+      quantise_row(form, x, to, row, 0, form.blocks());
+    }
+  });
+}
+
+template <class T>
+void norm_quantise_of(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to) {
+  make_and_quantise(pool, form, static_cast<const T*>(call.out), to, double(call.size) * NORM_COST,
+                    [&](int64_t row) { norm_row<T>(call, row); });
+}
+
+template <class T>
+void silu_mul_quantise_of(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to) {
+  make_and_quantise(pool, form, static_cast<const T*>(call.out), to, double(call.size) * GATE_COST,
+                    [&](int64_t row) { silu_mul_row<T>(call, row); });
 }
 
 }  // namespace
@@ -147,6 +214,16 @@ void quantise_w4ax(Pool& pool, const W4AxWeights& form, const void* x, Type type
     quantise(pool, form, static_cast<const float*>(x), to);
   else
     quantise(pool, form, static_cast<const bf16*>(x), to);
+}
+
+void norm_quantise(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to) {
+  const auto of_type = call.type == Type::bfloat16 ? norm_quantise_of<bf16> : norm_quantise_of<float>;
+  of_type(pool, call, form, to);
+}
+
+void silu_mul_quantise(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to) {
+  const auto of_type = call.type == Type::bfloat16 ? silu_mul_quantise_of<bf16> : silu_mul_quantise_of<float>;
+  of_type(pool, call, form, to);
 }
 
 }  // namespace weft::WEFT_LEVEL

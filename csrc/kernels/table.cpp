@@ -7,6 +7,8 @@ void pack_linear(Pool& pool, const LinearWeights& shape, const void* weight, int
 void linear(Pool& pool, const LinearWeights& weights, const void* x, int64_t rows, void* y, Type type);
 void pack_w4ax(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels);
 void quantise_w4ax(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
+void norm_quantise(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to);
+void silu_mul_quantise(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to);
 void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
 void probe_read(Pool& pool, const void* memory, int64_t bytes);
 int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
@@ -23,6 +25,8 @@ const Kernels kernels = {
     .linear = linear,
     .pack_w4ax = pack_w4ax,
     .quantise_w4ax = quantise_w4ax,
+    .norm_quantise = norm_quantise,
+    .silu_mul_quantise = silu_mul_quantise,
     .multiply_w4ax = multiply_w4ax,
     .probe_read = probe_read,
     .probe_multiply = probe_multiply,

@@ -110,6 +110,23 @@ class Program:
 
     def linear(self, packed: PackedLinear, domain: int, x: int, y: int, type: int) -> None: ...
     def quantise(self, packed: PackedW4Ax, domain: int, x: int, type: int, out: int) -> None: ...
+    def norm_quantise(
+        self,
+        type: int,
+        weight: int,
+        eps: float,
+        size: int,
+        x: int,
+        residual: int,
+        between: int,
+        packed: PackedW4Ax,
+        out: int,
+    ) -> None:
+        """A norm and `quantise` of what it gives in one pass, which writes `between`, too."""
+
+    def silu_mul_quantise(
+        self, type: int, gate_up: int, size: int, between: int, packed: PackedW4Ax, out: int
+    ) -> None: ...
     def multiply(self, packed: PackedW4Ax, domain: int, x: int, y: int, type: int) -> None: ...
     def rotary_write(
         self,

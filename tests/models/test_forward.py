@@ -142,6 +142,19 @@ def test_a_program_of_quantised_layers_is_the_decoder(tmp_path: Path, kernels: K
     assert_the_same(Decoder(plain.config, weights, kernels, 128), kernels, seed=1)
 
 
+def test_what_feeds_a_quantised_layer_is_quantised_with_it(tmp_path: Path, kernels: Kernels) -> None:
+    from weft.kernels.record import MakeAndQuantise, Norm, Quantise, SiluMul
+
+    plain = open_decoder(tmp_path, LLAMA, kernels, torch.bfloat16)
+    decoder = Decoder(plain.config, quantised(plain._weights, kernels), kernels, 128)
+    program: Any = open_forward(decoder, kernels, decoder.make_kv(2, BLOCK), max_tokens=8, max_slices=2)
+    kinds = [type(one) for one in program._operations]
+    # Of each layer: both norms and the activation. Attention's output is quantised by itself, and so are the rows of
+    # the final norm that are sampled after.
+    assert kinds.count(MakeAndQuantise) == 9 and kinds.count(Quantise) == 4
+    assert kinds.count(Norm) == 1 and SiluMul not in kinds
+
+
 def run_one(program: Any, pieces: Sequence[Slice], rows: Sequence[int] = (0,)) -> Any:
     return program.run(make_batch(pieces, BLOCK), rows)
 

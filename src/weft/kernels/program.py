@@ -14,7 +14,7 @@ import torch
 from weft import _native
 from weft.kernels.base import Batch
 from weft.kernels.cpu import CpuKernels
-from weft.kernels.record import Domain, Operation, RotaryWrite, Value
+from weft.kernels.record import Domain, MakeAndQuantise, Norm, Operation, Quantise, RotaryWrite, SiluMul, Value
 
 LINE = 64  # bytes of a cache line
 
@@ -35,6 +35,7 @@ class Program:
         max_tokens: int,
         max_slices: int,
     ) -> None:
+        operations = fuse(operations)
         places, widths = arrange(operations, kept=(hidden, logits))
         self._kernels = kernels
         self._operations = tuple(operations)  # the C++ side points to what they hold
@@ -81,6 +82,18 @@ def check_tokens(batch: Batch, rows: int, block_size: int) -> None:
         raise ValueError(f"tokens are {batch.tokens.dtype} {list(batch.tokens.shape)}; they must be int64 {[rows]}")
     if batch.block_size != block_size:
         raise ValueError(f"the batch has blocks of {batch.block_size} slots, the KV of {block_size}")
+
+
+def fuse(operations: Sequence[Operation]) -> list[Operation]:
+    """The same with each norm or gated activation joined to the quantisation that follows it at once."""
+    joined: list[Operation] = []
+    for operation in operations:
+        before = joined[-1] if joined else None
+        if isinstance(operation, Quantise) and isinstance(before, Norm | SiluMul) and operation.x is before.out:
+            joined[-1] = MakeAndQuantise(before, operation)
+        else:
+            joined.append(operation)
+    return joined
 
 
 def arrange(operations: Sequence[Operation], kept: Sequence[Value]) -> tuple[dict[Value, int], dict[Domain, int]]:

@@ -77,9 +77,12 @@ class Norm:
         return (self.x, self.out) if self.residual is None else (self.x, self.residual, self.out)
 
     def emit(self, program: _native.Program, at: Place) -> None:
+        program.norm(*self.arguments(at))
+
+    def arguments(self, at: Place) -> tuple[int, int, float, int, int, int, int]:
         residual = -1 if self.residual is None else at(self.residual)
-        size, kind, out = self.x.columns, self.x.type, at(self.out)
-        program.norm(kind, self.weight.data_ptr(), self.eps, size, at(self.x), residual, out)
+        size, kind = self.x.columns, self.x.type
+        return kind, self.weight.data_ptr(), self.eps, size, at(self.x), residual, at(self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,6 +179,25 @@ class SiluMul:
 
 
 @dataclass(frozen=True, slots=True)
+class MakeAndQuantise:
+    """A norm or a gated activation, and the quantisation of what it gives, row by row."""
+
+    make: Norm | SiluMul
+    quantise: Quantise
+
+    def uses(self) -> tuple[Value, ...]:
+        return (*self.make.uses(), self.quantise.out)
+
+    def emit(self, program: _native.Program, at: Place) -> None:
+        packed, out = self.quantise.packed.native, at(self.quantise.out)
+        if isinstance(self.make, Norm):
+            program.norm_quantise(*self.make.arguments(at), packed, out)
+        else:
+            x, between = self.make.x, self.make.out
+            program.silu_mul_quantise(x.type, at(x), between.columns, at(between), packed, out)
+
+
+@dataclass(frozen=True, slots=True)
 class Take:
     """The rows that are sampled after."""
 
@@ -189,7 +211,7 @@ class Take:
         program.take(at(self.x), self.x.row_bytes, at(self.out))
 
 
-Operation = Embed | Norm | Multiply | Quantise | RotaryWrite | Attention | SiluMul | Take
+Operation = Embed | Norm | Multiply | Quantise | RotaryWrite | Attention | SiluMul | MakeAndQuantise | Take
 
 
 class Recorder:
