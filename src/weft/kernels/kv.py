@@ -85,14 +85,14 @@ def _hadamard(x: torch.Tensor) -> torch.Tensor:
 
 def quantise(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """x float32 [..., D] -> codes uint8 [..., D], scale bfloat16 [...], zero uint8 [...]."""
-    top, steps = torch.tensor(2.0**bits - 1), STEPS[bits]
+    top, steps = torch.tensor(2.0**bits - 1), STEPS[bits]  # a tensor: torch divides by it once
     low, high = x.amin(dim=-1, keepdim=True).clamp(max=0), x.amax(dim=-1, keepdim=True).clamp(min=0)
     scale = (high / top - low / top).bfloat16()
     usable = x.isfinite().all(dim=-1, keepdim=True) & (scale >= TINY)
     step = torch.where(usable, scale.float(), 1.0)
     x, low = torch.where(usable, x, 0.0), torch.where(usable, low, 0.0)
     zero = (-low / step * steps).round().clamp(max=255)
-    codes = (x / step + zero / steps).round().clamp(0, top)
+    codes = (x / step + zero / steps).round().clamp(0, 2**bits - 1)
     nan, nothing = torch.tensor(0x7FC0, dtype=torch.int16).view(torch.bfloat16), scale.new_zeros(())
     scale = torch.where(usable, scale, torch.where(scale < TINY, nothing, nan))  # a NaN is under nothing
     return codes.byte(), scale.squeeze(-1), zero.byte().squeeze(-1)
