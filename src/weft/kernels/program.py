@@ -23,6 +23,7 @@ class Program:
     """The step of one lane. Only the lane's thread may run it: the results of a run lie in its arenas until the next.
 
     hidden: [T, ...] kept for `hidden`. logits: float32 [sampled rows, ...], what a run returns.
+    timed: whether runs add to `seconds`; off at first.
     """
 
     def __init__(
@@ -53,6 +54,7 @@ class Program:
         self._places = places
         self._block_size = next(one.kv.block_size for one in operations if isinstance(one, RotaryWrite))
         self._rows = 0
+        self.timed = False
 
     def run(self, batch: Batch, rows: Sequence[int]) -> np.ndarray:
         """Compute a step, and the logits after these rows of it, float32 [R, V]: valid until the next run.
@@ -61,7 +63,8 @@ class Program:
         """
         view, self._rows = self._kernels.view(batch)
         check_tokens(batch, self._rows, self._block_size)
-        self._native.run(self._kernels.native, view, batch.tokens.data_ptr(), rows)
+        run = self._native.run_timed if self.timed else self._native.run
+        run(self._kernels.native, view, batch.tokens.data_ptr(), rows)
         return self._bytes(self._logits, len(rows)).view(np.float32).reshape(len(rows), self._logits.columns)
 
     def hidden(self) -> torch.Tensor:
@@ -70,6 +73,14 @@ class Program:
         if value.dtype is None:
             raise TypeError("the hidden rows are quantised")
         return torch.from_numpy(self._bytes(value, self._rows)).view(value.dtype).view(self._rows, value.columns)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds within the kernels so far, by kind of operation; timed runs only."""
+        found: dict[str, float] = {}
+        for operation, seconds in zip(self._operations, self._native.seconds, strict=True):
+            kind = type(operation).__name__
+            found[kind] = found.get(kind, 0.0) + seconds
+        return found
 
     def _bytes(self, value: Value, rows: int) -> np.ndarray:
         start = self._places[value] * rows
