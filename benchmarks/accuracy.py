@@ -5,7 +5,9 @@
 Every version computes what the built-in model computes (this is checked first) but has outliers where large models
 have them (outliers.py). Bits per byte, KL and top-1 flips are against the float32 model of the same version, on text
 held out from the model's training and from calibration. Activations of 4 bits are exact here, in every method that has
-them; the keys and values of "KV4" are rounded to 4 bits for each token and head, asymmetrically.
+them. "KV4" are keys and values of 4 bits for each token and head, asymmetrically; in weft's own method as its KV cache
+stores them (src/weft/kernels/kv.py). The output layer and the embedding are left as they are, but in the last row. Bits
+per weight are those of the layers, scales included.
 
     W8A8            weights 8 bits per output, activations 8 bits per token, both to the nearest
     W4A16           weights 4 bits in groups of 128, GPTQ
@@ -13,7 +15,10 @@ them; the keys and values of "KV4" are rounded to 4 bits for each token and head
     W4A8KV4         weights as W4A16, activations 8 bits per token
     FMPQ paper      the paper's method (its threshold chosen so that its 8-bit share is nearest to the 16 % it reports),
                     weights to the nearest after a search for the scales; and the same with GPTQ
-    FMPQ weft       `weft quantize` with its defaults, with and without KV4
+    FMPQ weft       `weft quantize` with its defaults for narrow models, with and without KV4: weights of 8 bits in the
+                    blocks that keep 8-bit activations, of 4 bits elsewhere
+    ... W4          the same with 4-bit weights everywhere, as wide models have them
+    ... all 4-bit   and with the output layer and the embedding in 4 bits, out of the same budget of 8-bit blocks
 
 Claims: the worst over all versions, but `naive_w4a4_loss_percent`, which is the least over the injected ones.
 """
@@ -23,35 +28,28 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 from outliers import EMBEDDING, HEAD, INJECTIONS, NORM, Tensors
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear
 
-from weft.comet.calibrate import (
-    Job,
-    Model,
-    Progress,
-    Settings,
-    Text,
-    make_plans,
-    quantise_model,
-    quantised_linears,
-    through,
-)
-from weft.comet.checkpoint import read_layer
+from weft.comet.calibrate import Model, Progress, Settings, Text, quantise_model, quantised_linears, through
+from weft.comet.checkpoint import FmpqConfig, read_layer
 from weft.comet.corpus import standard_library, windows
+from weft.comet.fmpq import paper_outliers
 from weft.comet.forward import SITES, KeysValues, Linears, Rotation, joined, plain_linears, run_layer
-from weft.comet.hadamard import hadamard
 from weft.comet.layer import Method
+from weft.comet.outer import Outer, as_it_was, read_embedding, read_head
 from weft.comet.packing import BLOCK
+from weft.comet.watch import Watch
 from weft.comet.weights import Rounding, quantise_weight
 from weft.comet.work import shard
+from weft.kernels import kv
 from weft.models.checkpoint import Checkpoint
 from weft.models.families import ModelConfig, read_config
 from weft.models.rope import Rotary
@@ -63,6 +61,7 @@ PAPER_SHARE = 0.16
 THRESHOLDS = (2.0, 2.5, 3.0, 4.0, 5.0, 6.0, 8.0, 12.0, 20.0, 40.0)
 RESAMPLES = 1000
 PRESERVED_KL = 1e-6
+OURS = "FMPQ weft W4AxKV4"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +75,14 @@ class Version:
 
 @dataclass(frozen=True, slots=True)
 class Layers:
-    """What a method made: for each layer its norms and linears, and what it does to keys and values."""
+    """What a method made: for each layer its norms and linears, what it does to keys and values, and what stands around
+    the layers where that is not the model's own."""
 
     parts: list[tuple[Any, Linears]]
     keys_values: KeysValues | None
     outlier_share: float
+    bits_per_weight: float
+    outer: Outer | None = None
 
 
 def main() -> None:
@@ -89,17 +91,18 @@ def main() -> None:
     config = read_config(folder)
     checkpoint = Checkpoint(folder)
     tensors = {name: tensor.float() for name, tensor in checkpoint.take(list(checkpoint.entries)).items()}
-    text, sizes = read_text(folder, (4, 4) if arguments.quick else (32, 48))
-    with torch.inference_mode():
+    text, sizes = read_text(folder, (4, 4) if arguments.quick else (32, 32))
+    with torch.no_grad():
         wanted = [None, "all of them"] if arguments.quick else [None, *INJECTIONS]
         rows = []
         for version in make_versions(tensors, config, text, wanted):
-            for method, build in methods(arguments.quick).items():
-                began = time.monotonic()
-                made = build(version.model, text)
+            began = time.monotonic()
+            for method, made in all_methods(version.model, text, arguments.quick):
                 row = {"version": version.name, "method": method, "outlier_share": made.outlier_share}
+                row["bits_per_weight"] = made.bits_per_weight
                 rows.append(row | measure(version, made, text.held_out, sizes))
                 print(f"{version.name}, {method}: {time.monotonic() - began:.0f} s", flush=True)
+                began = time.monotonic()
     show(rows)
     if arguments.plot is not None:
         draw(rows, arguments.plot)
@@ -158,41 +161,46 @@ def rows_of_the_residual(model: Model, tokens: torch.Tensor) -> torch.Tensor:
 
 def log_probabilities(model: Model, layers: Layers, tokens: torch.Tensor) -> torch.Tensor:
     """float32 [S, L, vocabulary]."""
-    rest, found = model.rest(), []
-    for row in tokens[:, None]:
-        hidden = torch.nn.functional.embedding(row, rest[EMBEDDING])
+    outer, found = layers.outer or as_it_was(model.rest()), []
+    logits = outer.logits(model.shapes.eps)
+    for row in tokens:
+        hidden = outer.embed(row[None])
         for index, (norms, linears) in enumerate(layers.parts):
             window = model.shapes.windows[index]
             hidden = run_layer(hidden, norms, model.shapes, window, model.rotation, linears, layers.keys_values)
-        hidden = rms_norm(hidden, hidden.shape[-1:], rest[NORM], model.shapes.eps)
-        found.append(linear(hidden, rest.get(HEAD, rest[EMBEDDING])).log_softmax(dim=-1))
-    return torch.cat(found)
+        found.append(logits(hidden[0]).log_softmax(dim=-1))
+    return torch.stack(found)
 
 
 # The methods: from a model and text to layers.
 
-Build = Callable[[Model, Text], Layers]
 
-
-def methods(quick: bool) -> dict[str, Build]:
-    every: dict[str, Build] = {
-        "FP32": lambda model, _: exact(model),
-        "W8A8": lambda model, _: plain(model, Weights(8), activation_bits=8),
-        "W4A16": lambda model, text: plain(model, Weights(4, text.calibration)),
-        "W4A4 naive": lambda model, _: plain(model, Weights(4), activation_bits=4),
-        "W4A8KV4": lambda model, text: plain(model, Weights(4, text.calibration), activation_bits=8, keys_values=kv4),
-        "FMPQ paper W4AxKV4": lambda model, text: fmpq(model, text, paper(model, text, gptq=False), kv4),
-        "FMPQ paper + GPTQ W4AxKV4": lambda model, text: fmpq(model, text, paper(model, text, gptq=True), kv4),
-        "FMPQ weft W4Ax": lambda model, text: fmpq(model, text, Settings(Method(), Rounding()), None),
-        "FMPQ weft W4AxKV4": lambda model, text: fmpq(model, text, Settings(Method(), Rounding()), rotated_kv4),
-    }
-    kept = ("FP32", "W4A4 naive", "FMPQ paper W4AxKV4", "FMPQ weft W4AxKV4")
-    return {name: build for name, build in every.items() if not quick or name in kept}
+def all_methods(model: Model, text: Text, quick: bool) -> Iterator[tuple[str, Layers]]:
+    """One after the other, in the order of the table. Those that share their weights are made together."""
+    yield "FP32", exact(model)
+    if not quick:
+        yield "W8A8", plain(model, Weights(8), activation_bits=8)
+        four = rounded_weights(model, Weights(4, text.calibration))
+        yield "W4A16", with_activations(model, four, None, None)
+        yield "W4A8KV4", with_activations(model, four, 8, kv4)
+    yield "W4A4 naive", plain(model, Weights(4), activation_bits=4)
+    threshold = papers_threshold(model, text)
+    for name, gptq in (("FMPQ paper W4AxKV4", False), ("FMPQ paper + GPTQ W4AxKV4", True)):
+        if not (quick and gptq):
+            method = Method(name="paper", hadamard=False, threshold=threshold)
+            yield name, fmpq(model, text, Settings(method, Rounding(compensate=gptq)), kv4)
+    ours = fmpq(model, text, Settings(Method(), Rounding(outlier_bits=8)), cached_kv4)
+    if not quick:
+        yield "FMPQ weft W4Ax", replace(ours, keys_values=None)
+    yield OURS, ours
+    if not quick:
+        yield f"{OURS}, W4", fmpq(model, text, Settings(Method(), Rounding()), cached_kv4)
+        yield f"{OURS}, all 4-bit", fmpq(model, text, Settings(Method(), Rounding(), 4, 4), cached_kv4)
 
 
 def exact(model: Model) -> Layers:
     layers = [model.layer(index) for index in range(model.shapes.layers)]
-    return Layers([(tensors, plain_linears(tensors)) for tensors in layers], None, 0.0)
+    return Layers([(tensors, plain_linears(tensors)) for tensors in layers], None, 0.0, 32.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,24 +211,36 @@ class Weights:
     calibration: torch.Tensor | None = None
 
 
-def plain(
-    model: Model, weights: Weights, activation_bits: int | None = None, keys_values: KeysValues | None = None
-) -> Layers:
+def plain(model: Model, weights: Weights, activation_bits: int) -> Layers:
     """Every linear alike, nothing scaled or moved."""
-    parts: list[tuple[Any, Linears]] = []
+    made = with_activations(model, rounded_weights(model, weights), activation_bits, None)
+    return replace(made, bits_per_weight=8.0) if weights.bits == 8 else made
+
+
+def with_activations(
+    model: Model, rounded: list[dict[str, torch.Tensor]], bits: int | None, keys_values: KeysValues | None
+) -> Layers:
+    parts: list[tuple[Any, Linears]] = [
+        (model.layer(index), per_token(weights, bits)) for index, weights in enumerate(rounded)
+    ]
+    return Layers(parts, keys_values, 1.0 if bits == 8 else 0.0, 4 + 16 / BLOCK)
+
+
+def rounded_weights(model: Model, weights: Weights) -> list[dict[str, torch.Tensor]]:
+    """The weights of each layer's sites."""
+    layers = []
     tokens = weights.calibration
-    hidden = None if tokens is None else torch.nn.functional.embedding(tokens, model.rest()[EMBEDDING])
+    hidden = None if tokens is None else as_it_was(model.rest()).embed(tokens)
     for index in range(model.shapes.layers):
         tensors = model.layer(index)
         moments: dict[str, torch.Tensor] = {}
         if hidden is not None:
             through(hidden, tensors, model, index, watching(plain_linears(tensors), moments))
         rounded = {site: rounded_weight(joined(tensors, site)[0], weights, moments.get(site)) for site in SITES}
-        linears = per_token(rounded, activation_bits)
         if hidden is not None:
-            hidden = through(hidden, tensors, model, index, linears)
-        parts.append((tensors, linears))
-    return Layers(parts, keys_values, 1.0 if activation_bits == 8 else 0.0)
+            hidden = through(hidden, tensors, model, index, per_token(rounded, None))
+        layers.append(rounded)
+    return layers
 
 
 def watching(linears: Linears, moments: dict[str, torch.Tensor]) -> Linears:
@@ -251,20 +271,22 @@ def symmetric(x: torch.Tensor, levels: int) -> torch.Tensor:
     return torch.where(scale > 0, (x / scale).round() * scale, 0.0)
 
 
-def paper(model: Model, text: Text, *, gptq: bool) -> Settings:
-    """The paper's settings, with the threshold whose 8-bit share is nearest to the one that the paper reports."""
-    found: list[tuple[float, float]] = []
-    for threshold in THRESHOLDS:
-        with tempfile.TemporaryDirectory() as work:
-            method = Method(name="paper", threshold=threshold)
-            plans = make_plans(
-                Job(model, Text(text.calibration[:4], text.held_out), Settings(method, Rounding()), Path(work), _quiet)
-            )
-        work_of = {site: joined(model.layer(0), site)[0].shape for site in SITES}
-        eight = sum(plan.blocks[site] * BLOCK * work_of[site][0] for plan in plans for site in SITES)
-        whole = len(plans) * sum(math.prod(shape) for shape in work_of.values())
-        found.append((abs(eight / whole - PAPER_SHARE), threshold))
-    return Settings(Method(name="paper", hadamard=False, threshold=min(found)[1]), Rounding(compensate=gptq))
+def papers_threshold(model: Model, text: Text) -> float:
+    """The threshold with which the paper's share of 8-bit blocks is nearest to the one that it reports."""
+    tokens = text.calibration
+    hidden = as_it_was(model.rest()).embed(tokens)
+    largest = []  # (of the site's channels, outputs)
+    for index in range(model.shapes.layers):
+        tensors = model.layer(index)
+        watch = Watch(plain_linears(tensors), tokens.numel())
+        hidden = through(hidden, tensors, model, index, watch)
+        largest += [(seen.largest, len(joined(tensors, site)[0])) for site, seen in watch.statistics().items()]
+    whole = sum(len(channels) * outputs for channels, outputs in largest)
+
+    def share(threshold: float) -> float:
+        return sum(paper_outliers(each, threshold)[1] * BLOCK * outputs for each, outputs in largest) / whole
+
+    return min(THRESHOLDS, key=lambda threshold: abs(share(threshold) - PAPER_SHARE))
 
 
 def fmpq(model: Model, text: Text, settings: Settings, keys_values: KeysValues | None) -> Layers:
@@ -281,7 +303,19 @@ def fmpq(model: Model, text: Text, settings: Settings, keys_values: KeysValues |
             tensors = held.take([entry for entry in held.entries if entry.startswith(prefix)])
             short = {entry.removeprefix(prefix): tensor.clone() for entry, tensor in tensors.items()}
             layers.append(read_layer(short, config, model.shapes, index, path))
-    return Layers([(layer.norms, quantised_linears(layer)) for layer in layers], keys_values, summary.outlier_share)
+        outer = read_outer(held, config, model, shard(work, model.shapes.layers, model.shapes.layers))
+    parts = [(layer.norms, quantised_linears(layer)) for layer in layers]
+    return Layers(parts, keys_values, summary.outlier_share, summary.bits_per_weight, outer)
+
+
+def read_outer(held: Checkpoint, config: FmpqConfig, model: Model, path: Path) -> Outer | None:
+    """Embedding, norm and output layer where they are quantised, both of them."""
+    if config.head is None:
+        return None
+    names = [name for name in held.entries if not name.startswith("model.layers.")]
+    tensors = {name: tensor.clone() for name, tensor in held.take(names).items()}
+    embedding, head = (read(tensors, config, model.shapes, path) for read in (read_embedding, read_head))
+    return Outer(embedding, tensors[NORM], head)
 
 
 def _warnings(progress: Progress) -> None:
@@ -289,20 +323,15 @@ def _warnings(progress: Progress) -> None:
         print(progress.note)
 
 
-def _quiet(_: Progress) -> None:
-    pass
-
-
 def kv4(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Both to 4 bits, one scale and zero for each token and head."""
     return asymmetric4(keys), asymmetric4(values)
 
 
-def rotated_kv4(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `kv4`, with a Hadamard transform of each key head, which the queries would share; the values' own is in the
-    weights already."""
-    size = keys.shape[-1]
-    return hadamard(asymmetric4(hadamard(keys, size)), size) / size, asymmetric4(values)
+def cached_kv4(keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What weft's KV cache of 4 bits gives back."""
+    keys, values = (kv.gather(kv.dequantise(*kv.quantise(kv.spread(x), 4), 4)) for x in (keys, values))
+    return keys, values
 
 
 def asymmetric4(x: torch.Tensor) -> torch.Tensor:
@@ -349,11 +378,20 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
                 f"{row['kl']:.4f}",
                 f"{100 * row['flips']:.1f}",
                 f"{100 * row['outlier_share']:.1f}",
+                f"{row['bits_per_weight']:.2f}",
             )
             for row in rows
             if row["version"] == version
         ]
-        head = ["method", "bits per byte", "loss %, 95 % of resamples", "KL, nats", "top-1 flips %", "8-bit MACs %"]
+        head = [
+            "method",
+            "bits per byte",
+            "loss %, 95 % of resamples",
+            "KL, nats",
+            "top-1 flips %",
+            "8-bit MACs %",
+            "bits/weight",
+        ]
         print(common.table(head, lines))
     print()
 
@@ -361,7 +399,7 @@ def show(rows: Sequence[dict[str, Any]]) -> None:
 def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     loss = {(row["version"], row["method"]): row["loss_percent"] for row in rows}
     versions = list(dict.fromkeys(row["version"] for row in rows))
-    ours, theirs = "FMPQ weft W4AxKV4", "FMPQ paper W4AxKV4"
+    ours, theirs = OURS, "FMPQ paper W4AxKV4"
     shares = [row["outlier_share"] for row in rows if row["method"] == ours]
     return {
         "fmpq_bpb_loss_percent": max(loss[version, ours] for version in versions),

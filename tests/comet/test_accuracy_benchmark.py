@@ -70,7 +70,7 @@ def inputs(accuracy: ModuleType, version: object) -> dict[str, float]:
 
     layers = accuracy.exact(version.model)  # type: ignore[attr-defined]
     parts = [(norms, watching(linears)) for norms, linears in layers.parts]
-    accuracy.log_probabilities(version.model, accuracy.Layers(parts, None, 0.0), TOKENS)  # type: ignore[attr-defined]
+    accuracy.log_probabilities(version.model, accuracy.Layers(parts, None, 0.0, 32.0), TOKENS)  # type: ignore[attr-defined]
     return {site: float(largest[site].max() / largest[site].median()) for site in SITES}
 
 
@@ -88,14 +88,16 @@ def test_the_float_model_loses_nothing_and_coarser_ones_more(accuracy: ModuleTyp
     version = next(accuracy.make_versions(whole(), CONFIG, Text(TOKENS, TOKENS), [None]))
     sizes = torch.full((4,), 57.0, dtype=torch.float64)
     kl = []
-    with torch.inference_mode():
-        for name in ("FP32", "W8A8", "FMPQ weft W4AxKV4", "W4A4 naive"):
-            made = accuracy.methods(quick=False)[name](version.model, Text(TOKENS, TOKENS))
-            row = accuracy.measure(version, made, TOKENS, sizes)
+    with torch.no_grad():
+        made = dict(accuracy.all_methods(version.model, Text(TOKENS, TOKENS), quick=False))
+        assert len(made) == 11
+        for name in ("FP32", "W8A8", "W4A16", "W4A8KV4", "FMPQ weft W4AxKV4", "W4A4 naive"):
+            row = accuracy.measure(version, made[name], TOKENS, sizes)
             kl.append(row["kl"])
             assert row["loss_low"] <= row["loss_percent"] <= row["loss_high"]
     assert kl[0] == 0
     assert kl == sorted(kl)
+    assert accuracy.measure(version, made["FMPQ weft W4AxKV4, all 4-bit"], TOKENS, sizes)["kl"] > 0
     nats = torch.nn.functional.nll_loss(version.logs[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum")
     exact = accuracy.measure(version, accuracy.exact(version.model), TOKENS, sizes)
     assert exact["bits_per_byte"] == pytest.approx(float(nats) / 0.6931472 / (4 * 57), rel=1e-5)

@@ -6,15 +6,36 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import linear
 
-from weft.comet.calibrate import coarse_at, through
-from weft.comet.forward import SITES, plain_linears
-from weft.comet.layer import Method, key_scaling, plan_layer, prepare_layer, storable
+from weft.comet import reference
+from weft.comet.calibrate import through
+from weft.comet.fmpq import block_errors
+from weft.comet.forward import SITES, Linears, plain_linears
+from weft.comet.layer import (
+    Method,
+    PreparedLayer,
+    as_planned,
+    key_scaling,
+    plan_layer,
+    prepare_layer,
+    storable,
+)
 from weft.comet.outer import as_it_was
 from weft.comet.packing import BLOCK
 from weft.comet.watch import Watch
 
 from .conftest import FAMILIES, make_model, tiny_config
+
+
+def exactly(prepared: PreparedLayer) -> Linears:
+    """The prepared layer's linears in float."""
+
+    def apply(site: str, x: torch.Tensor) -> torch.Tensor:
+        one = prepared.sites[site]
+        return linear(reference.prepare(x, one.form), one.weight, one.bias)
+
+    return apply
 
 
 @settings(max_examples=15, deadline=None)
@@ -30,10 +51,11 @@ def test_any_split_of_any_family_preserves_the_layer(family: str, rotated: bool,
     plan = plan_layer(tensors, watch.statistics(), config, Method(hadamard=rotated))
     assert plan.value_transform == rotated
     chosen = {
-        site: tuple(sorted(data.draw(st.sets(st.integers(0, len(plan.costs[site].errors4) - 1))))) for site in SITES
+        site: tuple(sorted(data.draw(st.sets(st.integers(0, len(plan.sites[site].order) // BLOCK - 1)))))
+        for site in SITES
     }
     prepared = prepare_layer(tensors, plan, chosen, config)
-    found = through(before, prepared.norms, model, 0, coarse_at(prepared, "none"))
+    found = through(before, prepared.norms, model, 0, exactly(prepared))
     assert torch.allclose(found, after, rtol=1e-3, atol=1e-3 * float(after.abs().mean()))
     for site, one in prepared.sites.items():
         assert one.form.outlier_blocks == len(chosen[site])
@@ -55,16 +77,21 @@ def test_balance_takes_outliers_out_of_the_inputs() -> None:
         assert balanced.max() / balanced.median() < 6
 
 
-def test_a_plan_orders_by_what_channels_carry_and_costs_fall() -> None:
+def test_a_plan_orders_by_what_channels_carry() -> None:
     _, config = tiny_config()
     model = make_model(config)
     tensors = model.layer(0)
     tokens = torch.randint(0, config.vocabulary, (4, 32), generator=torch.Generator().manual_seed(3))
     watch = Watch(plain_linears(tensors), tokens.numel())
     through(as_it_was(model.rest()).embed(tokens), tensors, model, 0, watch)
-    down = plan_layer(tensors, watch.statistics(), config, Method()).costs["down"]
-    assert down.errors4[0] > 4 * down.errors4[1]
-    assert all(eight < four / 50 for four, eight in zip(down.errors4, down.errors8, strict=True))
+    statistics = watch.statistics()
+    plan = plan_layer(tensors, statistics, config, Method()).sites["down"]
+    carried = statistics["down"].squares * tensors["mlp.down_proj.weight"].square().sum(dim=0)
+    assert (carried[plan.order].diff() <= 0).all()
+    x, weight = as_planned(statistics["down"].rows, tensors["mlp.down_proj.weight"], plan)
+    errors = block_errors(x, weight, rotated=False)
+    assert errors[0] > 4 * errors[1]
+    assert torch.allclose(x @ weight.T, statistics["down"].rows @ tensors["mlp.down_proj.weight"].T, atol=1e-3)
 
 
 def test_the_papers_plan_only_permutes() -> None:
@@ -80,7 +107,7 @@ def test_the_papers_plan_only_permutes() -> None:
     prepared = prepare_layer(tensors, plan, {site: tuple(range(count)) for site, count in plan.blocks.items()}, config)
     assert all(torch.equal(prepared.norms[name], tensors[name]) for name in prepared.norms)
     assert not any(one.form.hadamard for one in prepared.sites.values())
-    found = through(before, prepared.norms, model, 0, coarse_at(prepared, "none"))
+    found = through(before, prepared.norms, model, 0, exactly(prepared))
     assert torch.allclose(found, after, rtol=1e-3, atol=1e-3)
 
 

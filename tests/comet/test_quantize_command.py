@@ -90,8 +90,9 @@ def test_head_and_embedding_have_the_bits_that_are_asked_for(
 
 def test_a_wide_model_has_4_bits_throughout(folder: Path) -> None:
     namespace = weft.cli.quantize._parser().read([str(folder), "-o", "out"])
-    bits = {width: weft.cli.quantize._settings(namespace, width) for width in (768, 2048)}
-    assert {width: (one.head_bits, one.embedding_bits) for width, one in bits.items()} == {768: (8, 8), 2048: (4, 4)}
+    for width, bits in ((768, 8), (2048, 4)):
+        settings = weft.cli.quantize._settings(namespace, width)
+        assert (settings.head_bits, settings.embedding_bits, settings.rounding.outlier_bits) == (bits, bits, bits)
 
 
 def test_a_stopped_command_goes_on(
@@ -152,7 +153,7 @@ def test_the_papers_method_and_a_text_of_ones_own(folder: Path, tmp_path: Path) 
         (["--outlier-threshold", "5"], "--outlier-threshold is for --method paper"),
         (["--samples", "0"], "--samples is 0; it must be at least 1"),
         (["--length", "65"], "--length is 65; the model's context is 64 tokens"),
-        (["--weight-bits-outlier", "6"], "invalid choice: 6"),
+        (["--weight-bits-outlier", "6"], "invalid choice: '6'"),
         (["--plot", "nowhere/report.png"], "--plot is nowhere/report.png; there is no folder nowhere"),
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt cannot be read: No such file or directory"),
     ],

@@ -95,7 +95,7 @@ def test_native_kernels_say_what_the_reference_says(quantised: Path, name: str) 
         found = logits(quantised, kernels, tokens)
     finally:
         kernels.close()
-    assert divergence(found, logits(quantised, QuantisedReferenceKernels((0,)), tokens)) < 1e-4
+    assert divergence(found, logits(quantised, QuantisedReferenceKernels((0,)), tokens)) < 1e-3
 
 
 @pytest.mark.parametrize("name", NATIVE)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # torch comes with these
 STATE_FILE, REPORT_FILE, CONFIG_FILE = "state.json", "quantization_report.json", "config.json"
 COPIED = ("*.json", "*.jinja", "*.model", "*.txt")
 USUAL_LENGTH = 512  # tokens in a calibration sequence
-NARROW = 1024  # hidden channels; below, 4 bits in the embedding and the output layer cost more than they save
+NARROW = 1024  # hidden channels; below, 4 bits beside the layers and in outlier blocks cost more than they save
 HELD_OUT_PART = 10  # of a --calibration file, one part in this many is held out
 
 
@@ -91,17 +91,16 @@ def _parser() -> Parser:
     )
     add(
         "--weight-bits-outlier",
-        type=int,
-        choices=(4, 8),
-        default=4,
-        help="bits of the weights in 8-bit blocks (default: 4)",
+        choices=("auto", "4", "8"),
+        default="auto",
+        help="bits of the weights in 8-bit blocks (default: auto)",
     )
     for flag, what in (("--head-bits", "output layer"), ("--embedding-bits", "embedding")):
         add(
             flag,
             choices=("auto", "4", "8", "16"),
             default="auto",
-            help=f"bits of the {what}; 16: as it is; auto: 4, or 8 for models narrower than {NARROW} (default: auto)",
+            help=f"bits of the {what}; 16: as it is (default: auto: 4, but 8 for models narrower than {NARROW})",
         )
     add(
         "--calibration",
@@ -162,12 +161,12 @@ def _settings(namespace: argparse.Namespace, hidden_size: int) -> Settings:
     given = {"budget": namespace.outlier_budget, "threshold": namespace.outlier_threshold}
     chosen = {name: value for name, value in given.items() if value is not None}
     method = Method(name=namespace.method, hadamard=namespace.hadamard and not paper, **chosen)
-    rounding = Rounding(outlier_bits=namespace.weight_bits_outlier, compensate=not paper)
     auto = 8 if hidden_size < NARROW else 4
-    head, embedding = (
-        auto if bits == "auto" else int(bits) for bits in (namespace.head_bits, namespace.embedding_bits)
+    outliers, head, embedding = (
+        auto if bits == "auto" else int(bits)
+        for bits in (namespace.weight_bits_outlier, namespace.head_bits, namespace.embedding_bits)
     )
-    return Settings(method, rounding, head, embedding)
+    return Settings(method, Rounding(outliers, compensate=not paper), head, embedding)
 
 
 def _open_model(folder: Path, length: int | None) -> Model:

@@ -1,8 +1,9 @@
 """From a float model to a quantised one, layer after layer: never more than one layer of weights in memory.
 
-    pass 1   the calibration text through the float layers; each layer's plan (scalings, orders, block costs) is kept,
-             and at the end that of the output layer
-    then     the 8-bit blocks are allotted over the whole model
+    pass 1   the calibration text through the float layers; each layer's plan (scalings, orders) is kept, and at the end
+             that of the output layer
+    back     from the last layer to the first, gradients tell what 4 bits would cost in each block of the plans; with
+             this the 8-bit blocks are allotted over the whole model
     pass 2   the text through the layers again: a layer is put into its plan's form, its inputs are seen as the layers
              before it, already quantised, make them; its weights are rounded, and the text goes on through the result
 
@@ -31,14 +32,23 @@ from weft.comet.checkpoint import (
     read_layer,
     site_shapes,
 )
-from weft.comet.fmpq import allot
+from weft.comet.fmpq import BlockCosts, allot
 from weft.comet.forward import SITES, Linears, Rotation, Shapes, Tensors, plain_linears, run_layer
-from weft.comet.layer import LayerPlan, Method, PreparedLayer, PreparedSite, plan_layer, prepare_layer
+from weft.comet.layer import (
+    LayerPlan,
+    Method,
+    PreparedLayer,
+    PreparedSite,
+    as_planned,
+    plan_layer,
+    prepare_layer,
+)
 from weft.comet.outer import (
     EMBEDDING,
     HEAD_SITE,
     Outer,
     as_it_was,
+    float_head,
     outer_tensors,
     plan_head,
     prepare_head,
@@ -46,6 +56,7 @@ from weft.comet.outer import (
 )
 from weft.comet.packing import BLOCK
 from weft.comet.report import EmbeddingRow, LayerRow, SiteRow, Summary, compare, decibels
+from weft.comet.sensitivity import TOKENS, Pulled, block_costs, last_gradients, pull_back
 from weft.comet.watch import Moments, Watch, every
 from weft.comet.weights import Rounding, quantise_weight
 from weft.comet.work import load_layer, load_plan, save_layer, save_plan, save_whole, shard, write_index
@@ -119,7 +130,7 @@ def quantise_model(model: Model, text: Text, settings: Settings, work: Path, tel
         name = f"model.layers.0.{next(iter(rows))}.weight"
         check_divisible(columns, model.file(name), f"{name} ({site})")
     job = Job(model, text, settings, work, tell)
-    with torch.inference_mode():
+    with torch.no_grad():
         plans = make_plans(job)
         chosen = choose(plans, settings.method)
         config = make_config(settings, plans, chosen, model.shapes)
@@ -133,25 +144,58 @@ def make_plans(job: Job) -> list[LayerPlan]:
     phase, model, method = "looking at the layers", job.model, job.settings.method
     layers, tokens = model.shapes.layers, job.text.calibration
     plans: list[LayerPlan] = []
+    kept: list[torch.Tensor] = []  # some of the hidden rows before each layer
     hidden = as_it_was(model.rest()).embed(tokens)
+    few = slice(0, max(1, TOKENS // hidden.shape[1]))
     for index in range(layers):
         job.tell(Progress(phase, index, layers))
         tensors, path = model.layer(index), plan_file(job.work, index)
+        kept.append(hidden[few].clone())
         if path.exists():
             plans.append(load_plan(path))
             hidden = through(hidden, tensors, model, index, plain_linears(tensors))
             continue
         watch = Watch(plain_linears(tensors), tokens.numel())
-        after = through(hidden, tensors, model, index, watch)
-        plan = plan_layer(tensors, watch.statistics(), model.shapes, method)
-        few = slice(0, max(1, CHUNK // hidden.shape[1]))
-        plans.append(weighed(plan, tensors, model, index, hidden[few], after[few]))
-        hidden = after
+        hidden = through(hidden, tensors, model, index, watch)
+        plans.append(plan_layer(tensors, watch.statistics(), model.shapes, method))
         save_plan(path, plans[-1])
     if job.settings.head_bits == 4:
         plans.append(plan_head(model.rest(), hidden, model.shapes.eps, method))
     job.tell(Progress(phase, layers, layers))
-    return plans
+    return plans if method.name == "paper" else weighed(job, plans, kept, hidden[few])
+
+
+def weighed(job: Job, plans: list[LayerPlan], kept: list[torch.Tensor], last: torch.Tensor) -> list[LayerPlan]:
+    """The plans with the costs of their blocks. kept: hidden rows [S, L, hidden] before each layer; last: after all."""
+    phase, model = "weighing the blocks", job.model
+    shapes, outer, head = model.shapes, as_it_was(model.rest()), float_head(model.rest())
+    gradients, pulled = last_gradients(last, lambda rows: outer.normalised(rows, shapes.eps), head)
+    found = list(plans)
+    if job.settings.head_bits == 4:
+        found[-1] = with_costs(plans[-1], {HEAD_SITE: pulled}, {HEAD_SITE: len(head)}, shapes)
+    outputs = {site: sum(rows.values()) for site, (rows, _) in site_shapes(shapes).items()}
+    for index in reversed(range(shapes.layers)):
+        job.tell(Progress(phase, shapes.layers - 1 - index, shapes.layers))
+        tensors, window = model.layer(index), shapes.windows[index]
+
+        def run(
+            hidden: torch.Tensor, linears: Linears, tensors: Tensors = tensors, window: int | None = window
+        ) -> torch.Tensor:
+            return run_layer(hidden, tensors, shapes, window, model.rotation, linears)
+
+        sites, gradients = pull_back(tensors, run, kept[index], gradients)
+        found[index] = with_costs(plans[index], sites, outputs, shapes)
+    job.tell(Progress(phase, shapes.layers, shapes.layers))
+    return found
+
+
+def with_costs(plan: LayerPlan, pulled: Pulled, outputs: Mapping[str, int], shapes: Shapes) -> LayerPlan:
+    costs = {}
+    for site, (x, p) in pulled.items():
+        heads = shapes.head_dim if site == "output" and plan.value_transform else None
+        nats = block_costs(*as_planned(x, p, plan.sites[site], heads))
+        costs[site] = BlockCosts(tuple(nats.tolist()), outputs[site])
+    return replace(plan, costs=costs)
 
 
 def make_config(settings: Settings, plans: list[LayerPlan], chosen: list[Chosen], shapes: Shapes) -> FmpqConfig:
@@ -169,20 +213,6 @@ def make_config(settings: Settings, plans: list[LayerPlan], chosen: list[Chosen]
         head=head,
         embedding_bits=settings.embedding_bits,
     )
-
-
-def weighed(
-    plan: LayerPlan, tensors: Tensors, model: Model, index: int, before: torch.Tensor, after: torch.Tensor
-) -> LayerPlan:
-    """The plan with its sites' costs in one unit: the squared error that 4 bits at the site, and at no other, leave in
-    the rows after the layer, over the square of the row. before, after: rows [S, L, hidden] around the float layer."""
-    prepared = prepare_layer(tensors, plan, dict.fromkeys(SITES, ()), model.shapes)
-    costs = {}
-    for site, cost in plan.costs.items():
-        found = through(before, prepared.norms, model, index, coarse_at(prepared, site))
-        lost = (found - after).square().sum(dim=-1) / after.square().sum(dim=-1).clamp_min(1e-30)
-        costs[site] = cost.in_unit(float(lost.mean()))
-    return replace(plan, costs=costs)
 
 
 def choose(plans: list[LayerPlan], method: Method) -> list[Chosen]:
@@ -290,19 +320,6 @@ def site_row(
         bits_per_weight=4 + (rounding.outlier_bits - 4) * share + scale_bits,
         work=prepared.weight.numel(),
     )
-
-
-def coarse_at(prepared: PreparedLayer, coarse: str) -> Linears:
-    """The prepared float layer, with 4-bit activations at one site."""
-
-    def apply(site: str, x: torch.Tensor) -> torch.Tensor:
-        one = prepared.sites[site]
-        x = reference.prepare(x, one.form)
-        if site == coarse:
-            x = reference.quantise_rows(x, one.form.outlier_blocks, exact_a4=True).dequantised()
-        return linear(x, one.weight, one.bias)
-
-    return apply
 
 
 def quantised_linears(layer: QuantisedLayer, *, exact_a4: bool = True) -> Linears:

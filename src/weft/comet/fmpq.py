@@ -8,10 +8,8 @@ the real numbers:
    4-bit weights, spread evenly over a block, are least for exactly these d (Cauchy-Schwarz, for both alike). They are
    folded into what makes the input: the norm's gain, the rows of up_proj, the rows of v_proj. So they cost nothing.
 2. *Order*: channels by falling t_k, so that the outlier channels fill as few blocks as possible.
-3. *Split*: which blocks keep 8 bits is decided for all sites of the model at once (`allot`), by the output error that a
-   block of 4 bits causes, E‖(x_b - Q4(x_b)) W_b‖², for each multiply-add that it takes. Outputs of different sites are
-   not comparable; so the errors of a site are put in proportion to what 4 bits in all its blocks do to the hidden rows
-   that leave the layer, relative to these (`site_weights` in calibrate.py measures it).
+3. *Split*: which blocks keep 8 bits is decided for all sites of the model at once (`allot`), by the nats that 4 bits in
+   a block cost in the end (sensitivity.py) for each multiply-add that the block takes.
 
 The paper's own method is here too: no balance, channels by falling magnitude, and 8 bits for every block that holds a
 channel whose largest magnitude exceeds `threshold` times the median.
@@ -44,18 +42,11 @@ class Statistics:
 
 @dataclass(frozen=True, slots=True)
 class BlockCosts:
-    """One site, as the allotment sees it. errors4, errors8: what each block costs with 4 and with 8 bits, in a unit
-    that all sites of the model share; outputs: rows of the site's joined weight."""
+    """One site, as the allotment sees it. nats: what each block costs with 4 bits, where with 8 it would cost next to
+    nothing; outputs: rows of the site's joined weight."""
 
-    errors4: tuple[float, ...]
-    errors8: tuple[float, ...]
+    nats: tuple[float, ...]
     outputs: int
-
-    def in_unit(self, whole: float) -> BlockCosts:
-        """The same costs, scaled so that 4 bits in all blocks cost `whole`."""
-        factor = whole / max(sum(self.errors4), 1e-30)
-        scaled = [tuple(error * factor for error in errors) for errors in (self.errors4, self.errors8)]
-        return BlockCosts(scaled[0], scaled[1], self.outputs)
 
 
 def balance(squares: torch.Tensor, columns: torch.Tensor, shared: tuple[int, int] | None = None) -> torch.Tensor:
@@ -80,32 +71,31 @@ def balance(squares: torch.Tensor, columns: torch.Tensor, shared: tuple[int, int
     return d
 
 
-def block_errors(rows: torch.Tensor, weight: torch.Tensor, *, bits: int, rotated: bool) -> torch.Tensor:
-    """Mean squared output error [K / 128] that each block of rows [R, K] causes when it is quantised to `bits`.
+def block_errors(rows: torch.Tensor, weight: torch.Tensor, *, rotated: bool) -> torch.Tensor:
+    """Mean squared output error [K / 128] that each block of rows [R, K] causes when it is quantised to 4 bits.
 
     weight [N, K]. rotated: both are transformed first.
     """
     if rotated:
         rows, weight = hadamard(rows, BLOCK), hadamard(weight, BLOCK) / BLOCK
     columns = split(weight).transpose(0, 1)  # [B, N, 128]
-    eight_bit_blocks = columns.shape[0] if bits == 8 else 0
-    lost = split(rows - reference.quantise_rows(rows, eight_bit_blocks, exact_a4=True).dequantised()).transpose(0, 1)
+    lost = split(rows - reference.quantise_rows(rows, 0, exact_a4=True).dequantised()).transpose(0, 1)
     return ((lost @ (columns.transpose(1, 2) @ columns)) * lost).sum(dim=-1).mean(dim=-1)
 
 
 def allot(sites: Mapping[str, BlockCosts], budget: float) -> dict[str, tuple[int, ...]]:
-    """Which blocks of each site keep 8 bits: the largest gain for each multiply-add first, while the budget lasts.
+    """Which blocks of each site keep 8 bits: the most nats for each multiply-add first, while the budget lasts.
 
     budget: the share of all multiply-adds of the model that may be done on 8-bit activations. A block that no longer
     fits is passed over, and cheaper ones are still looked at.
     """
-    whole = sum(len(costs.errors4) * costs.outputs for costs in sites.values())
+    whole = sum(len(costs.nats) * costs.outputs for costs in sites.values())
     left = budget * whole
     heap = [
-        (-(four - eight) / costs.outputs, name, block)
+        (-nats / costs.outputs, name, block)
         for name, costs in sites.items()
-        for block, (four, eight) in enumerate(zip(costs.errors4, costs.errors8, strict=True))
-        if four > eight
+        for block, nats in enumerate(costs.nats)
+        if nats > 0
     ]
     heapq.heapify(heap)
     chosen: dict[str, list[int]] = {name: [] for name in sites}

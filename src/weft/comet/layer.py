@@ -12,7 +12,7 @@ Where a site's scaling and order end up:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn.functional import linear
@@ -84,7 +84,7 @@ def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: S
     if method.name == "paper":
         return _paper_plan(statistics, shapes, method)
     hides = method.hadamard and _power_of_two(shapes.head_dim)
-    sites, costs = {}, {}
+    sites = {}
     for site in SITES:
         seen, (weight, _) = statistics[site], joined(tensors, site)
         if site in NORMS:
@@ -92,34 +92,38 @@ def plan_layer(tensors: Tensors, statistics: Mapping[str, Statistics], shapes: S
         else:
             shared = (shapes.kv_heads, shapes.head_dim) if site == "output" else None
             scaling = balance(seen.squares, weight.square().sum(dim=0), shared)
-        transformed = shapes.head_dim if site == "output" and hides else None
-        sites[site], costs[site] = plan_site(seen, weight, scaling, method, transformed)
-    return LayerPlan(sites, hides, key_scaling(tensors, statistics["attention"].rows, shapes), costs, {})
+        sites[site] = plan_site(seen, weight, scaling, method, shapes.head_dim if site == "output" and hides else None)
+    return LayerPlan(sites, hides, key_scaling(tensors, statistics["attention"].rows, shapes), {}, {})
 
 
 def plan_site(
-    seen: Statistics, weight: torch.Tensor, scaling: torch.Tensor, method: Method, transformed: int | None = None
-) -> tuple[SitePlan, BlockCosts]:
-    """Order and transform of one site with weight [N, K], and its blocks' errors in the unit of its own outputs.
+    seen: Statistics, weight: torch.Tensor, scaling: torch.Tensor, method: Method, heads: int | None = None
+) -> SitePlan:
+    """Order and transform of one site with weight [N, K].
 
-    transformed: the size of heads that a Hadamard transform is hidden in already, after which the channels of a head
-    are all alike: only whole heads can be put in order, and no other transform is needed.
+    heads: the size of heads that a Hadamard transform is hidden in already, after which the channels of a head are all
+    alike: only whole heads can be put in order, and no other transform is needed.
     """
-    rows, carried = seen.rows / scaling, seen.squares * weight.square().sum(dim=0)
-    weight = weight * scaling
-    if transformed is not None:
-        rows, weight = hadamard(rows, transformed), hadamard(weight, transformed) / transformed
-        carried = carried.view(-1, transformed).mean(dim=1).repeat_interleave(transformed)
-    order = carried.argsort(descending=True, stable=True)
-    rows, weight = rows[:, order], weight[:, order]
-    four = block_errors(rows, weight, bits=4, rotated=False)
-    better = False
-    if method.hadamard and transformed is None:
-        rotated = block_errors(rows, weight, bits=4, rotated=True)
-        better = bool(rotated.sum() < four.sum())
-        four = rotated if better else four
-    eight = block_errors(rows, weight, bits=8, rotated=False)
-    return SitePlan(scaling, order, better), BlockCosts(tuple(four.tolist()), tuple(eight.tolist()), len(weight))
+    carried = seen.squares * weight.square().sum(dim=0)
+    if heads is not None:
+        carried = carried.view(-1, heads).mean(dim=1).repeat_interleave(heads)
+    plan = SitePlan(scaling, carried.argsort(descending=True, stable=True), hadamard=False)
+    if not method.hadamard or heads is not None:
+        return plan
+    rows, weight = as_planned(seen.rows, weight, plan)
+    losses = [block_errors(rows, weight, rotated=rotated).sum() for rotated in (False, True)]
+    return replace(plan, hadamard=bool(losses[1] < losses[0]))
+
+
+def as_planned(
+    x: torch.Tensor, weight: torch.Tensor, plan: SitePlan, heads: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs [R, K] in the plan's form without outlier blocks; what multiplies them [N, K], so that products stay."""
+    x, weight = x / plan.scaling, weight * plan.scaling
+    if heads is not None:
+        x, weight = hadamard(x, heads), hadamard(weight, heads) / heads
+    x, weight = x[:, plan.order], weight[:, plan.order]
+    return (hadamard(x, BLOCK), hadamard(weight, BLOCK) / BLOCK) if plan.hadamard else (x, weight)
 
 
 def key_scaling(tensors: Tensors, rows: torch.Tensor, shapes: Shapes) -> torch.Tensor:

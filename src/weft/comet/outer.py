@@ -27,7 +27,15 @@ from weft.comet.checkpoint import (
 )
 from weft.comet.fmpq import Statistics, leading
 from weft.comet.forward import Shapes
-from weft.comet.layer import LayerPlan, Method, PreparedSite, paper_site, plan_site, prepare_site, storable_balance
+from weft.comet.layer import (
+    LayerPlan,
+    Method,
+    PreparedSite,
+    paper_site,
+    plan_site,
+    prepare_site,
+    storable_balance,
+)
 from weft.comet.packing import BLOCK, split
 from weft.comet.reference import InputForm, QuantisedLinear
 from weft.comet.watch import every
@@ -77,6 +85,11 @@ def as_it_was(rest: Mapping[str, torch.Tensor]) -> Outer:
     return Outer(rest[EMBEDDING], rest[NORM], rest.get(HEAD, rest[EMBEDDING]))
 
 
+def float_head(rest: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """The output layer's weight, float32 [vocabulary, hidden]."""
+    return rest.get(HEAD, rest[EMBEDDING]).float()
+
+
 def quantise_embedding(weight: torch.Tensor, bits: int) -> torch.Tensor | QuantisedLinear:
     """[V, K] -> integers of 4 or 8 bits, or itself for 16."""
     if bits == 16:
@@ -95,20 +108,16 @@ def plan_head(rest: Mapping[str, torch.Tensor], hidden: torch.Tensor, eps: float
     if method.name == "paper":
         plan, blocks = paper_site(seen, method)
         return LayerPlan({HEAD_SITE: plan}, False, nothing, {}, {HEAD_SITE: blocks})
-    weight = rest.get(HEAD, rest[EMBEDDING]).float()
+    weight = float_head(rest)
     scaling = storable_balance(outer.norm, seen.squares, weight)
-    plan, costs = plan_site(seen, weight, scaling, method)
-    power = (seen.rows @ weight.T).square().sum(dim=-1).mean()
-    return LayerPlan(
-        {HEAD_SITE: plan}, False, nothing, {HEAD_SITE: costs.in_unit(sum(costs.errors4) / float(power))}, {}
-    )
+    return LayerPlan({HEAD_SITE: plan_site(seen, weight, scaling, method)}, False, nothing, {}, {})
 
 
 def prepare_head(
     rest: Mapping[str, torch.Tensor], plan: LayerPlan | None, chosen: tuple[int, ...]
 ) -> tuple[PreparedSite, torch.Tensor]:
     """The output layer in the plan's form, and the gain of the norm before it. No plan: 8 bits throughout."""
-    weight, norm = rest.get(HEAD, rest[EMBEDDING]).float(), rest[NORM]
+    weight, norm = float_head(rest), rest[NORM]
     if plan is None:
         return prepare_site(weight, None, None, weight.shape[1] // BLOCK, transform=False), norm
     site = plan.sites[HEAD_SITE]

@@ -66,10 +66,7 @@ def load_plan(path: Path) -> LayerPlan:
         site: SitePlan(tensors[f"{site}.scaling"], tensors[f"{site}.order"], flag)
         for site, flag in raw["hadamard"].items()
     }
-    costs = {
-        site: BlockCosts(tuple(one["errors4"]), tuple(one["errors8"]), one["outputs"])
-        for site, one in raw["costs"].items()
-    }
+    costs = {site: BlockCosts(tuple(one["nats"]), one["outputs"]) for site, one in raw["costs"].items()}
     return LayerPlan(sites, raw["value_transform"], tensors["key_scaling"], costs, raw["blocks"])
 
 
