@@ -58,7 +58,7 @@ def test_four_bits_say_nearly_what_the_model_says(quantised: Path) -> None:
 def all_in_4_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model with embedding and output layer in 4 bits too, as wide models have them."""
     out = tmp_path_factory.mktemp("quantised") / "builtin-4"
-    few = ["--samples", "2", "--length", "64", "--held-out", "1"]
+    few = ["--samples", "2", "--length", "64", "--held-out", "1", "--weight-bits-outlier", "4"]
     assert main(["quantize", "builtin", "-o", str(out), *few, "--head-bits", "4", "--embedding-bits", "4"]) == 0
     return out
 
