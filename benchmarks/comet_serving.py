@@ -142,8 +142,9 @@ class Found:
 
 async def _measure(alone: Server, servers: dict[str, Server], loads: dict[float, list[Shot]]) -> Found:
     hardest = max(loads.values(), key=len)
-    for server in (alone, *servers.values()):
-        await server.wait_ready()
+    everybody = (alone, *servers.values())
+    await asyncio.gather(*(server.wait_ready() for server in everybody))
+    for server in everybody:
         await _run(server, hardest[:WARM], places=1)
     common.say(f"alone: {len(hardest)} requests, one after another")
     truth = await _run(alone, hardest, places=1)
