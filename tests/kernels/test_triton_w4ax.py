@@ -146,6 +146,15 @@ def test_a_block_is_zero_below_the_least_magnitude(exact_a4: bool) -> None:
     assert torch.equal(rows.values.cpu(), expected.values) and torch.equal(rows.scales.cpu(), expected.scales)
 
 
+def test_among_equals_the_negative_one_is_the_extreme() -> None:
+    x = torch.ones(3, BLOCK)
+    x[0, 7], x[1], x[2, :5] = -1, -1, 0
+    expected = reference.quantise_rows(x, 0, exact_a4=True)
+    assert expected.scales[:, 0].sign().tolist() == [1, 1, -1]
+    rows = quantise_rows(x.to(DEVICE), Form(BLOCK, None, 0, 0, False))
+    assert torch.equal(rows.values.cpu(), expected.values) and torch.equal(rows.scales.cpu(), expected.scales)
+
+
 @few
 @given(layer=layers(), m=st.integers(1, 4), dtype=rounded_dtypes, added=st.booleans())
 def test_the_fused_norm_quantises_what_the_norm_gives(

@@ -60,15 +60,15 @@ def spreads(head_dim: int) -> bool:
 
 def spread(x: torch.Tensor) -> torch.Tensor:
     """x float32 [..., D] -> the same, transformed (not normalised: D times `gather` of it is x) or untouched."""
-    return _hadamard(x * _signs(x.shape[-1])) if spreads(x.shape[-1]) else x
+    return _hadamard(x * signs(x.shape[-1])) if spreads(x.shape[-1]) else x
 
 
 def gather(x: torch.Tensor) -> torch.Tensor:
     """What undoes `spread`; exact but for its sums, for D is a power of two."""
-    return _hadamard(x) * _signs(x.shape[-1]) / x.shape[-1] if spreads(x.shape[-1]) else x
+    return _hadamard(x) * signs(x.shape[-1]) / x.shape[-1] if spreads(x.shape[-1]) else x
 
 
-def _signs(size: int) -> torch.Tensor:
+def signs(size: int) -> torch.Tensor:
     """+1 or -1 for each channel. The pattern is a bent function's, which looks like no row of a Hadamard matrix: values
     that were transformed already (`weft quantize` does so) are not transformed back to where they came from."""
     return torch.tensor([-1.0 if (i & i >> 1 & 0x55).bit_count() % 2 else 1.0 for i in range(size)])

@@ -30,22 +30,18 @@ def _hidden(x, residual, at, inside):
 
 
 @triton.jit
-def _butterfly(x, BLOCKS: tl.constexpr, STRIDE: tl.constexpr):
-    pairs = tl.permute(tl.reshape(x, (BLOCKS, 64 // STRIDE, 2, STRIDE)), (0, 1, 3, 2))
+def _butterfly(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
+    pairs = tl.permute(tl.reshape(x, (ROWS, SIZE // (2 * STRIDE), 2, STRIDE)), (0, 1, 3, 2))
     first, second = tl.split(pairs)
-    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (BLOCKS, 128))
+    return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, SIZE))
 
 
 @triton.jit
-def _hadamard(x, BLOCKS: tl.constexpr):
-    """[BLOCKS, 128]: strides 1, 2, 4 ... as weft/comet/hadamard.py has them."""
-    x = _butterfly(x, BLOCKS, 1)
-    x = _butterfly(x, BLOCKS, 2)
-    x = _butterfly(x, BLOCKS, 4)
-    x = _butterfly(x, BLOCKS, 8)
-    x = _butterfly(x, BLOCKS, 16)
-    x = _butterfly(x, BLOCKS, 32)
-    return _butterfly(x, BLOCKS, 64)
+def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr):
+    """[ROWS, SIZE], SIZE = 2**STAGES: strides 1, 2, 4 ... as weft/comet/hadamard.py has them."""
+    for stage in tl.static_range(STAGES):
+        x = _butterfly(x, ROWS, SIZE, 2**stage)
+    return x
 
 
 @triton.jit
@@ -129,7 +125,7 @@ def rows_kernel(
                 tl.store(kept + row * channels + source, normalised, mask=mask)
             prepared = normalised.to(tl.float32)
         if HADAMARD:
-            prepared = tl.where((block >= outliers)[:, None], _hadamard(prepared, BLOCKS), prepared)
+            prepared = tl.where((block >= outliers)[:, None], hadamard(prepared, BLOCKS, 128, 7), prepared)
         if QUANTISE:
             quantised, scale = _quantised(prepared, block < eight)
             tl.store(scales + row * blocks + block, scale, mask=inside)
