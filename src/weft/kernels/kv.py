@@ -77,7 +77,7 @@ def signs(size: int) -> torch.Tensor:
 def _hadamard(x: torch.Tensor) -> torch.Tensor:
     stride = 1
     while stride < x.shape[-1]:
-        first, second = x.unflatten(-1, (-1, 2, stride)).unbind(-2)
+        first, second = x.reshape(*x.shape[:-1], x.shape[-1] // (2 * stride), 2, stride).unbind(-2)
         x = torch.stack((first + second, first - second), dim=-2).flatten(-3)
         stride *= 2
     return x
