@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 import weft.cli.quantize
 import weft.comet.calibrate
+import weft.comet.work
 from weft.cli import main
 from weft.comet.checkpoint import parse
 from weft.models.families import parse_config
@@ -115,6 +116,40 @@ def test_a_stopped_command_goes_on(
     assert "going on" in capsys.readouterr().err
     for path in whole.iterdir():
         assert (out / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_full_disk_leaves_no_output_and_is_told_by_file(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(weft.comet.work, "save_file", full)
+        assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 1
+    told = capsys.readouterr().err
+    assert "plan-00000" in told and "No space left on device" in told and "same command" in told
+    assert not (tmp_path / "out").exists()
+    assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 0
+
+
+def test_inputs_that_blocks_do_not_divide_are_refused_by_file_and_tensor(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, config = tiny_config(vocab_size=4096, dtype="bfloat16", intermediate_size=320)
+    tensors = {
+        f"model.layers.{index}.{name}": tensor.bfloat16()
+        for index in range(config.layers)
+        for name, tensor in random_layer(config, index).items()
+    }
+    tensors |= {"model.embed_tokens.weight": torch.randn(4096, 128).bfloat16()}
+    tensors |= {"model.norm.weight": torch.ones(128).bfloat16()}
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(raw))
+    assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 1
+    told = capsys.readouterr().err
+    assert "model.safetensors: model.layers.0.mlp.down_proj.weight (down) has 320 input channels" in told
+    assert not (tmp_path / "out").exists()
 
 
 def test_other_settings_begin_anew(

@@ -173,6 +173,12 @@ def test_broken_files_are_told_by_name(quantised: Path, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=rf"{file.name} is cut short"):
         LLM(str(folder), kernels="reference")
 
+    folder = broken(quantised, tmp_path / "garbled")
+    file = folder / file.name
+    file.write_bytes(b"\xff" * 64 + file.read_bytes()[64:])
+    with pytest.raises(CheckpointError, match=rf"{file.name} is cut short or not a safetensors file"):
+        LLM(str(folder), kernels="reference")
+
     folder = broken(quantised, tmp_path / "method")
     raw = json.loads((folder / "config.json").read_text())
     raw["quantization_config"]["version"] = 99

@@ -25,11 +25,16 @@ def shard(folder: Path, number: int, layers: int) -> Path:
 
 
 def save_whole(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write a safetensors file beside its place, then move it there."""
+    """Write a safetensors file beside its place, then move it there. Raises CheckpointError where the disk refuses."""
     new = path.with_suffix(".new")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata)
-    new.chmod(0o644)  # safetensors makes files that only their owner reads
-    new.replace(path)
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, new, metadata)
+        new.chmod(0o644)  # safetensors makes files that only their owner reads
+        new.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} cannot be written: {error}; once it can be, the same command goes on where this one stopped"
+        ) from error
 
 
 def save_layer(path: Path, index: int, tensors: dict[str, torch.Tensor], row: LayerRow) -> None:
