@@ -133,7 +133,7 @@ struct CodeProduct : Pairs {
   }
   static constexpr float EXCESS = Pairs::template OFFSET<BITS>;
   // Taking codes apart is to be worth its while: more rows, fewer vectors.
-  static constexpr int ROWS = lanes == 16 ? 8 : TILE_ROWS;
+  static constexpr int ROWS = lanes == 16 ? 9 : TILE_ROWS;
   static constexpr int vectors(int rows) { return rows > 4 ? 2 : TILE_VECTORS; }
 };
 template <>

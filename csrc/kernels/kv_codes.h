@@ -31,25 +31,22 @@ WEFT_INLINE f32v butterfly(f32v x) {
   return other + (f32v)((u32v)x ^ minus);
 }
 
-// x [size] -> its Hadamard transform. Room for a whole vector; size: a power of two, 8 at least. flips: what is done to
-// the bits of x first, or null.
-WEFT_INLINE void hadamard(float* x, int64_t size, const uint32_t* flips) {
-  for (int64_t i = 0; i < size; i += lanes) {
-    f32v v = load<f32v>(x + i);
-    if (flips != nullptr) v = (f32v)((u32v)v ^ load<u32v>(flips + i));
-    v = butterfly<2>(butterfly<1>(v));
-    if constexpr (lanes > 4) v = butterfly<4>(v);
+// The Hadamard transform of VECTORS vectors in registers; of 8 channels where they do not fill one.
+template <int VECTORS>
+WEFT_INLINE void hadamard(f32v (&x)[VECTORS], bool eight) {
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+    x[v] = butterfly<2>(butterfly<1>(x[v]));
+    if constexpr (lanes > 4) x[v] = butterfly<4>(x[v]);
     if constexpr (lanes > 8)
-      if (size > 8) v = butterfly<8>(v);
-    store(x + i, v);
+      if (!eight) x[v] = butterfly<8>(x[v]);
   }
-  for (int64_t stride = lanes; stride < size; stride *= 2)
-    for (int64_t start = 0; start < size; start += 2 * stride)
-      for (int64_t i = start; i < start + stride; i += lanes) {
-        const f32v first = load<f32v>(x + i), second = load<f32v>(x + i + stride);
-        store(x + i, first + second);
-        store(x + i + stride, first - second);
-      }
+  WEFT_UNROLL for (int stride = 1; stride < VECTORS; stride *= 2)
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+      if (v & stride) continue;
+      const f32v first = x[v], second = x[v + stride];
+      x[v] = first + second;
+      x[v + stride] = first - second;
+    }
 }
 
 // -1 for the channels that the pattern of kernels/kv.py has it for.
@@ -61,13 +58,31 @@ struct Signs {
 };
 constexpr Signs SIGNS;
 
-WEFT_INLINE void spread(float* x, int64_t size) { hadamard(x, size, SIGNS.flips); }
-
-WEFT_INLINE void gather(float* x, int64_t size) {
-  hadamard(x, size, nullptr);
-  for (int64_t i = 0; i < size; i += lanes)
-    store(x + i, (f32v)((u32v)load<f32v>(x + i) ^ load<u32v>(SIGNS.flips + i)) * (1.0f / float(size)));
+template <int VECTORS>
+WEFT_INLINE void transform(float* x, int64_t size, bool forth) {
+  f32v v[VECTORS];
+  const f32v factor = splat(1.0f / float(size));
+  WEFT_UNROLL for (int i = 0; i < VECTORS; i++) {
+    v[i] = load<f32v>(x + i * lanes);
+    if (forth) v[i] = (f32v)((u32v)v[i] ^ load<u32v>(SIGNS.flips + i * lanes));
+  }
+  hadamard(v, size == 8);
+  WEFT_UNROLL for (int i = 0; i < VECTORS; i++) {
+    if (!forth) v[i] = (f32v)((u32v)v[i] ^ load<u32v>(SIGNS.flips + i * lanes)) * factor;
+    store(x + i * lanes, v[i]);
+  }
 }
+
+template <int VECTORS>
+WEFT_INLINE void transform_any(float* x, int64_t size, bool forth) {
+  if constexpr (VECTORS > 1)
+    if (size < VECTORS * lanes) return transform_any<VECTORS / 2>(x, size, forth);
+  transform<VECTORS>(x, size, forth);
+}
+
+// x [size], and room for a whole vector; size: a power of two, 8 at least.
+WEFT_INLINE void spread(float* x, int64_t size) { transform_any<MAX_HEAD_DIM / lanes>(x, size, true); }
+WEFT_INLINE void gather(float* x, int64_t size) { transform_any<MAX_HEAD_DIM / lanes>(x, size, false); }
 
 // A head's codes.
 struct Codes {
