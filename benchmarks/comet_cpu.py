@@ -15,8 +15,8 @@ weft serves an fmpq checkpoint with a 4-bit KV cache; the peers are llama.cpp Q4
 and INT8 activations, vLLM in BF16 and W8A8. Every contestant is loaded once, and waits without taking CPU while others
 run. For every case of every round they take turns, in an order that rotates; the machine's bandwidth and integer peak
 are probed between turns. A figure is a median over rounds with [least..greatest]; a ratio is the median of the rounds'
-own ratios; the best peer of a case is the one with the highest median. A case of a round in which a probe moved by more
-than a fifth is not steady, and does not count where enough others are.
+own ratios; the best peer of a case is the one with the highest median. A ratio of two turns whose probes differ by more
+than a fifth does not count, where at least three others are left.
 
 A peer that is missing or fails is a row that says why, and no claim counts it.
 
@@ -38,7 +38,7 @@ import common
 import numpy as np
 import peer_models
 import quantised_models
-from contest import BEST, OURS, Contest, Entrant, Question, Turn, best_peer, claims, figures, kept, ratios, rounds
+from contest import BEST, ENOUGH, OURS, Contest, Entrant, Question, Turn, best_peer, claims, figures, ratios, rounds
 from serve_cpu import Case
 
 import models
@@ -92,16 +92,12 @@ def main() -> None:
         checks = [*_loaded_rows(contest), *_agreement(contest, scored, truth)]
         contest.warm_up(questions, rng)
         turns, done = rounds(contest, questions, rng, arguments.rounds, start + 60 * arguments.minutes)
-    counted, notes = {}, []
-    for name, made in turns.items():
-        counted[name], note = kept(made)
-        notes += [f"{name}: {note}"] if note else []
-    rows = [row for question in questions for row in _rows(question.case, counted, big, contest.failed)]
+    rows = [row for question in questions for row in _rows(question.case, turns, big, contest.failed)]
     print(_tables(rows))
-    notes += _notes(contest, counted, checks, done, arguments, watch)
+    notes = _notes(contest, turns, checks, done, arguments, watch)
     if arguments.plot is not None:
         _plot(rows, arguments.plot)
-    said = claims(CLAIMS, counted) | {name: memory[name] for name in ("weight_bytes_ratio", "kv_bytes_ratio")}
+    said = claims(CLAIMS, turns) | {name: memory[name] for name in ("weight_bytes_ratio", "kv_bytes_ratio")}
     common.report(arguments, said, [*rows, *checks, memory, *_probe_rows(turns)], notes)
 
 
@@ -208,9 +204,9 @@ def _agreement(contest: Contest, tokens: list[int], truth: list[float]) -> list[
 
 def _rows(case: Case, turns: dict[str, list[Turn]], big: Path, failed: dict[str, str]) -> list[dict[str, Any]]:
     """One row for each contestant of a case."""
-    counted = turns[case.name]
-    rates, against, best = figures(counted), ratios(counted), best_peer(counted)
-    limit = None if case is SMALL else _limit(case, models.Shape.of(big), counted)
+    made = turns[case.name]
+    rates, against, best = figures(made), ratios(made), best_peer(made)
+    limit = None if case is SMALL else _limit(case, models.Shape.of(big), made)
     rows: list[dict[str, Any]] = [
         {
             "case": case.name,
@@ -219,7 +215,8 @@ def _rows(case: Case, turns: dict[str, list[Turn]], big: Path, failed: dict[str,
             "output": case.output,
             "contestant": name,
             "tokens_per_s": rate,
-            "weft_vs": against.get(name),
+            "weft_vs": against[name].figure if name in against else None,
+            "steady_rounds": against[name].steady if name in against else None,
             "best_peer": name == best,
             "limit": limit if name == OURS else None,
         }
@@ -233,7 +230,7 @@ def _rows(case: Case, turns: dict[str, list[Turn]], big: Path, failed: dict[str,
 def _limit(case: Case, shape: models.Shape, turns: Sequence[Turn]) -> common.Figure:
     """Tokens/s of an engine that only reads 4-bit weights and multiplies 8-bit integers, both at the probed rates."""
     found = []
-    for probe in (probe for turn in turns for probe in turn.probes):
+    for probe in _probes(turns):
         head = shape.head * case.prompts
         prefill = 2 * (case.prompts * case.input * shape.body + head) / probe["integers"]
         reading = (shape.body + shape.head) * BITS / 8 / probe["bandwidth"]
@@ -276,6 +273,11 @@ def _notes(
         notes.append(f"{done} of {arguments.rounds} rounds fitted in {arguments.minutes:g} minutes")
     for case, made in turns.items():
         names = ", ".join(name for name in figures(made) if name != OURS)
+        for name, ratio in ratios(made).items():
+            if ratio.steady < ratio.rounds:
+                word = "" if ratio.steady >= ENOUGH else "NOT STEADY: "
+                count = "these alone count" if ratio.steady >= ENOUGH else "too few, so all count"
+                notes.append(f"{case}: {word}weft and {name}: {ratio.steady} of {ratio.rounds} steady, {count}")
         notes.append(f"{case}: {f'compared with {names}; the best peer is {best_peer(made)}' if names else 'no peer'}")
     for row in checks:
         if row.get("check") == "agreement":
@@ -286,8 +288,12 @@ def _notes(
     return notes
 
 
+def _probes(turns: Sequence[Turn]) -> list[dict[str, float]]:
+    return [probe for turn in turns for pair in turn.probes.values() for probe in pair]
+
+
 def _probe_rows(turns: dict[str, list[Turn]]) -> list[dict[str, Any]]:
-    probes = [probe for made in turns.values() for turn in made for probe in turn.probes]
+    probes = [probe for made in turns.values() for probe in _probes(made)]
     return [
         {"probe": name, "unit": unit, "value": common.Figure.of([probe[name] for probe in probes])}
         for name, unit in (("bandwidth", "bytes/s"), ("integers", "op/s"))

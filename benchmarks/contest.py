@@ -21,8 +21,8 @@ from contestant import Contestant, ContestantError
 
 from weft.devices.memory import free_memory
 
-STEADY = 0.8  # least ratio of a limit's lowest and highest value in a turn
-ENOUGH = 3  # steady turns of a case, where the others are left out
+STEADY = 0.8  # least ratio of a limit's lowest and highest value around two turns that are compared
+ENOUGH = 3  # steady rounds of a pair, where the others are left out
 GIB = 2**30
 WARM_INPUT, WARM_OUTPUT = 64, 4
 BEST = "the best peer"
@@ -59,15 +59,16 @@ class Question:
 
 @dataclass(slots=True)
 class Turn:
-    """One case of one round. rates: tokens/s by contestant; probes: before the first and after each of them."""
+    """One case of one round. rates: tokens/s by contestant; probes: just before and just after each of them."""
 
-    probes: list[dict[str, float]]
     rates: dict[str, float] = field(default_factory=dict)
+    probes: dict[str, tuple[dict[str, float], dict[str, float]]] = field(default_factory=dict)
 
-    @property
-    def steady(self) -> bool:
-        values = [[probe[name] for probe in self.probes] for name in ("bandwidth", "integers")]
-        return all(min(seen) >= STEADY * max(seen) for seen in values)
+    def steady(self, *names: str) -> bool:
+        """Whether the machine's limits were the same for these contestants, within a fifth."""
+        seen = [probe for name in names for probe in self.probes[name]]
+        ranges = [[probe[limit] for probe in seen] for limit in ("bandwidth", "integers")]
+        return all(min(values) >= STEADY * max(values) for values in ranges)
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ class Contest:
     def turn(self, question: Question, rng: np.random.Generator, number: int) -> Turn:
         """Everybody answers the same prompts; `number` says who begins."""
         case, there = question.case, self._of(question.case)
-        turn = Turn([self.probes.ask("run")])
+        turn, before = Turn(), self.probes.ask("run")
         asked = [question.prompts(rng) for _ in range(question.repeats)]
         first = number % max(1, len(there))
         for entrant, one in there[first:] + there[:first]:
@@ -111,7 +112,9 @@ class Contest:
                     break
             else:
                 turn.rates[entrant.name] = statistics.median(case.rate(answer) for answer in answers if answer)
-            turn.probes.append(self.probes.ask("run"))
+            after = self.probes.ask("run")
+            turn.probes[entrant.name] = (before, after)
+            before = after
         return turn
 
     def _of(self, case: Case) -> list[tuple[Entrant, Contestant]]:
@@ -140,31 +143,31 @@ def check_lengths(answer: dict[str, Any], prompts: int, output: int) -> None:
         raise ContestantError(f"answered with {lengths} tokens instead of {prompts} times {output}")
 
 
-def kept(turns: Sequence[Turn]) -> tuple[list[Turn], str | None]:
-    """The turns of a case that count, and what a reader must know about the others."""
-    steady = [turn for turn in turns if turn.steady]
-    if len(steady) == len(turns):
-        return list(turns), None
-    moved = f"{len(turns) - len(steady)} of {len(turns)} rounds"
-    if len(steady) >= ENOUGH:
-        return steady, f"{moved} were not steady and do not count"
-    return list(turns), f"NOT STEADY: the machine's limits moved by more than a fifth in {moved}"
-
-
 def figures(turns: Sequence[Turn]) -> dict[str, common.Figure]:
     """Tokens/s by contestant."""
     names = dict.fromkeys(name for turn in turns for name in turn.rates)
     return {name: common.Figure.of([turn.rates[name] for turn in turns if name in turn.rates]) for name in names}
 
 
-def ratios(turns: Sequence[Turn]) -> dict[str, common.Figure]:
-    """weft's rate over each peer's, round by round."""
-    found: dict[str, list[float]] = {}
-    for turn in turns:
-        for name, rate in turn.rates.items():
-            if name != OURS and OURS in turn.rates:
-                found.setdefault(name, []).append(turn.rates[OURS] / rate)
-    return {name: common.Figure.of(values) for name, values in found.items()}
+@dataclass(frozen=True, slots=True)
+class Ratio:
+    """weft's rate over a peer's. rounds: in which both answered; steady: how many of these count for their probes."""
+
+    figure: common.Figure
+    rounds: int
+    steady: int
+
+
+def ratios(turns: Sequence[Turn]) -> dict[str, Ratio]:
+    """By peer, of the rounds' own ratios: of the steady ones where they are enough, else of all."""
+    found = {}
+    for name in dict.fromkeys(name for turn in turns for name in turn.rates if name != OURS):
+        both = [turn for turn in turns if name in turn.rates and OURS in turn.rates]
+        steady = [turn for turn in both if turn.steady(OURS, name)]
+        counted = steady if len(steady) >= ENOUGH else both
+        figure = common.Figure.of([turn.rates[OURS] / turn.rates[name] for turn in counted])
+        found[name] = Ratio(figure, len(both), len(steady))
+    return found
 
 
 def best_peer(turns: Sequence[Turn]) -> str | None:
@@ -180,7 +183,7 @@ def claims(wanted: dict[str, tuple[str, str]], turns: dict[str, list[Turn]]) -> 
         counted = turns.get(case, [])
         name = best_peer(counted) if peer == BEST else peer
         if name is not None and name in (against := ratios(counted)):
-            found[claim] = against[name].median
+            found[claim] = against[name].figure.median
     return found
 
 
@@ -196,7 +199,7 @@ def rounds(
             turn = contest.turn(question, rng, done + number)
             turns[question.case.name].append(turn)
             rates = ", ".join(f"{name} {rate:.1f}" for name, rate in turn.rates.items())
-            common.say(f"round {done + 1}, {question.case.name}{'' if turn.steady else ' (not steady)'}: {rates}")
+            common.say(f"round {done + 1}, {question.case.name}: {rates}")
         done += 1
         length = time.monotonic() - start
     return turns, done

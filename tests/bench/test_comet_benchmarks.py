@@ -138,9 +138,10 @@ def test_a_row_of_zeros_has_an_int8_form(scripts: Any) -> None:
     assert not values.any() and torch.isfinite(scale).all()
 
 
-def turn(contest: Any, rates: dict[str, float], *bandwidths: float) -> Any:
-    probes = [{"bandwidth": value, "integers": 1.0} for value in bandwidths or (10.0, 10.0)]
-    return contest.Turn(probes, rates)
+def turn(contest: Any, rates: dict[str, float], **bandwidths: float) -> Any:
+    """bandwidths: what a contestant's turn ended with, where it was not 10."""
+    start = {"bandwidth": 10.0, "integers": 1.0}
+    return contest.Turn(rates, {name: (start, {**start, "bandwidth": bandwidths.get(name, 10.0)}) for name in rates})
 
 
 def test_the_best_peer_has_the_highest_median_and_a_ratio_is_of_single_rounds(scripts: Any) -> None:
@@ -151,8 +152,8 @@ def test_the_best_peer_has_the_highest_median_and_a_ratio_is_of_single_rounds(sc
         turn(contest, {"weft": 30.0, "a": 6.0, "b": 3.0}),
     ]
     assert contest.best_peer(turns) == "a"
-    assert contest.ratios(turns)["a"].median == 4.0  # 2, 4, 5; of the medians it would be 4 as well, and for b
-    assert contest.ratios(turns)["b"].median == 2.5  # 2.5, 0.5, 10, where the medians' quotient is 5
+    assert contest.ratios(turns)["a"].figure.median == 4.0  # 2, 4, 5
+    assert contest.ratios(turns)["b"].figure.median == 2.5  # 2.5, 0.5, 10, where the medians' quotient is 5
     wanted = {"best": ("x", contest.BEST), "b": ("x", "b"), "absent": ("x", "c"), "nothing": ("y", contest.BEST)}
     assert contest.claims(wanted, {"x": turns}) == {"best": 4.0, "b": 2.5}
 
@@ -160,18 +161,21 @@ def test_the_best_peer_has_the_highest_median_and_a_ratio_is_of_single_rounds(sc
 def test_a_peer_that_fails_later_counts_in_the_rounds_it_made(scripts: Any) -> None:
     contest = scripts("contest")
     turns = [turn(contest, {"weft": 10.0, "a": 5.0}), turn(contest, {"weft": 10.0})]
-    assert contest.ratios(turns)["a"].count == 1
+    assert contest.ratios(turns)["a"].figure.count == 1
     assert contest.best_peer([turn(contest, {"weft": 1.0})]) is None
 
 
-def test_turns_whose_probes_moved_do_not_count_where_enough_others_did_not(scripts: Any) -> None:
+def test_a_pair_whose_probes_moved_does_not_count_where_enough_others_did_not(scripts: Any) -> None:
     contest = scripts("contest")
-    good, bad = turn(contest, {}, 10.0, 9.0, 10.0), turn(contest, {}, 10.0, 7.0, 10.0)
-    assert (good.steady, bad.steady) == (True, False)
-    assert contest.kept([good, bad, good, good])[0] == [good, good, good]
-    counted, note = contest.kept([good, bad, good])
-    assert counted == [good, bad, good] and note.startswith("NOT STEADY")
-    assert contest.kept([good]) == ([good], None)
+    rates = {"weft": 10.0, "a": 5.0, "b": 2.0}
+    good = [turn(contest, rates, a=9.0), turn(contest, rates), turn(contest, rates)]
+    bad = turn(contest, {**rates, "weft": 100.0}, a=7.0)
+    assert bad.steady("weft", "b") and not bad.steady("weft", "a")
+    found = contest.ratios([*good, bad])
+    assert (found["a"].figure.high, found["a"].rounds, found["a"].steady) == (2.0, 4, 3)
+    assert (found["b"].figure.high, found["b"].steady) == (50.0, 4)
+    few = contest.ratios([good[0], good[1], bad])["a"]
+    assert (few.figure.count, few.steady) == (3, 2)
 
 
 class Scripted:
@@ -201,7 +205,7 @@ def test_who_fails_drops_out_and_the_others_go_on(scripts: Any, length: int, rea
     turns, done = contest.rounds(held, [contest.Question(case, 100, repeats=2)], rng, 3, float("inf"))
     assert done == 3 and reason in held.failed["a"] and other.asked == 1
     assert [made.rates for made in turns["many"]] == [{"weft": 5.0}] * 3
-    assert len(turns["many"][0].probes) == 3 and len(turns["many"][1].probes) == 2
+    assert list(turns["many"][0].probes) == ["weft", "a"] and list(turns["many"][1].probes) == ["weft"]
 
 
 def test_a_peer_that_cannot_be_had_or_held_is_a_reason_not_an_end(scripts: Any) -> None:
@@ -229,7 +233,8 @@ def test_no_round_begins_that_would_end_after_the_deadline(scripts: Any) -> None
 def test_the_limit_in_4_bits_is_reading_or_multiplying(scripts: Any) -> None:
     comet, models, contest = scripts("comet_cpu"), scripts("models"), scripts("contest")
     shape = models.Shape(vocabulary=1000, body=900_000_000, head=100_000_000)
-    made = [contest.Turn([{"bandwidth": 33e9, "integers": 1e12}])]
+    probe = {"bandwidth": 33e9, "integers": 1e12}
+    made = [contest.Turn({"weft": 1.0}, {"weft": (probe, probe)})]
     prefill, decode, batch, _ = comet.CASES
     assert comet._limit(decode, shape, made).median == pytest.approx(33e9 / (1e9 * 4.125 / 8))
     assert comet._limit(prefill, shape, made).median == pytest.approx(512 / ((2 * 512 * 0.9e9 + 0.2e9) / 1e12))
