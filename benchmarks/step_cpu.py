@@ -111,11 +111,11 @@ def open_device(folder: Path, level: str, *, plain: bool) -> tuple[Program | Non
     kv = decoder.make_kv(blocks, BLOCK)
     program = None
     if plain:
-        lane = CpuLane(kernels, decoder, Plain(decoder, kv), BLOCK, cores)
+        lane = CpuLane(kernels, decoder, Plain(decoder, kv, BLOCK), cores)
     else:
-        program = open_forward(decoder, kernels, kv, max_tokens=most, max_slices=most)
+        program = open_forward(decoder, kernels, kv, BLOCK, max_tokens=most, max_slices=most)
         program.timed = True
-        lane = CpuLane(kernels, decoder, program, BLOCK, cores)
+        lane = CpuLane(kernels, decoder, program, cores)
     device = CpuDevice(
         Capacity(blocks, BLOCK, most, most, len(cores), config.context, config.vocabulary),
         {Lane.MIXED: lane},

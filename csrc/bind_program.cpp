@@ -8,9 +8,31 @@ namespace weft {
 
 namespace {
 
+// The items of a tuple of integers, appended.
+template <class T>
+void append(nb::handle integers, std::vector<T>& to) {
+  const nb::tuple items = nb::cast<nb::tuple>(integers);
+  for (nb::handle item : items) to.push_back(nb::cast<T>(item));
+}
+
+// slices: a sequence of weft.core.plan.Slice. Returns (number, value) of the greatest logit of each sampled row.
 template <auto RUN>
-void run(Program& self, Backend& backend, const BatchView& batch, uintptr_t tokens, const std::vector<int64_t>& sampled) {
-  (self.*RUN)(backend, batch, at<const int64_t>(tokens), sampled);
+nb::list run(Program& self, Backend& backend, nb::sequence slices, int64_t block_size,
+             const std::vector<int64_t>& sampled) {
+  StepBatch& batch = self.batch();
+  batch.clear();
+  for (nb::handle slice : slices) {
+    append(slice.attr("tokens"), batch.tokens);
+    append(slice.attr("blocks"), batch.blocks());
+    batch.add_slice(nb::cast<int64_t>(slice.attr("start")), block_size);
+  }
+  {
+    nb::gil_scoped_release unlocked;
+    (self.*RUN)(backend, batch.view(), batch.tokens.data(), sampled);
+  }
+  nb::list best;
+  for (const Best& one : self.best()) best.append(nb::make_tuple(one.number, one.value));
+  return best;
 }
 
 NormForm norm_form(int type, uintptr_t weight, float eps, int64_t size) {
@@ -85,6 +107,7 @@ void bind_recording(nb::class_<Program>& program) {
             self.silu_mul(Type(type), gate_up, size, out);
           },
           arg("type"), arg("gate_up"), arg("size"), arg("out"))
+      .def("best", nb::overload_cast<int64_t, int64_t>(&Program::best), arg("x"), arg("size"))
       .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"));
 }
 
@@ -100,9 +123,8 @@ void bind_program(nb::module_& module) {
             new (self) Program(at<char>(arena), max_rows, at<char>(sampled_arena), max_sampled);
           },
           arg("arena"), arg("max_rows"), arg("sampled_arena"), arg("max_sampled"))
-      .def("run", &run<&Program::run>, arg("backend"), arg("batch"), arg("tokens"), arg("sampled"), unlocked())
-      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("batch"), arg("tokens"), arg("sampled"),
-           unlocked())
+      .def("run", &run<&Program::run>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"))
+      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"))
       .def_prop_ro("seconds", &Program::seconds);
   bind_recording(program);
 }

@@ -15,6 +15,18 @@ struct NormCall {
   void* out;  // [rows, size]
 };
 
+// The greatest element of each row and its number, the lowest among equals; of a row with a NaN the first NaN.
+struct Best {
+  int64_t number;
+  float value;
+};
+
+struct BestCall {
+  const float* x;  // [rows, size]
+  int64_t rows, size;
+  Best* out;  // [rows]
+};
+
 struct GateCall {
   Type type;
   const void* gate_up;  // [rows, 2 * size]

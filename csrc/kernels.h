@@ -36,6 +36,7 @@ struct EmbeddingTable;  // embedding.h
 struct EmbedCall;
 struct NormCall;  // elementwise.h
 struct GateCall;
+struct BestCall;
 struct RotaryCall;  // attention.h
 struct AttentionCall;
 struct W4AxWeights;  // w4ax.h
@@ -63,6 +64,7 @@ struct Kernels {
   // Rows of the table of which the tokens are known to be there.
   void (*embed)(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
   void (*norm)(Pool& pool, const NormCall& call);
+  void (*best_of_rows)(Pool& pool, const BestCall& call);
   void (*silu_mul)(Pool& pool, const GateCall& call);
   void (*rotary_write)(Pool& pool, const RotaryCall& call);
   void (*attention)(Pool& pool, const AttentionCall& call);

@@ -111,6 +111,14 @@ void Program::silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out) {
   });
 }
 
+void Program::best(int64_t x, int64_t size) {
+  add([=, this](const Step& step) {
+    const int64_t rows = step.rows(Domain::sampled);
+    best_.resize(size_t(rows));
+    step.kernels().best_of_rows(step.backend.pool(), {step.at<float>(x, Domain::sampled), rows, size, best_.data()});
+  });
+}
+
 void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
   add([=](const Step& step) {
     const char* from = step.at<char>(x);

@@ -11,7 +11,9 @@
 #include <functional>
 #include <vector>
 
+#include "elementwise.h"
 #include "packed.h"
+#include "step_batch.h"
 
 namespace weft {
 
@@ -75,6 +77,7 @@ class Program {
   void rotary_write(const LayerKv& kv, const RotaryForm& form, int64_t qkv, int64_t q);
   void attention(const LayerKv& kv, const AttentionForm& form, int64_t q, int64_t out);
   void silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out);
+  void best(int64_t x, int64_t size);  // of each sampled row of floats
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
 
   // Replays the calls. Throws std::invalid_argument for a batch that does not fit.
@@ -83,6 +86,9 @@ class Program {
   // The same, and adds the seconds of each call to seconds().
   void run_timed(Backend& backend, const BatchView& batch, const int64_t* tokens,
                  const std::vector<int64_t>& sampled);
+  // Of each sampled row of the last run.
+  const std::vector<Best>& best() const { return best_; }
+  StepBatch& batch() { return batch_; }  // for whoever runs it to fill
   const std::vector<double>& seconds() const { return seconds_; }
 
  private:
@@ -95,6 +101,8 @@ class Program {
   int64_t max_rows_[2];
   std::vector<Call> calls_;
   std::vector<double> seconds_;  // of each call
+  std::vector<Best> best_;
+  StepBatch batch_;
   const PackedEmbedding* embedding_ = nullptr;
   // One KV with each of the checks that a batch must pass: layers of one model differ in nothing that they look at.
   const LayerKv* kv_ = nullptr;

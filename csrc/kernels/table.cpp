@@ -15,6 +15,7 @@ int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
 int64_t probe_integers(Pool& pool, int64_t steps);
 void embed(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
 void norm(Pool& pool, const NormCall& call);
+void best_of_rows(Pool& pool, const BestCall& call);
 void silu_mul(Pool& pool, const GateCall& call);
 void rotary_write(Pool& pool, const RotaryCall& call);
 void attention(Pool& pool, const AttentionCall& call);
@@ -33,6 +34,7 @@ const Kernels kernels = {
     .probe_integers = probe_integers,
     .embed = embed,
     .norm = norm,
+    .best_of_rows = best_of_rows,
     .silu_mul = silu_mul,
     .rotary_write = rotary_write,
     .attention = attention,

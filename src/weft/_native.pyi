@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from weft.core.plan import Slice
+
 def levels() -> list[str]:
     """The levels that this CPU can run, best first."""
 
@@ -144,10 +146,18 @@ class Program:
     def attention(self, kv: LayerKv, heads: int, scale: float, window: int, q: int, out: int) -> None: ...
     def silu_mul(self, type: int, gate_up: int, size: int, out: int) -> None: ...
     def take(self, x: int, row_bytes: int, out: int) -> None: ...
-    def run(self, backend: Backend, batch: BatchView, tokens: int, sampled: Sequence[int]) -> None:
-        """ValueError: a batch that does not fit into KV, tables or arenas; nothing was touched then."""
+    def best(self, x: int, size: int) -> None:
+        """The number and the value of the greatest element of each sampled row: what a run returns."""
 
-    def run_timed(self, backend: Backend, batch: BatchView, tokens: int, sampled: Sequence[int]) -> None:
+    def run(
+        self, backend: Backend, slices: Sequence[Slice], block_size: int, sampled: Sequence[int]
+    ) -> list[tuple[int, float]]:
+        """sampled: rows of the step. ValueError: a step that does not fit into KV, tables or arenas; nothing was
+        touched then."""
+
+    def run_timed(
+        self, backend: Backend, slices: Sequence[Slice], block_size: int, sampled: Sequence[int]
+    ) -> list[tuple[int, float]]:
         """The same, and adds to `seconds`."""
 
     @property

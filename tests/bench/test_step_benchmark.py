@@ -43,7 +43,16 @@ def test_a_steps_time_is_that_of_its_kernels_and_the_overhead(step_cpu: Any, tmp
         assert 0 < round_.kernels < round_.whole and round_.plain > 0
         assert round_.overhead == pytest.approx(round_.whole - round_.kernels)
         after = program.seconds()
-        assert set(after) == {"Embed", "Norm", "Multiply", "RotaryWrite", "Attention", "SiluMul", "Take"}
+        assert set(after) == {
+            "Embed",
+            "Norm",
+            "Multiply",
+            "RotaryWrite",
+            "Attention",
+            "SiluMul",
+            "Take",
+            "BestOfRows",
+        }
         assert all(after[kind] > before[kind] for kind in after)
     finally:
         device.close()

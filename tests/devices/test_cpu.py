@@ -341,7 +341,7 @@ class FakeLane(CpuLane):
 
     def __init__(self, cores: tuple[int, ...]) -> None:
         kernels: Any = SimpleNamespace(name="none", close=lambda: None, set_cores=self._adopt)
-        super().__init__(kernels, None, None, BLOCK, cores)  # type: ignore[arg-type]
+        super().__init__(kernels, None, None, cores)  # type: ignore[arg-type]
         self.adopted = [cores]
 
     def _adopt(self, cores: tuple[int, ...]) -> None:

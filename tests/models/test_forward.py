@@ -118,12 +118,13 @@ def steps(seed: int) -> list[tuple[list[Slice], list[int]]]:
 
 def assert_the_same(decoder: Decoder, kernels: Kernels, seed: int, cache: str = "auto") -> None:
     stores = [decoder.make_kv(BLOCKS, BLOCK, cache) for _ in range(2)]
-    plain = Plain(decoder, stores[0])
-    program = open_forward(decoder, kernels, stores[1], max_tokens=MAX_TOKENS, max_slices=MAX_SLICES)
+    plain = Plain(decoder, stores[0], BLOCK)
+    program = open_forward(decoder, kernels, stores[1], BLOCK, max_tokens=MAX_TOKENS, max_slices=MAX_SLICES)
     assert not isinstance(program, Plain)
     for slices, rows in steps(seed):
-        batch = make_batch(slices, BLOCK)
-        want, got = plain.run(batch, rows), program.run(batch, rows)
+        best = plain.run(slices, rows)
+        assert list(program.run(slices, rows)) == list(best)
+        want, got = plain.logits(), program.logits()
         assert np.isfinite(want).all() and got.shape == (len(rows), VOCABULARY)
         assert np.array_equal(got, want)
         assert torch.equal(program.hidden(), plain.hidden())
@@ -147,7 +148,7 @@ def test_what_feeds_a_quantised_layer_is_quantised_with_it(tmp_path: Path, kerne
 
     plain = open_decoder(tmp_path, LLAMA, kernels, torch.bfloat16)
     decoder = Decoder(plain.config, quantised(plain._weights, kernels), kernels, 128)
-    program: Any = open_forward(decoder, kernels, decoder.make_kv(2, BLOCK), max_tokens=8, max_slices=2)
+    program: Any = open_forward(decoder, kernels, decoder.make_kv(2, BLOCK), BLOCK, max_tokens=8, max_slices=2)
     kinds = [type(one) for one in program._operations]
     # Of each layer: both norms and the activation. Attention's output is quantised by itself, and so are the rows of
     # the final norm that are sampled after.
@@ -156,13 +157,14 @@ def test_what_feeds_a_quantised_layer_is_quantised_with_it(tmp_path: Path, kerne
 
 
 def run_one(program: Any, pieces: Sequence[Slice], rows: Sequence[int] = (0,)) -> Any:
-    return program.run(make_batch(pieces, BLOCK), rows)
+    program.run(pieces, rows)
+    return program.logits()
 
 
 def test_a_step_that_does_not_fit_is_refused_and_the_next_is_right(tmp_path: Path, kernels: Kernels) -> None:
     decoder = open_decoder(tmp_path, LLAMA, kernels, torch.float32)
     kv = decoder.make_kv(BLOCKS, BLOCK)
-    program = open_forward(decoder, kernels, kv, max_tokens=20, max_slices=2)
+    program = open_forward(decoder, kernels, kv, BLOCK, max_tokens=20, max_slices=2)
     good = Slice(0, 0, tuple(range(5)), (3,))
     want = run_one(program, [good], [4]).copy()
     for wrong, rows, message in (
@@ -173,14 +175,12 @@ def test_a_step_that_does_not_fit_is_refused_and_the_next_is_right(tmp_path: Pat
         (Slice(0, 0, (VOCABULARY,), (3,)), [0], f"no token {VOCABULARY} for row 0"),
         (Slice(0, 0, (1,), (BLOCKS,)), [0], f"no block {BLOCKS}"),
         (Slice(0, 128, (1,), (0,) * 9), [0], "position 128"),
+        (Slice(0, 0, (), (3,)), [], "each of them tokens"),
+        (Slice(0, 15, (1, 1), (3,)), [], "too short"),
+        (Slice(0, -1, (1,), (3,)), [], "too short"),
     ):
         with pytest.raises(ValueError, match=message):
             run_one(program, [wrong], rows)
-    batch = make_batch([good], BLOCK)
-    with pytest.raises(ValueError, match="slots, the KV of 16"):
-        program.run(replace(batch, block_size=32), [0])
-    with pytest.raises(ValueError, match="tokens are"):
-        program.run(replace(batch, tokens=batch.tokens.int()), [0])
     assert np.array_equal(run_one(program, [good], [4]), want)
     assert run_one(program, [good], []).shape == (0, VOCABULARY)
 

@@ -65,6 +65,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
                 decoder,
                 kernels[lane],
                 kv,
+                config.block_size,
                 max_tokens=config.max_num_batched_tokens,
                 max_slices=config.max_num_seqs,
             )
@@ -85,10 +86,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     )
     return CpuDevice(
         capacity,
-        {
-            lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], config.block_size, shares[lane])
-            for lane in shares
-        },
+        {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane]) for lane in shares},
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch.") + _kv_words(config),
@@ -120,11 +118,10 @@ def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
 class CpuLane:
     """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any."""
 
-    def __init__(self, kernels: Kernels, decoder: Decoder, forward: Forward, block_size: int, cores: Cores) -> None:
+    def __init__(self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores) -> None:
         self.kernels = kernels
         self.decoder = decoder
         self.forward = forward
-        self.block_size = block_size
         self.cores = cores
         self.pinned: Cores | None = None
 
@@ -146,7 +143,7 @@ class CpuLane:
         """Carry out a plan. An exception fails the step, not the lane."""
         ticket, begun = Ticket(plan.step, plan.lane), time.perf_counter()
         try:
-            done = compute(plan, self.decoder, self.forward, self.block_size)
+            done = compute(plan, self.decoder, self.forward)
         except Exception as error:
             return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
         return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)

@@ -10,10 +10,9 @@ from itertools import accumulate
 import torch
 
 from weft.core.plan import Plan, Sampled, Slice, TokenScore
-from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
-from weft.models.forward import Forward, Logits
-from weft.models.sampler import sample, score_prompt
+from weft.models.forward import Forward
+from weft.models.sampler import draw, score_prompt
 
 # Logits of prompt rows are made in parts of about this size: a prompt chunk times a large vocabulary is too much.
 SCORED_BYTES = 32 * 2**20
@@ -28,13 +27,12 @@ class Computed:
     failed: tuple[tuple[int, str], ...]
 
 
-@torch.inference_mode()
-def compute(plan: Plan, decoder: Decoder, forward: Forward, block_size: int) -> Computed:
+def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
     """Carry out a plan; a slice whose logits cannot be used fails alone. forward: the decoder's."""
     slices = plan.slices
     ends = list(accumulate([len(piece.tokens) for piece in slices]))
     drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
-    logits = forward.run(make_batch(slices, block_size), [row for _, row in drawing])
+    best = forward.run(slices, [row for _, row in drawing])
     failed: dict[int, str] = {}
     scored = []
     for piece, end in zip(slices, ends, strict=True):
@@ -45,15 +43,17 @@ def compute(plan: Plan, decoder: Decoder, forward: Forward, block_size: int) -> 
                 failed[piece.sequence] = "the model computed NaN or infinite logits for a prompt token"
             else:
                 scored.append((piece.sequence, scores))
-    sampled = _sample(logits, [piece for piece, _ in drawing], failed)
+    sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
     return Computed(sampled, tuple(scored), tuple(failed.items()))
 
 
-def _sample(logits: Logits, slices: Sequence[Slice], failed: dict[int, str]) -> tuple[Sampled, ...]:
+def _sample(
+    forward: Forward, best: Sequence[tuple[int, float]], slices: Sequence[Slice], failed: dict[int, str]
+) -> tuple[Sampled, ...]:
     """Draw after each slice, unless it has failed; what cannot be drawn goes to `failed`."""
     samplings = [piece.sample for piece in slices if piece.sample is not None]
     sampled = []
-    for piece, outcome in zip(slices, sample(logits, samplings), strict=True):
+    for piece, outcome in zip(slices, draw(best, forward.logits, samplings), strict=True):
         if piece.sequence in failed:
             continue
         if isinstance(outcome, str):
@@ -63,6 +63,7 @@ def _sample(logits: Logits, slices: Sequence[Slice], failed: dict[int, str]) -> 
     return tuple(sampled)
 
 
+@torch.inference_mode()
 def _score(decoder: Decoder, hidden: torch.Tensor, piece: Slice, k: int) -> tuple[TokenScore, ...]:
     """Each row scores the token that follows it; the last row of a prompt has none."""
     targets = piece.tokens[1:] if piece.next_token is None else (*piece.tokens[1:], piece.next_token)

@@ -9,20 +9,32 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from weft import _native
-from weft.kernels.base import Batch
+from weft.core.plan import Slice
 from weft.kernels.cpu import CpuKernels
-from weft.kernels.record import Domain, MakeAndQuantise, Norm, Operation, Quantise, RotaryWrite, SiluMul, Value
+from weft.kernels.record import (
+    BestOfRows,
+    Domain,
+    MakeAndQuantise,
+    Norm,
+    Operation,
+    Quantise,
+    RotaryWrite,
+    SiluMul,
+    Value,
+)
 
+Logits = npt.NDArray[np.float32]
 LINE = 64  # bytes of a cache line
 
 
 class Program:
     """The step of one lane. Only the lane's thread may run it: the results of a run lie in its arenas until the next.
 
-    hidden: [T, ...] kept for `hidden`. logits: float32 [sampled rows, ...], what a run returns.
+    hidden: [T, ...] kept for `hidden`. logits: float32 [sampled rows, ...].
     timed: whether runs add to `seconds`; off at first.
     """
 
@@ -36,7 +48,7 @@ class Program:
         max_tokens: int,
         max_slices: int,
     ) -> None:
-        operations = fuse(operations)
+        operations = [*fuse(operations), BestOfRows(logits)]
         places, widths = arrange(operations, kept=(hidden, logits))
         self._kernels = kernels
         self._operations = tuple(operations)  # the C++ side points to what they hold
@@ -53,19 +65,22 @@ class Program:
         self._hidden, self._logits = hidden, logits
         self._places = places
         self._block_size = next(one.kv.block_size for one in operations if isinstance(one, RotaryWrite))
-        self._rows = 0
+        self._rows = self._sampled = 0
         self.timed = False
 
-    def run(self, batch: Batch, rows: Sequence[int]) -> np.ndarray:
-        """Compute a step, and the logits after these rows of it, float32 [R, V]: valid until the next run.
+    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> list[tuple[int, float]]:
+        """Compute a step: the most probable token after each of these rows of it, and its logit.
 
-        Raises ValueError, before memory is touched, for a batch that reaches outside of KV, tables or arenas.
+        Raises ValueError, before memory is touched, for a step that reaches outside of KV, tables or arenas.
         """
-        view, self._rows = self._kernels.view(batch)
-        check_tokens(batch, self._rows, self._block_size)
         run = self._native.run_timed if self.timed else self._native.run
-        run(self._kernels.native, view, batch.tokens.data_ptr(), rows)
-        return self._bytes(self._logits, len(rows)).view(np.float32).reshape(len(rows), self._logits.columns)
+        self._rows, self._sampled = sum([len(piece.tokens) for piece in slices]), len(rows)
+        return run(self._kernels.native, slices, self._block_size, rows)
+
+    def logits(self) -> Logits:
+        """Of the last run, after the rows that it was asked for, float32 [R, V]: valid until the next run."""
+        value, rows = self._logits, self._sampled
+        return self._bytes(value, rows).view(np.float32).reshape(rows, value.columns)
 
     def hidden(self) -> torch.Tensor:
         """The hidden rows of all tokens of the last run after the final norm, [T, hidden]: valid until the next run."""
@@ -85,14 +100,6 @@ class Program:
     def _bytes(self, value: Value, rows: int) -> np.ndarray:
         start = self._places[value] * rows
         return self._arenas[value.domain][start : start + value.row_bytes * rows]
-
-
-def check_tokens(batch: Batch, rows: int, block_size: int) -> None:
-    """What the views of a batch do not check."""
-    if batch.tokens.dtype is not torch.int64 or batch.tokens.shape != (rows,) or not batch.tokens.is_contiguous():
-        raise ValueError(f"tokens are {batch.tokens.dtype} {list(batch.tokens.shape)}; they must be int64 {[rows]}")
-    if batch.block_size != block_size:
-        raise ValueError(f"the batch has blocks of {batch.block_size} slots, the KV of {block_size}")
 
 
 def fuse(operations: Sequence[Operation]) -> list[Operation]:

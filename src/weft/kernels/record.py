@@ -211,7 +211,20 @@ class Take:
         program.take(at(self.x), self.x.row_bytes, at(self.out))
 
 
-Operation = Embed | Norm | Multiply | Quantise | RotaryWrite | Attention | SiluMul | MakeAndQuantise | Take
+@dataclass(frozen=True, slots=True)
+class BestOfRows:
+    """The greatest element of each sampled row, for whoever runs the program."""
+
+    x: Value
+
+    def uses(self) -> tuple[Value, ...]:
+        return (self.x,)
+
+    def emit(self, program: _native.Program, at: Place) -> None:
+        program.best(at(self.x), self.x.columns)
+
+
+Operation = Embed | Norm | Multiply | Quantise | RotaryWrite | Attention | SiluMul | MakeAndQuantise | BestOfRows | Take
 
 
 class Recorder:

@@ -11,9 +11,10 @@ import torch
 
 from weft.core.plan import Slice
 from weft.kernels import LEVELS
-from weft.kernels.base import Batch, Kernels
+from weft.kernels.base import Kernels
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.sampler import best_of_rows
 
 Logits = npt.NDArray[np.float32]
 
@@ -21,9 +22,16 @@ Logits = npt.NDArray[np.float32]
 class Forward(Protocol):
     """The forward pass of one lane. What it returns is valid until its next run."""
 
-    def run(self, batch: Batch, rows: Sequence[int]) -> Logits:
-        """Compute a step: the keys and values of its tokens are in the KV then. The logits after these rows of it,
-        float32 [R, V]. Raises ValueError for a batch that reaches outside of the KV."""
+    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> Sequence[tuple[int, float]]:
+        """Compute a step: the keys and values of its tokens are in the KV then. Of each of these rows of it the most
+        probable token that follows, and its logit: the lowest id among equals, NaN where there is one.
+
+        Raises ValueError for slices that reach outside of the KV.
+        """
+        ...
+
+    def logits(self) -> Logits:
+        """Of the last run, float32 [R, V]: the sums as they are, not rounded to the model's precision."""
         ...
 
     def hidden(self) -> torch.Tensor:
@@ -34,32 +42,40 @@ class Forward(Protocol):
 class Plain:
     """Call by call."""
 
-    def __init__(self, decoder: Decoder, kv: list[Any]) -> None:
+    def __init__(self, decoder: Decoder, kv: list[Any], block_size: int) -> None:
         self._decoder = decoder
         self._kv = kv
+        self._block_size = block_size
         self._hidden = torch.empty(0)
+        self._logits: Logits = np.empty((0, 0), np.float32)
 
-    def run(self, batch: Batch, rows: Sequence[int]) -> Logits:
-        self._hidden = self._decoder.hidden(batch, self._kv)
+    @torch.inference_mode()
+    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> Sequence[tuple[int, float]]:
+        self._hidden = self._decoder.hidden(make_batch(slices, self._block_size), self._kv)
         wanted = self._hidden[list(rows)]
-        logits: Logits = self._decoder.logits(wanted).to("cpu", torch.float32).numpy()
-        return logits
+        self._logits = self._decoder.logits(wanted).to("cpu", torch.float32).numpy()
+        return best_of_rows(self._logits)
+
+    def logits(self) -> Logits:
+        return self._logits
 
     def hidden(self) -> torch.Tensor:
         return self._hidden
 
 
-def open_forward(decoder: Decoder, kernels: Kernels, kv: list[Any], *, max_tokens: int, max_slices: int) -> Forward:
-    """kernels: the decoder's own. max_tokens, max_slices: of a step."""
+def open_forward(
+    decoder: Decoder, kernels: Kernels, kv: list[Any], block_size: int, *, max_tokens: int, max_slices: int
+) -> Forward:
+    """kernels: the decoder's own; block_size: of the KV. max_tokens, max_slices: of a step."""
     if kernels.name not in LEVELS:
-        return Plain(decoder, kv)
+        return Plain(decoder, kv, block_size)
     from weft.kernels.cpu import CpuKernels
     from weft.kernels.program import Program
     from weft.kernels.record import Recorder
 
     recorder = Recorder()
     recording = decoder.on(cast(Kernels, recorder))
-    anything = make_batch([Slice(0, 0, (0,), (0,))], kv[0].block_size)  # values stand for what is in it
+    anything = make_batch([Slice(0, 0, (0,), (0,))], block_size)  # values stand for what is in it
     hidden: Any = recording.hidden(anything, kv)
     logits: Any = recording.logits(cast(Any, recorder.take(hidden)))
     return Program(

@@ -35,7 +35,7 @@ exp or log1p decides between two tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -57,27 +57,41 @@ UNIT, LOWEST, HIGHEST = map(np.float32, (2**-32, 2**-33, 1 - 2**-24))
 COLDEST = 1e-30
 
 
-def sample(logits: torch.Tensor | Row, samplings: Sequence[Sampling]) -> list[tuple[int, TokenScore | None] | str]:
+def sample(logits: torch.Tensor, samplings: Sequence[Sampling]) -> list[tuple[int, TokenScore | None] | str]:
     """Draw one token for each row of float32 logits [R, V]; the logits are not changed.
 
     A row that cannot be drawn from gives the reason instead of a token; the other rows are good.
     """
     rows = _rows(logits)
+    return draw(best_of_rows(rows), lambda: rows, samplings)
+
+
+def draw(
+    best: Sequence[tuple[int, float]], logits: Callable[[], Row], samplings: Sequence[Sampling]
+) -> list[tuple[int, TokenScore | None] | str]:
+    """The same from the most probable token of each row and its logit. logits: asked only where these do not do."""
+    drawn: list[tuple[int, TokenScore | None] | str] = []
+    for number, ((token, peak), sampling) in enumerate(zip(best, samplings, strict=True)):
+        k = sampling.params.logprobs
+        if not math.isfinite(peak):
+            drawn.append(_flaw(logits()[number]))
+        elif _plain(sampling):
+            drawn.append((token, None if k is None else _score(logits()[number], token, k)))
+        else:
+            row = logits()[number]
+            outcome = _choose(row, sampling)
+            if isinstance(outcome, str):
+                drawn.append(outcome)
+            else:
+                drawn.append((outcome, None if k is None else _score(row, outcome, k)))
+    return drawn
+
+
+def best_of_rows(rows: Row) -> list[tuple[int, float]]:
+    """(token, logit) of the largest logit of each row, the lowest id among equals; the first NaN where there is one."""
     best = rows.argmax(axis=1)
     peaks = rows[np.arange(len(rows)), best]
-    good = np.isfinite(peaks).tolist()  # argmax finds NaN first, so a row with a NaN has a NaN peak
-    drawn: list[tuple[int, TokenScore | None] | str] = []
-    for row, token, fine, sampling in zip(rows, best.tolist(), good, samplings, strict=True):
-        if not fine:
-            drawn.append(_flaw(row))
-            continue
-        outcome = token if _plain(sampling) else _choose(row, sampling)
-        if isinstance(outcome, str):
-            drawn.append(outcome)
-        else:
-            k = sampling.params.logprobs
-            drawn.append((outcome, None if k is None else _score(row, outcome, k)))
-    return drawn
+    return list(zip(best.tolist(), peaks.tolist(), strict=True))
 
 
 def score_prompt(logits: torch.Tensor, tokens: Sequence[int], k: int) -> list[TokenScore]:
@@ -127,9 +141,7 @@ def _mix64(x: int) -> int:
     return x ^ x >> 31
 
 
-def _rows(logits: torch.Tensor | Row) -> Row:
-    if isinstance(logits, np.ndarray):
-        return logits
+def _rows(logits: torch.Tensor) -> Row:
     rows: Row = logits.detach().to("cpu", torch.float32).contiguous().numpy()
     return rows
 
