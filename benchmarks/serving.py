@@ -18,7 +18,7 @@ from typing import Self
 from weft.bench.client import fetch
 from weft.bench.wire import Address, WireError
 
-READY_SECONDS = 120.0
+READY_SECONDS = 600.0  # three servers may load at once, beside others
 STOP_SECONDS = 45.0
 POLL_SECONDS = 0.02
 METRIC = re.compile(r"^(?:vllm:|weft:|weft_)?(\w+?)(?:\{(.*)\})? ([0-9.eE+-]+)$", re.MULTILINE)
