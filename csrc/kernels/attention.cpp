@@ -41,7 +41,7 @@ struct Work {
   alignas(64) float totals[UNIT_ROWS * (VALUES + MAX_HEAD_DIM)];
   alignas(64) float keep[PADDED_ROWS], add[PADDED_ROWS];  // factors of the old totals and of a partition's
   int64_t from[UNIT_ROWS], until[UNIT_ROWS];  // the positions that each row sees
-  const char* keys[VECTORS];                  // of each vector of positions
+  const char* keys[VECTORS + TILE_VECTORS];   // of each vector of positions, and of the next ones: see look_ahead
   const char* values[VECTORS];
 
   // Where they are codes: what belongs to the positions (zeros in steps of a code), and for each row minus the sum of
@@ -62,26 +62,68 @@ WEFT_INLINE f32v load_zeros(const uint8_t* from) {
   return __builtin_convertvector(load_bytes(from), f32v) * (1 / ZERO_STEPS<32 / X::C>);
 }
 
-// Where each vector of positions of the partition lies, from the block table.
+// Slots of a sequence in the order of its positions, by the block table. Divides once only.
+class Slots {
+ public:
+  WEFT_INLINE Slots from(const AttentionCall& call, const Unit& unit, int64_t position) {
+    const int32_t* table = call.batch.tables + unit.slice * call.batch.table_width;
+    return {call.kv, table + position / call.kv.block_size, unit.kv_head, position % call.kv.block_size};
+  }
+  void advance(int64_t slots) {
+    offset_ += slots;
+    if (offset_ == kv_.block_size) block_++, offset_ = 0;
+  }
+  template <class X>
+  const char* keys() const {
+    return kv_.keys + (head() * kv_.head_dim / X::C * kv_.block_size + offset_) * 4;
+  }
+  template <class X>
+  const char* values() const {
+    return kv_.values + (head() * kv_.block_size + offset_) / X::S * (kv_.width() / X::V) * 4;
+  }
+  const KvNumbers* numbers() const { return kv_.numbers + (head() * kv_.block_size + offset_) / NUMBERS; }
+  int64_t offset() const { return offset_; }
+
+ private:
+  Slots(const KvView& kv, const int32_t* block, int64_t kv_head, int64_t offset)
+      : kv_(kv), block_(block), kv_head_(kv_head), offset_(offset) {}
+  int64_t head() const { return *block_ * kv_.kv_heads + kv_head_; }  // of all heads of all blocks
+
+  const KvView& kv_;
+  const int32_t* block_;
+  int64_t kv_head_, offset_;
+};
+
+// Where each vector of positions of the partition lies.
 template <class X>
 void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, int64_t first, int64_t end,
                   Work<X>& work) {
-  const KvView& kv = call.kv;
-  const int32_t* table = call.batch.tables + unit.slice * call.batch.table_width;
-  int64_t block = (start + first * lanes) / kv.block_size, slot = (start + first * lanes) % kv.block_size;
-  for (int64_t v = first; v < end; v++, slot += lanes) {
-    if (slot == kv.block_size) block++, slot = 0;
-    const int64_t place = int64_t{table[block]} * kv.kv_heads + unit.kv_head;
-    work.keys[v] = kv.keys + (place * kv.head_dim / X::C * kv.block_size + slot) * 4;
-    work.values[v] = kv.values + (place * kv.block_size + slot) / X::S * (kv.width() / X::V) * 4;
+  Slots slots = Slots::from(call, unit, start + first * lanes);
+  for (int64_t v = first; v < end; v++, slots.advance(lanes)) {
+    work.keys[v] = slots.keys<X>();
+    work.values[v] = slots.values<X>();
     if constexpr (CODES<X>) {
-      const KvNumbers& from = kv.numbers[(place * kv.block_size + slot) / NUMBERS];
-      const int64_t i = slot % NUMBERS, at = v * lanes;
+      const KvNumbers& from = *slots.numbers();
+      const int64_t i = slots.offset() % NUMBERS, at = v * lanes;
       store(work.key_scales + at, load_bf16(from.key_scales + i));
       store(work.key_zeros + at, load_zeros<X>(from.key_zeros + i) + X::EXCESS);
       store(work.value_scales + at, load_bf16(from.value_scales + i));
       X::put_factors(work.value_zeros + at, load_zeros<X>(from.value_zeros + i));
     }
+  }
+}
+
+// What the next partition begins with, for decode to ask for in time: its first keys, and all numbers.
+template <class X>
+void look_ahead(const AttentionCall& call, const Unit& unit, int64_t start, int64_t end, Work<X>& work) {
+  for (int64_t i = 0; i < TILE_VECTORS; i++) work.keys[end + i] = work.keys[end - 1];
+  const int64_t seen = work.until[unit.rows - 1] - (start + PARTITION);  // positions of the next ones
+  if (seen <= 0) return;
+  Slots slots = Slots::from(call, unit, start + PARTITION);
+  for (int64_t v = 0; v < VECTORS && v * lanes < seen; v++, slots.advance(lanes)) {
+    if (v < TILE_VECTORS) work.keys[end + v] = slots.keys<X>();
+    __builtin_prefetch(slots.numbers());
+    __builtin_prefetch(reinterpret_cast<const char*>(slots.numbers() + 1) - 1);
   }
 }
 
@@ -204,6 +246,7 @@ void attend_partition(const AttentionCall& call, const Unit& unit, int64_t parti
   const int64_t first = seen_from > 0 ? seen_from / lanes : 0;
   const int64_t end = seen_until < PARTITION ? (seen_until + lanes - 1) / lanes : VECTORS;
   find_vectors(call, unit, start, first, end, work);
+  if (CODES<X> && unit.rows <= DECODE_ROWS) look_ahead(call, unit, start, end, work);
   score(call, unit, first, end, work);
   weigh_rows(call, unit, start, first, end, work, totals);
   typename X::Query copies[2][CODES<X> ? 1 : lanes * MAX_HEAD_DIM];

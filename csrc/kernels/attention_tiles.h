@@ -166,14 +166,19 @@ struct KeyNumbers {
 };
 
 // scores[R][positions] = queries[R][depth] . keys, for N vectors of positions. stride: bytes from words to words.
-// Decode waits for memory: with `values` (or null) it asks in time for the positions' values.
+// Decode waits for memory: with `values` (or null) it asks in time for the positions' values, and where keys are codes,
+// whose runs are too short for the CPU to see them coming, for those of the vectors TILE_VECTORS further on.
 template <class X, int R, int N>
 void score_tile(const typename X::Factor* queries, int64_t depth, const char* const* keys, int64_t stride,
                 const char* const* values, const KeyNumbers& numbers, float* scores) {
   f32v sums[R][N] = {};
   for (int64_t d = 0; d < depth; d += X::C) {
     u32v words[N];
-    if (values != nullptr) UNROLL for (int n = 0; n < N; n++) __builtin_prefetch(values[n] + d / X::C * lanes * 4);
+    if (values != nullptr)
+      UNROLL for (int n = 0; n < N; n++) {
+        __builtin_prefetch(values[n] + d / X::C * lanes * 4);
+        if (X::C > 2) __builtin_prefetch(keys[n + TILE_VECTORS] + d / X::C * stride);
+      }
     UNROLL for (int n = 0; n < N; n++) words[n] = load<u32v>(keys[n] + d / X::C * stride);
     UNROLL for (int c = 0; c < X::C; c += X::P) {
       typename X::Pack packs[N];
