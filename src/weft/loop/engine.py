@@ -109,8 +109,8 @@ class Engine:
 
     @property
     def idle(self) -> bool:
-        """Nothing is waiting, running, in flight, or still to be told."""
-        return not (self._scheduler.live or self._events or (self._scheduler.inflight and self.dead is None))
+        """Nothing is waiting, running, in flight (but on a lane that is gone), or still to be told."""
+        return not (self._scheduler.live or self._events or (self._watched() and self.dead is None))
 
     def stats(self) -> Stats:
         scheduler, pool, control = self._scheduler, self._scheduler.pool, self._control
