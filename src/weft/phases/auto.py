@@ -22,10 +22,15 @@ STEPS_EACH, STEPS_MOST, FIRSTS_MOST, PROMPTS, OUTPUTS = 40, 240, 200, 48, 64
 RATE_SECONDS = 20.0
 # A change has to save so many misses within the horizon, and such a part of them.
 SAVES, SAVES_PART = 0.5, 0.1
-# Shares for trying out, in the order in which they are tried.
-TRIALS = (1 / 2, 1 / 4, 3 / 4)
-# More than this part of the requests: out of reach.
-OUT_OF_REACH = 0.5
+# Shares of the prefill lane for trying out. One trial shows two shares, for the law is one for both lanes.
+TRIALS = (1 / 4, 1 / 3, 2 / 3, 3 / 4)
+# So many misses within the horizon are worth a trial, and so many trials are made at most.
+TRIAL_WORTH, TRIALS_MOST = 2.0, 12
+# A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
+# has that part of them miss one or the other.
+OUT_OF_REACH, HOPELESS = 0.5, 0.75
+# Where memory is taken to be full until it is known: with half of the device, as on most of those that were measured.
+LIKELY_SATURATION = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +85,10 @@ class AutoPolicy:
             return state, None  # nothing to decide for
         options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
         here = self._outlook(state.sharing, state, load, queue, now)
-        trial = self._trial(state, model, here, queue, now)
+        trial = self._trial(state, model, here, load, queue, now)
         if trial is not None:
             return trial
-        overload = all(one.late > OUT_OF_REACH or one.slow > OUT_OF_REACH for one in options)
+        overload = min(one.part for one in options) > HOPELESS
         best = self._best(options, overload)
         saved = here.score - best.score
         better = saved > max(SAVES, SAVES_PART * here.score) or (overload and self._protects(here, best))
@@ -151,18 +156,20 @@ class AutoPolicy:
         return outlook(sharing, model, state.ttft, load, queue, self.targets, self.device, now)
 
     def _trial(
-        self, state: AutoState, model: StepModel, here: Outlook, queue: Queue, now: float
+        self, state: AutoState, model: StepModel, here: Outlook, load: Load, queue: Queue, now: float
     ) -> tuple[AutoState, Decision] | None:
-        """A share that was not seen yet, while both phases have work and there are misses to be saved."""
-        wanted = min(3, self.device.shares)
-        if state.trial or len(model.shares) >= wanted or here.misses < SAVES or self.device.shares < 2:
+        """A split that was not seen yet, while both phases have work and there are misses to be saved. Of those that
+        show the curve, the one that looks best so far."""
+        units = self.device.shares
+        if state.trial or len(model.shares) >= min(3, units) or here.misses < TRIAL_WORTH or units < 2:
             return None
-        if not (queue.waiting and queue.decoding) or state.tried >= 3 * len(TRIALS):
+        if not (queue.waiting and queue.decoding) or state.tried >= TRIALS_MOST:
             return None
-        part = TRIALS[state.tried % len(TRIALS)]
-        prefill = max(1, min(self.device.shares - 1, round(self.device.shares * part)))
-        partition = Partition(prefill, self.device.shares - prefill)
-        sharing = Sharing(Regime.SPLIT, partition, None, state.sharing.size_weight)
+        parts = sorted({max(1, min(units - 1, round(units * part))) for part in TRIALS})
+        splits = [Sharing(Regime.SPLIT, Partition(one, units - one), None, state.sharing.size_weight) for one in parts]
+        likely = replace(state, model=_likely(model))
+        splits.sort(key=lambda one: self._outlook(one, likely, load, queue, now).score)
+        sharing = splits[state.tried % len(splits)]
         reason = (
             f"{here.misses:.1f} misses are predicted, and step times are known at {len(model.shares)} share"
             f"{'s' if len(model.shares) > 1 else ''} only: a trial of {words(sharing, self.device.shares)}"
@@ -201,6 +208,14 @@ class AutoPolicy:
         if overload:
             reason = f"both targets are out of reach, so decode keeps its own and prompts go shortest first: {reason}"
         return moved, Decision(now, sharing, reason, shed)
+
+
+def _likely(model: StepModel) -> StepModel:
+    """The law of one share, with memory that saturates where it mostly does, and the same on the whole device."""
+    if model.saturation is not None:
+        return model
+    base, slot = model.base * LIKELY_SATURATION, model.slot * LIKELY_SATURATION
+    return replace(model, base=base, slot=slot, saturation=LIKELY_SATURATION)
 
 
 def words(sharing: Sharing, shares: int) -> str:

@@ -38,7 +38,8 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Outlook:
-    """What one way of sharing would do. misses: requests within the horizon, weighed with `slack` in score.
+    """What one way of sharing would do. misses: requests within the horizon; part: of all there are then. score: the
+    misses, and a little for what is far from its targets.
 
     late, slow: parts of the requests that miss the TTFT and the TPOT target. speed: tokens of prompts per second.
     """
@@ -46,6 +47,7 @@ class Outlook:
     sharing: Sharing
     score: float
     misses: float
+    part: float
     late: float
     slow: float
     ttft: float
@@ -77,12 +79,17 @@ def outlook(
     backlog = float(sum(tokens for _, tokens in queue.waiting))
     batch = float(max(queue.decoding, 1))
     context = queue.context / max(queue.decoding, 1) or load.prompt
+    waiting = backlog / len(queue.waiting) if queue.waiting else math.inf
     tpot, speed = 0.0, 0.0
     for _ in range(3):  # a slower TPOT makes the batch larger, which makes TPOT slower
-        busy_tpot, idle_tpot, speed = _pace(sharing, steps, batch, batch * context, load.prompt, device)
-        pressed = min(1.0, incoming / speed + backlog / (speed * HORIZON))
-        tpot = pressed * busy_tpot + (1.0 - pressed) * idle_tpot
-        settled = min(float(device.seats), load.rate * load.output * tpot)
+        busy, idle, speed = _pace(sharing, steps, batch, batch * context, load.prompt, device)
+        # Of the time in which an answer is generated, the part beside prefill.
+        life = min(HORIZON, max(load.output * (tpot or busy), 0.2))
+        pressed = min(1.0, incoming / speed + backlog / (speed * life))
+        # So many tokens fall into either part of the time, which is why this is a harmonic mean.
+        tpot = 1.0 / (pressed / busy + (1.0 - pressed) / idle)
+        begin = max(load.rate, pressed * speed / waiting)
+        settled = min(float(device.seats), begin * load.output * tpot)
         batch = max(1.0, 0.5 * (queue.decoding + settled))
     slow = _over(tpot, targets.tpot)
     known, waits = _known(queue, speed, targets.ttft, now)
@@ -90,11 +97,12 @@ def outlook(
     coming = load.rate * HORIZON
     misses = sum(1.0 - (1.0 - one) * (1.0 - slow) for one in known)
     misses += coming * (1.0 - (1.0 - late) * (1.0 - slow)) + UNDER_WAY * queue.decoding * slow
-    requests = coming + len(known) + queue.decoding
+    requests = coming + len(known) + UNDER_WAY * queue.decoding
     all_late = (sum(known) + coming * late) / max(coming + len(known), 1e-9)
     ttft_mean = max(mean, waits)
     slack = min(ttft_mean / targets.ttft, 10.0) + min(tpot / targets.tpot, 10.0)
-    return Outlook(sharing, misses + 0.02 * requests * slack, misses, all_late, slow, ttft_mean, tpot, speed)
+    part = misses / max(requests, 1e-9)
+    return Outlook(sharing, misses + 0.02 * requests * slack, misses, part, all_late, slow, ttft_mean, tpot, speed)
 
 
 def _pace(

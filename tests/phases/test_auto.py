@@ -1,0 +1,238 @@
+"""The controller `auto`: its forecasts against a simulated device, its decisions, and their replay."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing
+from weft.core.request import Request, RequestEnd, TokenOutput
+from weft.core.sampling import SamplingParams
+from weft.core.scheduler import Scheduler, SchedulerSettings
+from weft.devices.cost import CostModel
+from weft.devices.virtual import VirtualDevice
+from weft.loop.engine import Engine
+from weft.phases.auto import STEPS_EACH, AutoPolicy, kept
+from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
+from weft.phases.forecast import Device, Load, candidates, outlook
+from weft.phases.latency import StepModel, TtftModel
+from weft.phases.observations import Queue, Stepped, Targets
+
+SHARES = 12
+CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
+COST = CostModel(fixed=1e-3, per_token=85e-6, per_context=65e-9, weights=8e-3, saturation=0.5, contention=0.2)
+# The same as a law: at the saturation point, half of the device, memory costs what it costs on the whole.
+LAW = StepModel(1e-3, 4e-3, 85e-6, 32.5e-9, saturation=0.5, contention=0.2, shares=(0.25, 0.5, 0.75))
+DEVICE = Device(SHARES, 1024, 64)
+TARGETS = Targets(ttft=1.0, tpot=0.03)
+WHOLE = Partition(SHARES, SHARES)
+EMPTY = Queue()
+
+Asks = list[tuple[float, int, int]]  # when, tokens of the prompt, tokens of the answer
+
+
+def poisson(rate: float, prompt: int, output: int, seconds: float, start: float = 0.0, seed: int = 1) -> Asks:
+    rng, now, made = random.Random(seed), start, []
+    while (now := now + rng.expovariate(rate)) < start + seconds:
+        made.append((now, max(1, round(prompt * rng.uniform(0.5, 1.5))), max(2, round(output * rng.uniform(0.5, 1.5)))))
+    return made
+
+
+def serve(policy: Policy, asks: Asks, record: Any = None, lone: bool = True) -> tuple[list[float], list[float], Engine]:
+    """(TTFTs, TPOTs, engine) of a run in virtual time."""
+    device = VirtualDevice(CAPACITY, WHOLE, cost=COST)
+    scheduler = Scheduler(CAPACITY, device.lanes(), SchedulerSettings(64, 1024, 10**6, enable_prefix_caching=False))
+    made = Controller(policy, lone=lone, record=record)
+    engine = Engine(device, scheduler, device.clock, step_timeout=None, controller=made)
+    rng, times, at = random.Random(9), dict[str, list[float]](), 0
+    ended = 0
+    while ended < len(asks):
+        while at < len(asks) and asks[at][0] <= device.clock() + 1e-9:
+            prompt = tuple(rng.randrange(512) for _ in range(asks[at][1]))
+            engine.submit(Request(str(at), prompt, SamplingParams(max_tokens=asks[at][2], ignore_eos=True)))
+            at += 1
+        for event in engine.step(max(0.0, asks[at][0] - device.clock()) if at < len(asks) else None):
+            if isinstance(event, TokenOutput):
+                times.setdefault(event.request, []).append(device.clock())
+            ended += isinstance(event, RequestEnd)
+    ttfts = [times[str(index)][0] - one[0] for index, one in enumerate(asks)]
+    tpots = [(times[str(index)][-1] - times[str(index)][0]) / (one[2] - 1) for index, one in enumerate(asks)]
+    return ttfts, tpots, engine
+
+
+def met(ttfts: list[float], tpots: list[float], targets: Targets = TARGETS) -> float:
+    pairs = zip(ttfts, tpots, strict=True)
+    return sum(a <= targets.ttft and b <= targets.tpot for a, b in pairs) / len(ttfts)
+
+
+def forecast(sharing: Sharing, load: Load, queue: Queue = EMPTY) -> Any:
+    return outlook(sharing, LAW, None, load, queue, TARGETS, DEVICE, 0.0)
+
+
+# -- forecasts -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sharing",
+    [
+        Sharing(Regime.MIXED, WHOLE, 128),
+        Sharing(Regime.MIXED, WHOLE, 512),
+        Sharing(Regime.TURNS, Partition(4, 4), 512),
+        Sharing(Regime.SPLIT, Partition(6, 6)),
+        Sharing(Regime.SPLIT, Partition(8, 4)),
+    ],
+)
+def test_what_is_forecast_is_what_the_simulated_device_does(sharing: Sharing) -> None:
+    asks = poisson(3.0, 800, 60, 30.0)
+    _, tpots, _ = serve(FixedPolicy(sharing), asks)
+    found = forecast(sharing, Load(3.0, tuple(one[1] for one in asks), 60.0))
+    assert found.tpot == pytest.approx(sum(tpots) / len(tpots), rel=0.2)
+
+
+@given(
+    load=st.builds(Load, st.floats(0, 50), st.lists(st.integers(1, 4000), max_size=9).map(tuple), st.floats(1, 500)),
+    waiting=st.lists(st.tuples(st.floats(-100, 0), st.integers(1, 4000)), max_size=9).map(tuple),
+    decoding=st.integers(0, 64),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_forecast_is_a_number_and_probabilities_are_probabilities(
+    load: Load, waiting: Any, decoding: int
+) -> None:
+    queue = Queue(waiting, decoding, decoding * 500)
+    for sharing in candidates(LAW, TARGETS, queue, load, DEVICE):
+        found = forecast(sharing, load, queue)
+        assert 0 <= found.late <= 1 and 0 <= found.slow <= 1 and found.speed > 0 and found.tpot > 0
+        assert 0 <= found.misses <= load.rate * 10 + len(waiting) + decoding + 1e-6
+        assert math.isfinite(found.score)
+        assert sharing.chunk is None or 1 <= sharing.chunk <= DEVICE.chunk
+        assert max(sharing.partition.prefill, sharing.partition.decode) <= SHARES
+
+
+def test_an_unstable_share_is_never_forecast_to_work() -> None:
+    load = Load(8.0, (1000,), 50.0)  # 0.68 seconds of the whole device each second
+    for prefill in range(1, 8):
+        assert forecast(Sharing(Regime.SPLIT, Partition(prefill, SHARES - prefill)), load).late == 1.0
+    assert forecast(Sharing(Regime.MIXED, WHOLE, 1000), load).late < 1.0
+
+
+def test_the_fitted_ttft_model_makes_a_bursty_load_look_bursty() -> None:
+    load, sharing = Load(3.0, (800,), 60.0), Sharing(Regime.MIXED, WHOLE, 512)
+    calm = outlook(sharing, LAW, None, load, Queue(), TARGETS, DEVICE, 0.0)
+    bursty = outlook(sharing, LAW, TtftModel(0.5, 0.1), load, Queue(), TARGETS, DEVICE, 0.0)
+    assert bursty.late > calm.late and bursty.ttft > 2 * calm.ttft
+
+
+def test_chunks_fill_the_tpot_target() -> None:
+    queue = Queue((), 20, 10000)
+    chunks = [
+        one.chunk for one in candidates(LAW, TARGETS, queue, Load(1, (500,), 9), DEVICE) if one.regime is Regime.MIXED
+    ]
+    steps = [LAW.predict(20 + (chunk or 0), 10500) / TARGETS.tpot for chunk in chunks]
+    for part in (0.6, 0.8, 0.95):
+        assert any(step == pytest.approx(part, rel=0.02) for step in steps)
+    tight = candidates(LAW, Targets(1.0, 0.001), queue, Load(1, (500,), 9), DEVICE)
+    assert min(one.chunk for one in tight if one.regime is Regime.MIXED and one.chunk) == 16, "prompts still advance"
+
+
+def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
+    def step(at: float, share: float) -> Stepped:
+        return Stepped(at, Lane.DECODE, 0.01, 0, 4, 100, share)
+
+    known = kept([step(i * 0.1, 0.25) for i in range(50)], [step(10 + i * 0.1, 0.75) for i in range(5000)])
+    assert len([one for one in known if one.share == 0.25]) == STEPS_EACH
+    assert max(one.at for one in known) == pytest.approx(10 + 499.9)
+
+
+# -- decisions -------------------------------------------------------------------------------------------------------
+
+
+def test_a_light_load_is_left_alone() -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    ttfts, tpots, engine = serve(policy, poisson(0.5, 400, 30, 60.0))
+    assert met(ttfts, tpots) == 1.0 and engine.stats().partition_switches <= 3
+
+
+@pytest.mark.parametrize(("rate", "prompt", "output"), [(6.0, 900, 60), (3.0, 1800, 20)])
+def test_once_it_has_learned_it_does_as_well_as_the_best_that_stays_the_same(
+    rate: float, prompt: int, output: int
+) -> None:
+    asks = poisson(rate, prompt, output, 30.0)
+    fixed = [Sharing(Regime.MIXED, WHOLE, chunk) for chunk in (128, 512)]
+    fixed += [Sharing(Regime.SPLIT, Partition(unit, SHARES - unit)) for unit in (6, 8)]
+    learned = sum(one[0] < 10.0 for one in asks)
+
+    def later(policy: Policy) -> float:
+        ttfts, tpots, _ = serve(policy, asks)
+        return met(ttfts[learned:], tpots[learned:])
+
+    assert later(AutoPolicy(TARGETS, DEVICE)) >= max(later(FixedPolicy(one)) for one in fixed) - 0.1
+
+
+def test_when_both_targets_are_out_of_reach_decode_keeps_its_own_and_short_prompts_go_first() -> None:
+    asks = poisson(14.0, 1200, 40, 30.0)
+    ttfts, tpots, engine = serve(AutoPolicy(TARGETS, DEVICE), asks)
+    # Once it has learned, and while more comes in.
+    pressed = [one for index, one in enumerate(tpots) if 8.0 < asks[index][0] < 24.0]
+    assert sum(one <= TARGETS.tpot for one in pressed) > 0.9 * len(pressed)
+    assert engine._control is not None and engine._control.decision.shed is None, "nobody allowed it to refuse"
+    lengths = sorted(range(len(asks)), key=lambda index: asks[index][1])
+    third = len(asks) // 3
+    short, long = lengths[:third], lengths[-third:]
+    assert sum(ttfts[i] for i in short) < sum(ttfts[i] for i in long)
+    policy = AutoPolicy(TARGETS, DEVICE, shed=True)
+    decisions = [one.decision for one in recorded(asks[:150], policy) if one.decision is not None]
+    assert any(one.shed is not None and "both targets are out of reach" in one.reason for one in decisions)
+
+
+def recorded(asks: Asks, policy: AutoPolicy) -> list[Asked]:
+    """What the policy sees and decides in a run; requests that it has refused come back as errors of `submit`."""
+    run: list[Asked] = []
+    serve(replace(policy, shed=False), asks, run.append)
+    state: Any = policy.start()
+    again = []
+    for one in run:
+        state, decision = policy.decide(state, one.seen, one.queue, one.now)
+        again.append(replace(one, decision=decision))
+    return again
+
+
+# -- replay ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_recorded_run_decides_the_same_again() -> None:
+    run: list[Asked] = []
+    policy = AutoPolicy(TARGETS, DEVICE)
+    first = serve(policy, poisson(6.0, 900, 60, 15.0), run.append)
+    made = [one.decision for one in run]
+    assert sum(one is not None for one in made) >= 3, "there is something to replay"
+    assert replay(policy, run) == made
+    again: list[Asked] = []
+    second = serve(policy, poisson(6.0, 900, 60, 15.0), again.append)
+    assert again == run and second[:2] == first[:2], "virtual time, the same every time"
+
+
+def test_changes_are_at_least_a_dwell_apart_and_say_why() -> None:
+    run: list[Asked] = []
+    policy = AutoPolicy(TARGETS, DEVICE)
+    serve(policy, poisson(7.0, 900, 60, 15.0), run.append)
+    changes = [one for one in run if one.decision is not None]
+    gaps = [b.now - a.now for a, b in itertools.pairwise(changes)]
+    assert min(gaps) >= min(policy.dwell, policy.trial)
+    for one in changes:
+        assert one.decision is not None and one.decision.at == one.now
+        assert "misses" in one.decision.reason and "\n" not in one.decision.reason
+
+
+def test_a_controller_asks_no_more_often_than_told() -> None:
+    made = Controller(FixedPolicy(Sharing(Regime.SPLIT, WHOLE)), interval=0.5)
+    made.first(10.0)
+    assert not made.due(10.4) and made.due(10.5)
+    made.ask(Queue(), 10.6)
+    assert not made.due(11.0) and made.due(11.1)
