@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from weft.config import EngineConfig
-from weft.core.request import Request, RequestEnd
+from weft.core.request import Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
-from weft.errors import CheckpointError, ConfigError
+from weft.errors import CheckpointError, ConfigError, QueueFull
 from weft.ipc.messages import Phase
 from weft.loop import build
 from weft.loop.build import Phases, open_engine
@@ -34,6 +34,38 @@ def test_an_engine_on_the_simulated_device_is_ready_and_serves() -> None:
         assert isinstance(events[-1], RequestEnd) and events[-1].generated_tokens == 2
     finally:
         engine.close()
+
+
+@pytest.mark.parametrize("partition", ["auto", "paper", "60%:80%"])
+@pytest.mark.parametrize("device", ["simulated", "cpu"])
+def test_an_engine_whose_lanes_overlap_or_change_answers_like_one_with_a_mixed_lane(
+    partition: str, device: str
+) -> None:
+    told = {}
+    for one in (partition, "off"):
+        settings = {"slo_ttft": 0.02, "slo_tpot": 0.001} if one in ("auto", "paper") else {}
+        config = EngineConfig(
+            device=device, num_blocks=60, max_num_seqs=4, max_model_len=200, partition=one, **settings
+        )
+        engine, _ = open_engine(config, lambda phase: None)
+        try:
+            for number in range(6):
+                params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+                try:
+                    engine.submit(Request(f"r{number}", tuple(range(number, number + 50)), params))
+                except QueueFull:
+                    pytest.fail("nothing is known yet that a request could be refused for")
+            tokens: dict[str, list[int]] = {}
+            while not engine.idle:
+                for event in engine.step(10.0):
+                    if isinstance(event, TokenOutput) and event.token is not None:
+                        tokens.setdefault(event.request, []).append(event.token)
+            told[one] = tokens
+            stats = engine.stats()
+            assert bool(stats.partition_regime) == (one in ("auto", "paper")) and stats.iteration_tokens >= 300
+        finally:
+            engine.close()
+    assert told[partition] == told["off"] and len(told["off"]) == 6
 
 
 def test_an_engine_on_the_cpu_says_what_it_is() -> None:

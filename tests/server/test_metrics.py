@@ -87,6 +87,31 @@ async def test_what_the_engine_counts_is_there_under_the_known_names(metrics: Me
     assert not any("_created" in name for name in found)
 
 
+async def test_the_controller_of_the_shares_is_told_of_where_there_is_one(metrics: Metrics, engine: Engine) -> None:
+    assert "partition_regime|regime=mixed" not in await scrape(metrics)
+    engine.answer = msgspec.structs.replace(
+        STATS,
+        iteration_tokens=77,
+        partition_regime="mixed",
+        partition_chunk=128,
+        partition_switches=4,
+        partition_switch_seconds=0.5,
+        partition_decide_seconds=0.25,
+    )
+    found = await scrape(metrics)
+    expected = {
+        "iteration_tokens_total": 77,
+        "partition_switches_total": 4,
+        "partition_switch_seconds_total": 0.5,
+        "partition_decide_seconds_total": 0.25,
+        "partition_chunk": 128,
+        "partition_regime|regime=mixed": 1,
+        "partition_regime|regime=split": 0,
+        "partition_regime|regime=turns": 0,
+    }
+    assert {name: found.get(name) for name in expected} == expected
+
+
 async def test_the_busy_ratio_is_of_the_time_since_the_last_scrape(metrics: Metrics, engine: Engine) -> None:
     await scrape(metrics)
     lanes = (LaneStats("prefill", 2, 3.0, 8, 80, 0), LaneStats("decode", 2, 1.0, 9, 9, 0))
