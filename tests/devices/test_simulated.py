@@ -19,6 +19,7 @@ from weft.core.sampling import SamplingParams
 from weft.devices.base import Device
 from weft.devices.cost import CostModel
 from weft.devices.simulated import Faults, ManualDevice, SimulatedDevice, continuation, open_simulated, oracle
+from weft.devices.virtual import VirtualDevice
 from weft.errors import CheckpointError, ConfigError, DeviceError
 
 BUILTIN = Path(weft.__file__).parent / "assets" / "builtin"
@@ -318,3 +319,82 @@ def test_a_folder_that_does_not_tell_is_refused(tmp_path: Path, content: str | N
 def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 77}')
     assert opened(tmp_path).capacity().vocabulary == 77
+
+
+# -- lanes side by side ----------------------------------------------------------------------------------------------
+
+
+def test_memory_saturates_arithmetic_does_not_and_a_rival_costs_what_it_takes() -> None:
+    step = plan(1, piece(0, 4, (0,)))  # 4 tokens, 4 slots
+    cost = CostModel(fixed=1.0, per_token=10.0, per_context=1.0, weights=6.0, saturation=0.5, contention=0.4)
+    assert cost.seconds(step) == 1 + 40 + 10
+    assert cost.seconds(step, 0.5) == 1 + 80 + 10, "half of the device has all of the bandwidth"
+    assert cost.seconds(step, 0.25) == 1 + 160 + 20
+    assert cost.seconds(step, 0.5, 0.5) == pytest.approx(1 + 80 + 10 * 1.2)
+    # Both want the whole device: each gets half of the cores while both compute.
+    assert cost.seconds(step, 1.0, 1.0) == pytest.approx(1 + 80 + 10 * 1.4)
+
+
+def test_lanes_that_overlap_shrink_only_while_both_compute(devices: Any) -> None:
+    device = devices(CAPACITY, Partition(4, 4), cost=CostModel(per_token=0.01))
+    device.submit(plan(1, piece(0, 8, (0, 1)), lane=Lane.PREFILL))
+    device.submit(plan(2, piece(0, 2, (2,)), lane=Lane.DECODE))
+    seconds = {result.ticket.step: result.seconds for result in collect(device, 2)}
+    assert sorted(seconds.values()) in (
+        [pytest.approx(0.02), pytest.approx(0.16)],
+        [pytest.approx(0.04), pytest.approx(0.08)],
+    )
+    device.submit(plan(3, piece(0, 2, (2,)), lane=Lane.DECODE))
+    assert collect(device, 1)[0].seconds == pytest.approx(0.02)
+
+
+def test_a_thread_that_is_gone_never_answers_and_the_other_lane_does(devices: Any) -> None:
+    device = devices(CAPACITY, Partition(2, 2), faults=Faults(gone=frozenset({1})))
+    device.submit(plan(1, piece(0, 4, (0,)), lane=Lane.PREFILL))
+    device.submit(plan(2, piece(0, 4, (1,)), lane=Lane.DECODE))
+    assert [result.ticket.step for result in collect(device, 1)] == [2]
+    assert device.poll(0.05) == []
+
+
+# -- virtual time ----------------------------------------------------------------------------------------------------
+
+
+def virtual(**given: Any) -> VirtualDevice:
+    return VirtualDevice(CAPACITY, Partition(2, 2), cost=CostModel(per_token=1.0, contention=0.0), **given)
+
+
+def test_virtual_time_passes_in_polls_and_only_as_far_as_the_next_result() -> None:
+    device: Device = virtual()
+    device.submit(plan(1, piece(0, 4, (0,)), lane=Lane.PREFILL))  # 8 seconds on half of the device
+    device.submit(plan(2, piece(0, 1, (1,)), lane=Lane.DECODE))  # 2 seconds
+    assert device.poll(1.5) == [] and device.clock() == 1.5  # type: ignore[attr-defined]
+    assert [result.ticket.step for result in device.poll(None)] == [2] and device.clock() == 2.0  # type: ignore[attr-defined]
+    (late,) = device.poll(100.0)
+    assert late.seconds == pytest.approx(8.0) and device.clock() == pytest.approx(8.0)  # type: ignore[attr-defined]
+    assert device.poll(1.0) == []
+    with pytest.raises(DeviceError, match="no time can pass"):
+        device.poll(None)
+    device.wake()
+    assert device.poll(None) == []
+
+
+def test_a_rival_counts_for_just_the_time_in_which_it_computes() -> None:
+    device = VirtualDevice(CAPACITY, Partition(4, 4), cost=CostModel(per_token=1.0))
+    device.submit(plan(1, piece(0, 8, (0, 1)), lane=Lane.PREFILL))
+    assert device.poll(3.0) == []  # alone: 3 of 8 seconds done
+    device.submit(plan(2, piece(0, 1, (2,)), lane=Lane.DECODE))
+    # Side by side both take twice as long: 2 seconds for the one token, in which the other does 1 of its 8.
+    assert [(one.ticket.step, one.seconds) for one in device.poll(None)] == [(2, pytest.approx(2.0))]
+    assert [(one.ticket.step, one.seconds) for one in device.poll(None)] == [(1, pytest.approx(9.0))]
+
+
+def test_in_virtual_time_a_step_keeps_the_share_that_it_began_with_and_lanes_keep_their_order() -> None:
+    device = virtual()
+    for step in (1, 2):
+        device.submit(plan(step, piece(0, 2, (0,)), lane=Lane.PREFILL))
+    device.set_partition(Partition(4, 1))
+    assert device.partition() == Partition(4, 1)
+    assert [(one.ticket.step, one.seconds) for one in device.poll(None)] == [(1, pytest.approx(4.0))]
+    assert [(one.ticket.step, one.seconds) for one in device.poll(None)] == [(2, pytest.approx(2.0))]
+    with pytest.raises(DeviceError, match="there are 4"):
+        device.set_partition(Partition(5, 1))

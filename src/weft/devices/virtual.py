@@ -107,15 +107,15 @@ class VirtualDevice:
         """To the next end of a step, or to `end`: nothing else changes how fast the lanes go."""
         seconds = {lane: self._seconds(lane, job) for lane, job in self._jobs.items()}
         ends = {lane: self._now + job.left * seconds[lane] for lane, job in self._jobs.items()}
-        then = min([end, *ends.values()])
+        before, then = self._now, min([end, *ends.values()])
+        self._now = then
         for lane, job in list(self._jobs.items()):
             if ends[lane] <= then:
                 del self._jobs[lane]
                 self._results.append(self._executor.run(job.plan, then - job.began))
                 self._start(lane)
             else:
-                job.left -= (then - self._now) / seconds[lane]
-        self._now = then
+                job.left -= (then - before) / seconds[lane]
 
     def _seconds(self, lane: Lane, job: Job) -> float:
         """Of the whole step, at the pace of this moment."""
