@@ -136,6 +136,11 @@ def test_a_program_is_the_decoder(tmp_path: Path, kernels: Kernels, model: str, 
     assert_the_same(open_decoder(tmp_path, MODELS[model], kernels, dtype), kernels, seed=len(model))
 
 
+@pytest.mark.parametrize("cache", ["int8", "int4"])
+def test_a_program_writes_and_reads_kv_in_few_bits(tmp_path: Path, kernels: Kernels, cache: str) -> None:
+    assert_the_same(open_decoder(tmp_path, QWEN3, kernels, torch.bfloat16), kernels, 5, cache)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_program_of_quantised_layers_is_the_decoder(tmp_path: Path, kernels: Kernels, dtype: torch.dtype) -> None:
     plain = open_decoder(tmp_path, LLAMA, kernels, dtype)
