@@ -21,7 +21,7 @@ from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Qu
 logger = logging.getLogger("weft.partition")
 
 # Waiting requests that a policy is shown, the most urgent ones.
-SHOWN = 256
+SHOWN = 64
 
 
 @dataclass(slots=True)

@@ -83,8 +83,10 @@ class AutoPolicy:
             return state, None
         if not (queue.waiting or queue.decoding):
             return state, None  # nothing to decide for
-        options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
         here = self._outlook(state.sharing, state, load, queue, now)
+        if here.score < SAVES and not (state.trial or state.overload):
+            return state, None  # nothing that could be saved is worth a change
+        options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
         trial = self._trial(state, model, here, load, queue, now)
         if trial is not None:
             return trial
