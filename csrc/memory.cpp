@@ -38,8 +38,8 @@ class Region {
 
   // Null where there is no more room.
   char* cut(size_t bytes) {
-    const size_t size = up(bytes, bytes < SMALL_PAGE ? LINE : SMALL_PAGE);
-    char* start = reinterpret_cast<char*>(up(reinterpret_cast<uintptr_t>(next_), bytes < SMALL_PAGE ? LINE : SMALL_PAGE));
+    const size_t unit = bytes < SMALL_PAGE ? LINE : SMALL_PAGE, size = up(bytes, unit);
+    char* start = reinterpret_cast<char*>(up(reinterpret_cast<uintptr_t>(next_), unit));
     if (start > end_ || size_t(end_ - start) < size) return nullptr;
     next_ = start + size;
     return start;
