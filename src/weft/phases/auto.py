@@ -123,7 +123,8 @@ class AutoPolicy:
             steps=kept(state.steps, (one for one in seen if isinstance(one, Stepped))),
             outputs=(state.outputs + tuple(one.output for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
         )
-        return self._fit(state, now) if now - state.fitted >= self.refit or state.model is None else state
+        tried = state.trial and now - state.since >= self.trial  # what a trial has shown is wanted at once
+        return self._fit(state, now) if tried or state.model is None or now - state.fitted >= self.refit else state
 
     def _fit(self, state: AutoState, now: float) -> AutoState:
         found = fit_steps(state.steps, now)

@@ -79,7 +79,6 @@ def outlook(
     backlog = float(sum(tokens for _, tokens in queue.waiting))
     batch = float(max(queue.decoding, 1))
     context = queue.context / max(queue.decoding, 1) or load.prompt
-    waiting = backlog / len(queue.waiting) if queue.waiting else math.inf
     tpot, speed = 0.0, 0.0
     for _ in range(3):  # a slower TPOT makes the batch larger, which makes TPOT slower
         busy, idle, speed = _pace(sharing, steps, batch, batch * context, load.prompt, device)
@@ -88,7 +87,8 @@ def outlook(
         pressed = min(1.0, incoming / speed + backlog / (speed * life))
         # So many tokens fall into either part of the time, which is why this is a harmonic mean.
         tpot = 1.0 / (pressed / busy + (1.0 - pressed) / idle)
-        begin = max(load.rate, pressed * speed / waiting)
+        # Who begins to decode: no more than arrive and wait, and no faster than prompts are computed.
+        begin = min(load.rate + len(queue.waiting) / life, speed / max(load.prompt, 1.0))
         settled = min(float(device.seats), begin * load.output * tpot)
         batch = max(1.0, 0.5 * (queue.decoding + settled))
     slow = _over(tpot, targets.tpot)
