@@ -67,8 +67,11 @@ def test_head_and_embedding_come_back_as_they_were_written(
     tmp_path: Path, model_of: ModelOf, bits: int, method: str
 ) -> None:
     model = model_of()
+    rest = dict(model.rest())
+    rest[NORM] = rest[NORM].clone()
+    rest[NORM][5::50] *= 20  # outliers, which the balance moves into the norm's gain
+    model = replace(model, rest=lambda: rest)
     config, summary, tensors = quantised(model, tmp_path / "q", bits, bits, method=method)
-    rest = model.rest()
     assert set(tensors) == {NORM, *head_shapes(config, model.shapes), *embedding_shapes(config, model.shapes)}
     embedding = read_embedding(tensors, config, model.shapes, Path("file"))
     assert decibels(rest[EMBEDDING], embedding.dequantised()) > (18 if bits == 4 else 40)
@@ -78,7 +81,7 @@ def test_head_and_embedding_come_back_as_they_were_written(
     norm = tensors[NORM].float()
     rows = torch.nn.functional.rms_norm(x, norm.shape, norm, model.shapes.eps)
     found = reference.linear(rows, head.form, head.linear)
-    assert decibels(exact, found) > (14 if bits == 4 else 35)
+    assert decibels(exact, found) > (14 if bits == 4 else 25)
     assert summary.head is not None and summary.head.bits_per_weight == bits + 0.125
     again = outer_tensors(replace(as_it_was(rest), embedding=embedding, norm=norm, head=head), config, tied=True)
     assert again.keys() == tensors.keys()
