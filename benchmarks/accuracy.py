@@ -1,4 +1,4 @@
-"""What 4 bits cost: the built-in model, and versions of it with injected outliers, under eight ways to quantise.
+"""What 4 bits cost: the built-in model, and versions of it with injected outliers, under ten ways to quantise.
 
     python benchmarks/accuracy.py [--quick] [--json FILE] [--plot FILE]
 
@@ -426,7 +426,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         )
     axes.set(ylabel="loss of bits per byte, %", yscale="log", xticks=range(len(versions)), xticklabels=versions)
     axes.axhline(1.5, color="black", linestyle=":", linewidth=1)
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=7, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     figure.tight_layout()
     figure.savefig(file, dpi=100)
 
