@@ -4,8 +4,9 @@
 
 Few rows are bound by memory: compared is the rate at which packed weights are read with a plain read of as much memory,
 on the same threads, huge pages alike. Many rows are bound by arithmetic: compared is the rate of products with 8-bit
-products that stay in registers (VNNI at level avx512). Preparing and quantising the input is part of the time. The
-limits are measured before and after every layer, and a ratio is of one round.
+products that stay in registers (VNNI at level avx512). Preparing and quantising the input is part of the time, and all
+layers are one program (csrc/program.h), as in a step of a model: no Python is in between. The limits are measured
+before and after every layer, and a ratio is of one round.
 
 * gemv_of_bandwidth: one row, the weights of 1.1B Llama's layers one after another.
 * gemm_m64_of_vnni_peak: 64 rows; the worse of 2048 x 5632 and 4096 x 4096.
@@ -14,6 +15,7 @@ limits are measured before and after every layer, and a ratio is of one round.
 from __future__ import annotations
 
 import argparse
+import ctypes
 import os
 import statistics
 import time
@@ -25,10 +27,11 @@ import common
 import torch
 
 from weft import _native
+from weft.core.plan import Slice
 from weft.kernels import resolve
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.pages import huge_bytes
-from weft.kernels.quantised import BLOCK, W4AxLinear
+from weft.kernels.quantised import BLOCK, ROW_BYTES, W4AxLinear
 
 # (out, in): a decoder block of the 1.1B, and the shapes of the claim. No weight is still in a cache at its next turn:
 # COPIES of each take turns.
@@ -40,6 +43,7 @@ FEW, MANY = (1, 2, 4, 8), (16, 64, 128, 512)
 ROUNDS, QUICK_ROUNDS = 11, 5
 READ_BYTES = 256 * 2**20
 PROBE_STEPS = 200_000
+BFLOAT16 = 1  # as the kernels number types
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,28 @@ class Measured:
     @property
     def ratio(self) -> common.Figure:
         return common.Figure.of([one / most for one, most in zip(self.ours, self.limit, strict=True)])
+
+
+class Step:
+    """Layers one after the other, each on the same random rows, as one call."""
+
+    def __init__(self, kernels: CpuKernels, layers: list[W4AxLinear], rows: int) -> None:
+        widest, longest = (max(getattr(layer, name) for layer in layers) for name in ("inputs", "outputs"))
+        # Places of the input, the quantised input and the output: bytes per row.
+        x, quantised = 0, widest * torch.bfloat16.itemsize
+        y = quantised + widest // BLOCK * ROW_BYTES
+        self._arena = _native.Memory(rows * (y + longest * torch.bfloat16.itemsize), kernels.native)
+        values = torch.randn(rows * widest).bfloat16()
+        ctypes.memmove(self._arena.address, values.data_ptr(), values.nbytes)
+        self._backend, self._layers = kernels.native, layers
+        self._slices = [Slice(0, 0, (0,) * rows, tuple(range(rows)))]
+        self._program = _native.Program(self._arena.address, rows, self._arena.address, 0)
+        for layer in layers:
+            self._program.quantise(layer.native, 0, x, BFLOAT16, quantised)
+            self._program.multiply(layer.native, 0, quantised, y, BFLOAT16)
+
+    def __call__(self) -> None:
+        self._program.run(self._backend, self._slices, 1, [])
 
 
 def main() -> None:
@@ -103,11 +129,7 @@ def _few(
 ) -> Measured:
     """All layers of COPIES decoder blocks, one after another."""
     order = [layers[shape][copy] for copy in range(COPIES) for shape in LLAMA]
-    x = {shape[1]: torch.randn(rows, shape[1]).bfloat16() for shape in LLAMA}
-
-    def work() -> None:
-        for layer in order:
-            kernels.linear(x[layer.inputs], layer)
+    work = Step(kernels, order, rows)
 
     def limit() -> float:
         return READ_BYTES / _seconds(lambda: kernels.native.probe_read(memory))
@@ -118,12 +140,8 @@ def _few(
 
 def _many(kernels: CpuKernels, copies: list[W4AxLinear], rows: int, rounds: int) -> Measured:
     inputs, outputs = copies[0].inputs, copies[0].outputs
-    x = torch.randn(rows, inputs).bfloat16()
     turns = max(1, len(copies) * 64 // max(rows, 64))
-
-    def work() -> None:
-        for layer in copies[:turns]:
-            kernels.linear(x, layer)
+    work = Step(kernels, copies[:turns], rows)
 
     def limit() -> float:
         start = time.perf_counter()

@@ -44,17 +44,21 @@ struct W4AxSource {
 
 // The quantised input of a layer, in one piece of memory: block after block, so that a tile of rows reads it in order.
 struct QuantisedRows {
-  int64_t rows;
-  int8_t* values;   // [blocks][rows][BLOCK]
-  float* scales;    // [blocks][rows]
-  int32_t* totals;  // [blocks][rows], of the values
+  int64_t rows, stride;
+  int8_t* values;   // [blocks][stride][BLOCK]
+  float* scales;    // [blocks][stride]
+  int32_t* totals;  // [blocks][stride], of the values
 
   QuantisedRows(void* memory, int64_t rows, int64_t blocks)
       : rows(rows),
+        stride(stride_of(rows)),
         values(static_cast<int8_t*>(memory)),
-        scales(reinterpret_cast<float*>(values + blocks * rows * BLOCK)),
-        totals(reinterpret_cast<int32_t*>(scales + blocks * rows)) {}
-  static int64_t bytes(int64_t rows, int64_t blocks) { return blocks * rows * (BLOCK + 8); }
+        scales(reinterpret_cast<float*>(values + blocks * stride * BLOCK)),
+        totals(reinterpret_cast<int32_t*>(scales + blocks * stride)) {}
+
+  // A row is written block by block. Were the blocks a multiple of 4 KiB apart, all of them would want the same few places
+  // of the caches. So there is room for a row more where rows are many; kernels/quantised.py counts 144 bytes for each.
+  static int64_t stride_of(int64_t rows) { return rows >= 32 && rows % 8 == 0 ? rows + 1 : rows; }
 };
 
 }  // namespace weft

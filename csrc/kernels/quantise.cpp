@@ -162,7 +162,7 @@ void quantise_row(const W4AxWeights& form, const Element* x, const QuantisedRows
     gather(x + row * form.in, form.permutation, b, block);
     const bool outlier = b < form.outlier_blocks;
     if (form.hadamard && !outlier) hadamard(block);
-    const int64_t at = b * to.rows + row;
+    const int64_t at = b * to.stride + row;
     quantise_block(block, form.exact_a4 && !outlier, {to.values + at * BLOCK, to.scales + at, to.totals + at});
   }
 }

@@ -16,7 +16,8 @@ namespace weft::WEFT_LEVEL {
 
 namespace {
 
-constexpr int64_t GROUP = 96;  // rows whose totals (24 KiB) are kept while a panel passes
+// Rows whose totals (128 KiB, in L2) are kept while a panel passes: so many that x is read in order.
+constexpr int64_t GROUP = 512;
 
 // The rows of a tile: one block of them.
 struct Rows {
@@ -112,7 +113,7 @@ void multiply_panel(const W4AxWeights& weights, const QuantisedRows& x, int64_t 
   memset(sums, 0, size_t(count * PANEL) * sizeof *sums);
   const char* block = weights.panels + panel * weights.panel_bytes();
   for (int64_t b = 0; b < weights.blocks(); b++) {
-    const int64_t at = b * x.rows + row;
+    const int64_t at = b * x.stride + row;
     const Rows rows{x.values + at * BLOCK, x.scales + at, x.totals + at};
     const bool wide = b < weights.wide_blocks;
     if (wide)

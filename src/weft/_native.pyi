@@ -180,7 +180,7 @@ class Backend:
 
     def linear(self, packed: PackedLinear, x: int, rows: int, y: int, type: int) -> None: ...
     def quantise_w4ax(self, packed: PackedW4Ax, x: int, rows: int, type: int, quantised: int) -> None:
-        """quantised: rows * in / 128 * 136 bytes: values int8 [in / 128, rows, 128], then scales float32 and the sums
+        """quantised: rows * in / 128 * 144 bytes: values int8 [in / 128, rows, 128], then scales float32 and the sums
         of the values int32, both [in / 128, rows]."""
 
     def multiply_w4ax(self, packed: PackedW4Ax, quantised: int, rows: int, y: int, type: int) -> None: ...

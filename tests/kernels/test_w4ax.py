@@ -15,8 +15,8 @@ from weft.comet.reference import InputForm, QuantisedLinear
 from weft.kernels.quantised import W4AxLinear, quantise_rows, unpack_rows
 
 many = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-# Around the tile heights (4, 6), the group of rows (96) and the panel (64 columns).
-rows = st.one_of(st.integers(1, 13), st.sampled_from([24, 95, 96, 97, 192, 193, 257]))
+# Around the tile heights (4, 6), the group of rows (512) and the panel (64 columns).
+rows = st.one_of(st.integers(1, 13), st.sampled_from([24, 31, 32, 40, 96, 193, 257, 512, 513]))
 outputs = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 128, 129]))
 seeds = st.integers(0, 2**31)
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])

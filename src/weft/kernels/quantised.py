@@ -13,7 +13,8 @@ import torch
 from weft import _native
 
 BLOCK = 128  # channels that share a scale
-ROW_BYTES = BLOCK + 8  # of a quantised block of one row: the values, their scale and their sum
+# Of a quantised block of one row: the values, their scale and their sum, and its part of a row more (csrc/w4ax.h).
+ROW_BYTES = BLOCK + 16
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -114,11 +115,13 @@ def quantise_rows(backend: _native.Backend, x: torch.Tensor, packed: W4AxLinear)
 def unpack_rows(quantised: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(values int8 [T, K], scales float32 [T, K / 128], sums of the values int32 [T, K / 128])."""
     blocks = len(quantised) // max(rows * ROW_BYTES, 1)
-    values, scales, totals = torch.split(quantised, [blocks * rows * BLOCK, blocks * rows * 4, blocks * rows * 4])
+    stride = rows + 1 if rows >= 32 and rows % 8 == 0 else rows
+    sizes = [blocks * stride * BLOCK, blocks * stride * 4, blocks * stride * 4]
+    values, scales, totals = torch.split(quantised[: sum(sizes)], sizes)
     return (
-        values.view(torch.int8).view(blocks, rows, BLOCK).transpose(0, 1).reshape(rows, blocks * BLOCK),
-        scales.view(torch.float32).view(blocks, rows).T.contiguous(),
-        totals.view(torch.int32).view(blocks, rows).T.contiguous(),
+        values.view(torch.int8).view(blocks, stride, BLOCK)[:, :rows].transpose(0, 1).reshape(rows, blocks * BLOCK),
+        scales.view(torch.float32).view(blocks, stride)[:, :rows].T.contiguous(),
+        totals.view(torch.int32).view(blocks, stride)[:, :rows].T.contiguous(),
     )
 
 
