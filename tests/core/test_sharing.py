@@ -190,5 +190,5 @@ def test_a_prompt_costs_decode_no_step_in_a_tight_pool(drive: Any, blocks: int) 
 
 def test_without_the_lease_decode_stands_still(drive: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     driver = drive(SPLIT, blocks=30, block_size=2, enable_prefix_caching=False)
-    monkeypatch.setattr(driver.scheduler._pace, "decode_steps", lambda tokens: 1)
+    monkeypatch.setattr(driver.scheduler.planner.pace, "decode_steps", lambda tokens: 1)
     assert decode_steps_during_a_prefill(driver) < 14

@@ -1,8 +1,6 @@
 """The scheduler: turns requests into plans, and results into events. Pure policy: no clock, no device, no thread.
 
-Continuous batching: a plan has one token of every decoding sequence, and parts of prompts in what is left of the token
-budget. The mixed lane gets both; with two lanes the decode lane gets the one, the prefill lane the other, unless the
-regime (see `Sharing`) has them take turns, or has one lane do both.
+What goes into a plan is said by planner.py; here are the lives of requests.
 """
 
 from __future__ import annotations
@@ -11,13 +9,12 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.pace import Pace
-from weft.core.plan import Capacity, Lane, Plan, Regime, Result, Sampled, Sharing, Slice, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sharing, Slice, Ticket, TokenScore
+from weft.core.planner import Planner
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
 from weft.core.sequence import Live, Sequence, State, urgency
-from weft.core.slices import decode_slice, prefill_slice, shortfall
-from weft.core.turns import Turns
+from weft.core.slices import shortfall
 from weft.errors import InvalidRequest, NeverFits, StepFailed
 
 __all__ = ["Scheduler", "SchedulerSettings"]
@@ -36,29 +33,21 @@ class Scheduler:
         self, capacity: Capacity, lanes: tuple[Lane, ...], settings: SchedulerSettings, *, key: bytes | None = None
     ) -> None:
         self.capacity = capacity
-        self.lanes = lanes
         self.settings = settings
-        self.budget = min(settings.max_num_batched_tokens, capacity.max_tokens)
+        budget = min(settings.max_num_batched_tokens, capacity.max_tokens)
         # Everybody who runs must fit into one plan, so that a decoding sequence advances with every step.
-        most = min(settings.max_num_seqs, capacity.max_slices, self.budget)
+        most = min(settings.max_num_seqs, capacity.max_slices, budget)
         secret = os.urandom(32) if key is None else key
         self.running = Running(capacity.blocks, capacity.block_size, most, settings.enable_prefix_caching, secret)
         self.pool = self.running.pool
         self.inflight = self.running.inflight
         self.admission = Admission(capacity, settings)
+        self.planner = Planner(lanes, self.running, budget, self._started)
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self._live: dict[str, Live] = {}
         self._numbers = itertools.count()
         self._sequence_ids = itertools.count()
-        self._steps = itertools.count(1)
-        self._pace = Pace()
-        # How two lanes share the device; None: side by side, whatever their shares are.
-        self._sharing: Sharing | None = None
-        self._turns: Turns | None = None
-        # The lane that computes both phases; None: each its own.
-        self._both = Lane.MIXED if Lane.MIXED in lanes else None
-        self._lost: set[Lane] = set()
 
     # -- requests ------------------------------------------------------------------------------------------------
 
@@ -138,103 +127,25 @@ class Scheduler:
 
     def share(self, sharing: Sharing) -> None:
         """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
-        turns = sharing.regime is Regime.TURNS
-        if turns and (self._turns is None or self._sharing is None or self._sharing.partition != sharing.partition):
-            self._turns = Turns(sharing.partition)
-        elif not turns:
-            self._turns = None
-        self._sharing = sharing
-        self._choose()
+        self.planner.share(sharing)
 
     def retire(self, lane: Lane) -> bool:
         """A lane answers no more: the other one computes both phases, until a late result shows that the lane lives.
 
         False when no lane is left.
         """
-        self._lost.add(lane)
-        self._choose()
-        return len(self._lost) < len(self.lanes)
-
-    def _choose(self) -> None:
-        left = [lane for lane in self.lanes if lane not in self._lost]
-        if len(left) < 2:
-            self._both = left[0] if left else None
-        else:
-            mixed = self._sharing is not None and self._sharing.regime is Regime.MIXED
-            self._both = Lane.DECODE if mixed else None
+        return self.planner.retire(lane)
 
     def order(self) -> tuple[Lane, ...]:
-        """The lanes, in the order in which they should be asked for their next plan.
-
-        Decode comes first where they do not take turns: what runs gets its blocks before a new prefill takes them.
-        """
-        if self._turns is not None and not self._lost:
-            return self._turns.order()
-        return tuple(sorted(self.lanes, key=lambda lane: lane is Lane.PREFILL))
+        """The lanes, in the order in which they should be asked for their next plan."""
+        return self.planner.order()
 
     def schedule(self, lane: Lane, now: float) -> Plan | None:
         """The next plan of a lane; None when it has a ticket in flight, nothing to do, or another lane has its turn."""
-        if self.inflight.busy(lane) or lane in self._lost or (self._both is not None and self._both is not lane):
-            return None
-        if self._turns is not None and any(not flight.lost for flight in self.inflight):
-            return None
-        pieces: list[Slice] = []
-        members: list[Sequence] = []
-        if lane is not Lane.PREFILL or self._both is lane:
-            self._plan_decode(pieces, members)
-        if lane is not Lane.DECODE or self._both is lane:
-            self._plan_prefill(pieces, members, now)
-        if not pieces:
-            return None
-        plan = Plan(next(self._steps), lane, tuple(pieces))
-        self.inflight.launch(plan, tuple(members))
-        return plan
+        return self.planner.plan(lane, now)
 
-    def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> None:
-        for sequence in list(self.running.decoding):
-            if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
-                continue
-            # A more urgent one may have taken its blocks a moment ago.
-            if sequence.state is State.DECODE and self.running.grow(sequence):
-                pieces.append(decode_slice(sequence))
-                members.append(sequence)
-
-    def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
-        budget = self._prompt_budget(len(pieces))
-        started = [one for one in self.running.prefilling if one.flight is None]
-        at = 0
-        while budget > 0:
-            head = self.running.waiting.first
-            ahead = head is not None and (at == len(started) or head.rank < started[at].rank)
-            if head is not None and ahead and self._start(head, now):
-                sequence = head
-            elif at < len(started):
-                sequence = started[at]
-                at += 1
-            else:
-                return
-            piece = prefill_slice(sequence, budget)
-            budget -= len(piece.tokens)
-            pieces.append(piece)
-            members.append(sequence)
-
-    def _prompt_budget(self, decoding: int) -> int:
-        """Tokens of prompts for a plan: cut to the chunk where decoding sequences would wait for them."""
-        budget, sharing = self.budget - decoding, self._sharing
-        if sharing is None or sharing.chunk is None:
-            return budget
-        # Those in this plan, or those that the decode lane has its next turn for.
-        waiting = decoding if self._turns is None else len(self.running.decoding)
-        return min(budget, max(1, sharing.chunk)) if waiting else budget
-
-    def _size_rank(self, request: Request) -> float:
-        return 0.0 if self._sharing is None else self._sharing.size_weight * len(request.prompt)
-
-    def _start(self, sequence: Sequence, now: float) -> bool:
-        # One lane for both phases never starves one of them while it computes the other.
-        steps = 1 if self._both is not None else self._pace.decode_steps(len(sequence.tokens))
-        if not self.running.start(sequence, steps):
-            return False
+    def _started(self, sequence: Sequence, now: float) -> None:
+        """A sequence has got its blocks, and its prompt is computed from now on."""
         live = sequence.live
         if live.scheduled is None:
             live.scheduled = now
@@ -242,7 +153,6 @@ class Scheduler:
             self.admission.leave(sequence.prompt_len, now)
         if not self.running.caching or sequence.prompt_len <= self.capacity.block_size:
             self._unpark(live)  # there is no block that the siblings could share, so nothing to wait for
-        return True
 
     # -- results -------------------------------------------------------------------------------------------------
 
@@ -251,12 +161,7 @@ class Scheduler:
         events: list[Event] = []
         plan = self.inflight.plan(result.ticket)
         wanted = self.inflight.land(result.ticket)
-        if result.ticket.lane in self._lost:
-            self._lost.discard(result.ticket.lane)
-            self._choose()
-        self._pace.note(plan, result.seconds)
-        if self._turns is not None:
-            self._turns.used(result.ticket.lane, result.seconds)
+        self.planner.landed(plan, result.seconds)
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
         scores, failed = dict(result.prompt_scores), dict(result.failed)
         for piece, sequence in wanted:
@@ -383,7 +288,7 @@ class Scheduler:
             seed=sequence_seed(live.seed, index),
             tokens=list(request.prompt),
             prompt_len=len(request.prompt),
-            rank=(urgency(request.priority, live.arrived) + self._size_rank(request), live.number, index),
+            rank=(urgency(request.priority, live.arrived) + self.planner.size_rank(request), live.number, index),
         )
         live.sequences.append(sequence)
         self.running.add(sequence)

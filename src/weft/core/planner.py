@@ -1,0 +1,151 @@
+"""The planner: what each lane computes next. Part of the scheduler.
+
+Continuous batching: a plan has one token of every decoding sequence, and parts of prompts in what is left of the token
+budget. The mixed lane gets both; with two lanes the decode lane gets the one, the prefill lane the other, unless the
+regime (see `Sharing`) has them take turns, or has one lane do both.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+from weft.core.pace import Pace
+from weft.core.plan import Lane, Plan, Regime, Sharing, Slice
+from weft.core.request import Request
+from weft.core.running import Running
+from weft.core.sequence import Sequence, State
+from weft.core.slices import decode_slice, prefill_slice
+from weft.core.turns import Turns
+
+
+class Planner:
+    """budget: tokens of a plan at most. started: told of each sequence that has begun to be computed, and when."""
+
+    def __init__(
+        self, lanes: tuple[Lane, ...], running: Running, budget: int, started: Callable[[Sequence, float], None]
+    ) -> None:
+        self.lanes = lanes
+        self.budget = budget
+        self.pace = Pace()
+        self._running = running
+        self._inflight = running.inflight
+        self._started = started
+        self._steps = itertools.count(1)
+        # How two lanes share the device; None: side by side, whatever their shares are.
+        self._sharing: Sharing | None = None
+        self._turns: Turns | None = None
+        # The lane that computes both phases; None: each its own.
+        self._both = Lane.MIXED if Lane.MIXED in lanes else None
+        self._lost: set[Lane] = set()
+
+    # -- who computes what -----------------------------------------------------------------------------------------
+
+    def share(self, sharing: Sharing) -> None:
+        """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
+        turns = sharing.regime is Regime.TURNS
+        if turns and (self._turns is None or self._sharing is None or self._sharing.partition != sharing.partition):
+            self._turns = Turns(sharing.partition)
+        elif not turns:
+            self._turns = None
+        self._sharing = sharing
+        self._choose()
+
+    def retire(self, lane: Lane) -> bool:
+        """The lane gets no plans until it has `landed`. False when no lane is left."""
+        self._lost.add(lane)
+        self._choose()
+        return len(self._lost) < len(self.lanes)
+
+    def landed(self, plan: Plan, seconds: float) -> None:
+        """A plan took so long."""
+        if plan.lane in self._lost:
+            self._lost.discard(plan.lane)
+            self._choose()
+        self.pace.note(plan, seconds)
+        if self._turns is not None:
+            self._turns.used(plan.lane, seconds)
+
+    def order(self) -> tuple[Lane, ...]:
+        """Decode comes first where the lanes do not take turns: what runs gets its blocks before a new prefill takes
+        them."""
+        if self._turns is not None and not self._lost:
+            return self._turns.order()
+        return tuple(sorted(self.lanes, key=lambda lane: lane is Lane.PREFILL))
+
+    def size_rank(self, request: Request) -> float:
+        """Seconds that a request is put back for its size."""
+        return 0.0 if self._sharing is None else self._sharing.size_weight * len(request.prompt)
+
+    def _choose(self) -> None:
+        left = [lane for lane in self.lanes if lane not in self._lost]
+        if len(left) < 2:
+            self._both = left[0] if left else None
+        else:
+            mixed = self._sharing is not None and self._sharing.regime is Regime.MIXED
+            self._both = Lane.DECODE if mixed else None
+
+    # -- plans -----------------------------------------------------------------------------------------------------
+
+    def plan(self, lane: Lane, now: float) -> Plan | None:
+        """The next plan of a lane; None when it has a ticket in flight, nothing to do, or another lane has its turn."""
+        if self._inflight.busy(lane) or lane in self._lost or (self._both is not None and self._both is not lane):
+            return None
+        if self._turns is not None and any(not flight.lost for flight in self._inflight):
+            return None
+        pieces: list[Slice] = []
+        members: list[Sequence] = []
+        if lane is not Lane.PREFILL or self._both is lane:
+            self._plan_decode(pieces, members)
+        if lane is not Lane.DECODE or self._both is lane:
+            self._plan_prefill(pieces, members, now)
+        if not pieces:
+            return None
+        plan = Plan(next(self._steps), lane, tuple(pieces))
+        self._inflight.launch(plan, tuple(members))
+        return plan
+
+    def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> None:
+        for sequence in list(self._running.decoding):
+            if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
+                continue
+            # A more urgent one may have taken its blocks a moment ago.
+            if sequence.state is State.DECODE and self._running.grow(sequence):
+                pieces.append(decode_slice(sequence))
+                members.append(sequence)
+
+    def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
+        budget = self._prompt_budget(len(pieces))
+        started = [one for one in self._running.prefilling if one.flight is None]
+        at = 0
+        while budget > 0:
+            head = self._running.waiting.first
+            ahead = head is not None and (at == len(started) or head.rank < started[at].rank)
+            if head is not None and ahead and self._start(head, now):
+                sequence = head
+            elif at < len(started):
+                sequence = started[at]
+                at += 1
+            else:
+                return
+            piece = prefill_slice(sequence, budget)
+            budget -= len(piece.tokens)
+            pieces.append(piece)
+            members.append(sequence)
+
+    def _prompt_budget(self, decoding: int) -> int:
+        """Tokens of prompts for a plan: cut to the chunk where decoding sequences would wait for them."""
+        budget, sharing = self.budget - decoding, self._sharing
+        if sharing is None or sharing.chunk is None:
+            return budget
+        # Those in this plan, or those that the decode lane has its next turn for.
+        waiting = decoding if self._turns is None else len(self._running.decoding)
+        return min(budget, max(1, sharing.chunk)) if waiting else budget
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        # One lane for both phases never starves one of them while it computes the other.
+        steps = 1 if self._both is not None else self.pace.decode_steps(len(sequence.tokens))
+        if not self._running.start(sequence, steps):
+            return False
+        self._started(sequence, now)
+        return True
