@@ -211,7 +211,7 @@ def test_it_is_a_device(devices: Any) -> None:
         one.wake()
         with pytest.raises(DeviceError):
             one.set_partition(Partition(1, 1))
-    assert device.memory() == (("KV pool (simulated)", 8 * 4 * 8),) and manual.memory() == ()
+    assert device.memory() == manual.memory() == (("KV pool (simulated)", 8 * 4 * 8),)
     manual.close()
 
 

@@ -16,25 +16,24 @@ from pathlib import Path
 
 from weft.config import EngineConfig, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
-from weft.devices.base import Description
 from weft.devices.cost import FREE, SMALL, CostModel
-from weft.devices.oracle import SLOT_BYTES, Executor, Faults, continuation, oracle
+from weft.devices.modelless import Modelless
+from weft.devices.oracle import SLOT_BYTES, Faults, continuation, oracle
 from weft.errors import CheckpointError, ConfigError, DeviceError
 from weft.text.tokenizer import Tokenizer
 
 __all__ = ["Faults", "ManualDevice", "SimulatedDevice", "continuation", "open_simulated", "oracle"]
 
 DEFAULT_MAX_MODEL_LEN = 4096
-DESCRIPTION = Description("simulated", "none", "none", ("no model: each token is a hash of those before it",))
 
 
-class ManualDevice:
+class ManualDevice(Modelless):
     """For tests: nothing happens by itself. `run` executes the oldest plan of a lane, `poll` hands out its result."""
 
     def __init__(
         self, capacity: Capacity, lanes: tuple[Lane, ...] = (Lane.MIXED,), *, faults: Faults | None = None
     ) -> None:
-        self._executor = Executor(capacity, faults or Faults())
+        super().__init__(capacity, None, faults)
         self._lanes = lanes
         self.submitted: dict[Lane, deque[Plan]] = {lane: deque() for lane in lanes}
         self.finished: list[Result] = []
@@ -45,15 +44,6 @@ class ManualDevice:
             return False
         self.finished.append(self._executor.run(self.submitted[lane].popleft(), 0.0))
         return True
-
-    def capacity(self) -> Capacity:
-        return self._executor.capacity
-
-    def describe(self) -> Description:
-        return DESCRIPTION
-
-    def lanes(self) -> tuple[Lane, ...]:
-        return self._lanes
 
     def submit(self, plan: Plan) -> Ticket:
         self.submitted[plan.lane].append(plan)
@@ -69,29 +59,14 @@ class ManualDevice:
     def wake(self) -> None:
         """Nobody waits."""
 
-    def partition(self) -> Partition | None:
-        return None
-
     def set_partition(self, partition: Partition) -> None:
         raise DeviceError(f"partition {partition} is impossible: a test, not time, says when a lane advances")
-
-    def memory(self) -> tuple[tuple[str, int], ...]:
-        return ()
 
     def close(self) -> None:
         """Nothing to free."""
 
 
-def check_partition(partition: Partition, shares: int) -> None:
-    """Raises DeviceError. The lanes may overlap: each share has its own limit, the sum has none."""
-    if min(partition.prefill, partition.decode) < 1 or max(partition.prefill, partition.decode) > shares:
-        raise DeviceError(
-            f"partition {partition.prefill}:{partition.decode} is impossible; each lane needs at least 1 share, "
-            f"and there are {shares}"
-        )
-
-
-class SimulatedDevice:
+class SimulatedDevice(Modelless):
     """In real time, a thread per lane. partition: the shares of each lane; None for one mixed lane.
 
     A lane takes on its share when it begins a step, and how long that takes is settled then: by the lane's share, and
@@ -106,10 +81,8 @@ class SimulatedDevice:
         cost: CostModel = FREE,
         faults: Faults | None = None,
     ) -> None:
-        self._executor = Executor(capacity, faults or Faults())
+        super().__init__(capacity, partition, faults)
         self._cost = cost
-        self._partition = partition
-        self._lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
         self._lock = threading.Lock()
         self._closed = threading.Event()
         # The shares of the lanes that compute now.
@@ -124,15 +97,6 @@ class SimulatedDevice:
         ]
         for thread in self._threads:
             thread.start()
-
-    def capacity(self) -> Capacity:
-        return self._executor.capacity
-
-    def describe(self) -> Description:
-        return DESCRIPTION
-
-    def lanes(self) -> tuple[Lane, ...]:
-        return self._lanes
 
     def submit(self, plan: Plan) -> Ticket:
         if self._dead is not None:
@@ -157,18 +121,6 @@ class SimulatedDevice:
 
     def wake(self) -> None:
         self._results.put(None)
-
-    def partition(self) -> Partition | None:
-        return self._partition
-
-    def set_partition(self, partition: Partition) -> None:
-        if self._partition is None:
-            raise DeviceError("the simulated device has one mixed lane; there is nothing to divide")
-        check_partition(partition, self.capacity().shares)
-        self._partition = partition
-
-    def memory(self) -> tuple[tuple[str, int], ...]:
-        return (("KV pool (simulated)", self._executor.slots.nbytes),)
 
     def close(self) -> None:
         self._closed.set()
@@ -203,12 +155,6 @@ class SimulatedDevice:
             rival = sum(self._computing.values())
             self._computing[plan.lane] = share
         return self._cost.seconds(plan, share, rival)
-
-    def _share(self, lane: Lane) -> float:
-        partition = self._partition
-        if partition is None:
-            return 1.0
-        return (partition.prefill if lane is Lane.PREFILL else partition.decode) / self.capacity().shares
 
 
 def open_simulated(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> SimulatedDevice:

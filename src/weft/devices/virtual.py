@@ -11,10 +11,9 @@ from collections import deque
 from dataclasses import dataclass
 
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
-from weft.devices.base import Description
 from weft.devices.cost import FREE, CostModel
-from weft.devices.oracle import Executor, Faults
-from weft.devices.simulated import DESCRIPTION, check_partition
+from weft.devices.modelless import Modelless
+from weft.devices.oracle import Faults
 from weft.errors import DeviceError
 
 
@@ -28,7 +27,7 @@ class Job:
     left: float = 1.0
 
 
-class VirtualDevice:
+class VirtualDevice(Modelless):
     """partition: the shares of each lane; None for one mixed lane. Faults other than failed and nan are not for it."""
 
     def __init__(
@@ -39,10 +38,8 @@ class VirtualDevice:
         cost: CostModel = FREE,
         faults: Faults | None = None,
     ) -> None:
-        self._executor = Executor(capacity, faults or Faults())
+        super().__init__(capacity, partition, faults)
         self._cost = cost
-        self._partition = partition
-        self._lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
         self._plans: dict[Lane, deque[Plan]] = {lane: deque() for lane in self._lanes}
         self._jobs: dict[Lane, Job] = {}
         self._results: list[Result] = []
@@ -51,15 +48,6 @@ class VirtualDevice:
 
     def clock(self) -> float:
         return self._now
-
-    def capacity(self) -> Capacity:
-        return self._executor.capacity
-
-    def describe(self) -> Description:
-        return DESCRIPTION
-
-    def lanes(self) -> tuple[Lane, ...]:
-        return self._lanes
 
     def submit(self, plan: Plan) -> Ticket:
         self._plans[plan.lane].append(plan)
@@ -79,29 +67,13 @@ class VirtualDevice:
     def wake(self) -> None:
         self._woken = True
 
-    def partition(self) -> Partition | None:
-        return self._partition
-
-    def set_partition(self, partition: Partition) -> None:
-        if self._partition is None:
-            raise DeviceError("the simulated device has one mixed lane; there is nothing to divide")
-        check_partition(partition, self.capacity().shares)
-        self._partition = partition
-
-    def memory(self) -> tuple[tuple[str, int], ...]:
-        return (("KV pool (simulated)", self._executor.slots.nbytes),)
-
     def close(self) -> None:
         """Nothing to free."""
 
     def _start(self, lane: Lane) -> None:
         if lane in self._jobs or not self._plans[lane]:
             return
-        partition = self._partition
-        share = 1.0
-        if partition is not None:
-            share = (partition.prefill if lane is Lane.PREFILL else partition.decode) / self.capacity().shares
-        self._jobs[lane] = Job(self._plans[lane].popleft(), self._now, share)
+        self._jobs[lane] = Job(self._plans[lane].popleft(), self._now, self._share(lane))
 
     def _advance(self, end: float) -> None:
         """To the next end of a step, or to `end`: nothing else changes how fast the lanes go."""
