@@ -37,7 +37,8 @@ from serving import Server
 import models
 from weft.bench.client import Stream, Target, first_model, send
 from weft.bench.stats import Record, Slo, Summary, summarise
-from weft.bench.traffic import Shot, Size, arrivals, clip, read_trace, scale_trace, shots
+from weft.bench.traces import Size, clip, read_trace, scale_trace
+from weft.bench.traffic import Shot, arrivals, shots
 from weft.models.families import ModelConfig, read_config
 
 SHARED = 32  # leading ids that all prompts have

@@ -21,7 +21,7 @@ from typing import Any
 import common
 import numpy as np
 
-from weft.bench import traffic
+from weft.bench import traces, traffic
 from weft.bench.stats import Record, Slo, Summary, summarise
 from weft.core.plan import Capacity, Partition, Regime, Sharing
 from weft.core.request import Request, RequestEnd, TokenOutput
@@ -114,17 +114,17 @@ def _submit(engine: Engine, name: str, shot: traffic.Shot, records: dict[str, Re
         records[name] = Record(shot.due, shot.due, None, None, shot.due, shot.input_tokens, 0, error=error.message)
 
 
-def trace_of(path: Path, seconds: float, rate: float) -> tuple[list[float], list[traffic.Size]]:
+def trace_of(path: Path, seconds: float, rate: float) -> tuple[list[float], list[traces.Size]]:
     """The first part of a trace, `rate` times as fast, as long as `seconds`, cut to the context of the model."""
-    rows = [row for row in traffic.read_trace(path) if row[0] <= seconds * rate]
-    due, sizes = traffic.scale_trace(rows, len(rows), rate, 1.0)
-    return due, traffic.clip(sizes, LONGEST - 1100, 1000)[0]
+    rows = [row for row in traces.read_trace(path) if row[0] <= seconds * rate]
+    due, sizes = traces.scale_trace(rows, len(rows), rate, 1.0)
+    return due, traces.clip(sizes, LONGEST - 1100, 1000)[0]
 
 
-def changing(seconds: float, rng: np.random.Generator) -> tuple[list[float], list[traffic.Size]]:
+def changing(seconds: float, rng: np.random.Generator) -> tuple[list[float], list[traces.Size]]:
     """Prompt-heavy, generation-heavy, prompt-heavy: a third of the time each. Poisson arrivals."""
     due: list[float] = []
-    sizes: list[traffic.Size] = []
+    sizes: list[traces.Size] = []
     for part, (rate, read, written) in enumerate(((4.0, 2000, 40), (8.0, 150, 300), (4.0, 2000, 40))):
         count = int(rate * seconds / 3)
         due += [part * seconds / 3 + one for one in traffic.arrivals(count, rate, 1.0, rng)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import math
 from pathlib import Path
@@ -73,46 +72,6 @@ def test_prompts_have_their_length_their_vocabulary_and_a_common_prefix(
 def test_prompts_without_a_prefix_differ() -> None:
     made = traffic.shots([0.0] * 20, [Size(32, 1)] * 20, 1000, 0, np.random.default_rng(0))
     assert len({shot.prompt[0:16] for shot in made}) == 20
-
-
-@pytest.mark.parametrize("compressed", [False, True])
-def test_a_trace_is_read_sorted_and_scaled(tmp_path: Path, compressed: bool) -> None:
-    text = "client,arrival_s,input_tokens,output_tokens\na,3.0,100,9\nb,1.0,7,0\nc,11.0,1,50\n"
-    path = tmp_path / ("trace.csv.gz" if compressed else "trace.csv")
-    path.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
-    rows = traffic.read_trace(path)
-    assert rows == [(1.0, Size(7, 0)), (3.0, Size(100, 9)), (11.0, Size(1, 50))]
-    due, sizes = traffic.scale_trace(rows, 2, 4.0, 0.5)
-    assert due == [0.0, 0.5]
-    assert sizes == [Size(4, 1), Size(50, 4)]
-    assert traffic.clip(sizes, 10, None) == ([Size(4, 1), Size(10, 4)], 1)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("arrival_s,input_tokens\n1,2\n", "no output_tokens"),
-        ("", "must name the columns"),
-        ("arrival_s,input_tokens,output_tokens\n", "no rows"),
-        ("arrival_s,input_tokens,output_tokens\n1,2,3\n1,x,3\n", "line 3"),
-        ("arrival_s,input_tokens,output_tokens\n1,2\n", "line 2"),
-        ("arrival_s,input_tokens,output_tokens\nnan,2,3\n", "line 2"),
-        ("arrival_s,input_tokens,output_tokens\n1,-2,3\n", "negative"),
-        ("arrival_s,input_tokens,output_tokens\n1,99999999999,3\n", "more than"),
-    ],
-)
-def test_a_broken_trace_is_refused_with_its_line(tmp_path: Path, text: str, words: str) -> None:
-    path = tmp_path / "trace.csv"
-    path.write_text(text)
-    with pytest.raises(ConfigError, match=words):
-        traffic.read_trace(path)
-
-
-def test_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
-    (tmp_path / "broken.gz").write_bytes(b"\x1f\x8bno")
-    for name in ("absent.csv", "broken.gz"):
-        with pytest.raises(ConfigError, match=name):
-            traffic.read_trace(tmp_path / name)
 
 
 def test_custom_prompts(tmp_path: Path) -> None:

@@ -22,7 +22,8 @@ from weft.bench.load import run_load
 from weft.bench.plot import plot, require_matplotlib
 from weft.bench.report import as_json, print_report
 from weft.bench.stats import Record, Slo, summarise
-from weft.bench.traffic import Shot, Size
+from weft.bench.traces import Size, clip, read_trace, scale_trace
+from weft.bench.traffic import Shot
 from weft.bench.wire import parse_url
 from weft.errors import ConfigError, WeftError
 
@@ -66,7 +67,8 @@ def _add_prompts(prompts: Any) -> None:
         choices=("random", "trace", "custom"),
         default="random",
         help="random: lengths as --random-*. trace: arrivals and lengths of a CSV (or .csv.gz) with the columns "
-        'arrival_s, input_tokens, output_tokens. custom: JSON lines {"prompt": ..., "output_tokens": ...}',
+        "arrival_s, input_tokens, output_tokens, or of Mooncake's .jsonl (or .jsonl.gz), with its shared prefixes. "
+        'custom: JSON lines {"prompt": ..., "output_tokens": ...}',
     )
     prompts.add_argument("--dataset-path", type=Path, metavar="FILE", help="of a trace or of custom prompts")
     prompts.add_argument("--random-input-len", type=int, default=128, metavar="N", help="prompt tokens (128)")
@@ -141,12 +143,12 @@ def plan_shots(arguments: argparse.Namespace) -> tuple[list[Shot], list[str]]:
             raise ConfigError(f"{arguments.dataset_path} has prompts of token ids; --endpoint chat takes texts only")
         return traffic.at_times(made, due), notes
     if arguments.dataset_name == "trace":
-        due, sizes = traffic.scale_trace(
-            traffic.read_trace(arguments.dataset_path), count, arguments.trace_rate_scale, arguments.trace_length_scale
+        due, sizes = scale_trace(
+            read_trace(arguments.dataset_path), count, arguments.trace_rate_scale, arguments.trace_length_scale
         )
         if len(due) < count:
             notes.append(f"the trace has {len(due)} rows, fewer than --num-prompts {count}")
-        sizes, cut = traffic.clip(sizes, arguments.max_input_len, arguments.max_output_len)
+        sizes, cut = clip(sizes, arguments.max_input_len, arguments.max_output_len)
         if cut:
             notes.append(f"{cut} of {len(sizes)} requests were cut to --max-input-len or --max-output-len")
     else:

@@ -5,24 +5,21 @@ Everything random is drawn from one numpy generator, so that a seed fixes the wh
 
 from __future__ import annotations
 
-import csv
-import gzip
-import io
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from weft.bench.traces import MAX_TRACE_TOKENS, Size, read_text
 from weft.errors import ConfigError
 
 FIRST_TOKEN_ID = 16  # the first ids of a vocabulary are often special tokens
 WORDS = ("the", "of", "one", "file", "value", "line", "list", "name", "time", "data", "code", "read", "write", "open")
-TRACE_COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
-MAX_TRACE_TOKENS = 10**7
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,14 +31,6 @@ class Shot:
     prompt: tuple[int, ...] | str
     input_tokens: int
     output_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class Size:
-    """Tokens in and out of one request."""
-
-    input: int
-    output: int
 
 
 def arrivals(count: int, rate: float, burstiness: float, rng: np.random.Generator) -> list[float]:
@@ -82,83 +71,38 @@ def prompt_text(length: int, prefix: Sequence[str], rng: np.random.Generator) ->
     return " ".join(kept + [WORDS[i] for i in rng.integers(0, len(WORDS), size=length - len(kept))])
 
 
-def read_trace(path: Path) -> list[tuple[float, Size]]:
-    """Rows of a trace in order of arrival: CSV (or CSV.gz) with columns arrival_s, input_tokens, output_tokens.
-
-    Other columns are passed over. Raises ConfigError that names file and line.
-    """
-    rows = []
-    reader = csv.DictReader(io.StringIO(_read_text(path)))
-    missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
-    if missing:
-        raise ConfigError(f"{path}: the first line must name the columns {', '.join(TRACE_COLUMNS)}; no {missing[0]}")
-    for row in reader:
-        try:
-            arrival, size = float(row["arrival_s"]), Size(int(row["input_tokens"]), int(row["output_tokens"]))
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{path}, line {reader.line_num}: {error}") from error
-        if not 0 <= arrival < math.inf or min(size.input, size.output) < 0:
-            raise ConfigError(f"{path}, line {reader.line_num}: arrival and token counts must not be negative")
-        if max(size.input, size.output) > MAX_TRACE_TOKENS:
-            raise ConfigError(f"{path}, line {reader.line_num}: more than {MAX_TRACE_TOKENS} tokens")
-        rows.append((arrival, size))
-    if not rows:
-        raise ConfigError(f"{path}: the trace has no rows")
-    return sorted(rows, key=lambda row: row[0])
-
-
-def scale_trace(
-    rows: Sequence[tuple[float, Size]], count: int, rate_scale: float, length_scale: float
-) -> tuple[list[float], list[Size]]:
-    """The first `count` rows, arriving `rate_scale` times as fast, with lengths times `length_scale`, at least 1."""
-
-    def stretch(tokens: int) -> int:
-        return max(1, round(tokens * length_scale))
-
-    kept = rows[:count]
-    start = kept[0][0]
-    return (
-        [(arrival - start) / rate_scale for arrival, _ in kept],
-        [Size(stretch(size.input), stretch(size.output)) for _, size in kept],
-    )
-
-
-def clip(sizes: Sequence[Size], most_input: int | None, most_output: int | None) -> tuple[list[Size], int]:
-    """Sizes within the limits, and how many had to be cut."""
-    cut = [
-        Size(
-            size.input if most_input is None else min(size.input, most_input),
-            size.output if most_output is None else min(size.output, most_output),
-        )
-        for size in sizes
-    ]
-    return cut, sum(before != after for before, after in zip(sizes, cut, strict=True))
-
-
 def shots(
     due: Sequence[float], sizes: Sequence[Size], vocabulary: int | None, prefix_len: int, rng: np.random.Generator
 ) -> list[Shot]:
     """Random prompts of the given sizes: token ids below `vocabulary`, or texts when that is None.
 
-    prefix_len: so many leading tokens (or words) are the same in every prompt.
+    prefix_len: so many leading tokens (or words) are the same in every prompt. Those of the blocks that a size names
+    come after them, the same for the same name.
     """
+
+    def draw(length: int, prefix: tuple[Any, ...], source: np.random.Generator) -> tuple[Any, ...]:
+        if vocabulary is None:
+            return tuple(prompt_text(length, prefix, source).split())
+        return prompt_ids(length, vocabulary, prefix, source)
+
+    @cache
+    def block(name: int, length: int) -> tuple[Any, ...]:
+        return draw(length, (), np.random.default_rng([seed, name]))
+
+    shared = draw(prefix_len, (), rng)
+    seed = int(rng.integers(2**32)) if any(size.hashes for size in sizes) else 0
     made = []
-    shared_ids = () if vocabulary is None else prompt_ids(prefix_len, vocabulary, (), rng)
-    shared_words = prompt_text(prefix_len, (), rng).split() if vocabulary is None else []
     for when, size in zip(due, sizes, strict=True):
-        prompt: tuple[int, ...] | str = (
-            prompt_text(size.input, shared_words, rng)
-            if vocabulary is None
-            else prompt_ids(size.input, vocabulary, shared_ids, rng)
-        )
-        made.append(Shot(when, prompt, size.input, size.output))
+        named = size.hashes[: -(-size.input // size.block)]
+        prompt = draw(size.input, (*shared, *(token for name in named for token in block(name, size.block))), rng)
+        made.append(Shot(when, " ".join(prompt) if vocabulary is None else prompt, size.input, size.output))
     return made
 
 
 def read_prompts(path: Path, output_len: int) -> list[Shot]:
     """Prompts of a JSON-lines file: {"prompt": text or token ids, "output_tokens": optional}; all due at 0."""
     made = []
-    for number, line in enumerate(_read_text(path).splitlines(), start=1):
+    for number, line in enumerate(read_text(path).splitlines(), start=1):
         if line.strip():
             made.append(_prompt_row(f"{path}, line {number}", line, output_len))
     if not made:
@@ -185,11 +129,3 @@ def _prompt_row(where: str, line: str, output_len: int) -> Shot:
     if type(wanted) is not int or not 1 <= wanted <= MAX_TRACE_TOKENS:
         raise ConfigError(f"{where}: output_tokens is {wanted!r}; it must be a whole number, at least 1")
     return Shot(0.0, prompt, len(prompt) if isinstance(prompt, tuple) else len(prompt.split()), wanted)
-
-
-def _read_text(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-        return (gzip.decompress(data) if path.suffix == ".gz" else data).decode()
-    except (OSError, EOFError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
