@@ -89,7 +89,9 @@ class EngineConfig:
         positional=True,
     )
     revision: str | None = setting(None, help="branch, tag or commit of a hub id")
-    device: str = setting("auto", help="what executes the model", choices=("auto", "cpu", "simulated"))
+    device: str = setting(
+        "auto", help="what executes the model; auto is cpu", choices=("auto", "cpu", "cuda", "simulated")
+    )
     dtype: str = setting(
         "auto",
         help="precision of weights and activations; auto takes the checkpoint's",
@@ -139,6 +141,15 @@ class EngineConfig:
         help="CPU kernels; auto takes the C++ extension at the best level of this CPU, or the reference without it",
         choices=("auto", "avx512", "avx2", "portable", "reference"),
     )
+    attention_backend: str = setting(
+        "auto",
+        help="what computes attention on a GPU; auto is triton, torch is slow and for comparison",
+        choices=("auto", "triton", "torch", "flashinfer"),
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        help="part of a GPU's memory that may be taken, by other processes too; the KV pool gets what is left of it",
+    )
     exact_a4: bool = setting(
         False,
         help="4-bit activations outside of an fmpq checkpoint's outlier blocks, as in the paper, instead of 8 bits; "
@@ -165,6 +176,10 @@ class EngineConfig:
             found.append(
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}; a step of that many sequences would not fit"
+            )
+        if not 0 < self.gpu_memory_utilization <= 1:
+            found.append(
+                f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"
             )
         return found + self._target_problems() + _form_problems(self)
 

@@ -35,6 +35,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.just("off") | st.tuples(st.integers(1, 99), st.integers(1, 99)).map(
             lambda pair: f"{pair[0]}:{pair[1]}"
         )
+    if name == "gpu_memory_utilization":
+        return st.floats(0.01, 1)
     if name == "cores":
         return st.sampled_from(["0", "0-3", "1,3-5", "7-7"])
     one: st.SearchStrategy[Any] = {

@@ -16,14 +16,23 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
 
     say: told the name of each phase of the start-up when it begins. Raises ConfigError, CheckpointError, DeviceError.
     """
+    if config.attention_backend != "auto" and config.device != "cuda":
+        raise ConfigError(
+            f"--attention-backend is {config.attention_backend}, and --device {config.device} has one way only; "
+            "leave it out, or serve on --device cuda"
+        )
     if config.device == "simulated":
         from weft.devices.simulated import open_simulated
 
         return open_simulated(config, folder, say)
-    if config.device in ("auto", "cpu"):
-        if "torch" not in sys.modules:
-            say("import torch")
-        from weft.devices.cpu import open_cpu
+    if config.device not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"--device is {config.device!r}; it must be one of auto, cpu, cuda, simulated")
+    if "torch" not in sys.modules:
+        say("import torch")
+    if config.device == "cuda":
+        from weft.devices.cuda import open_cuda
 
-        return open_cpu(config, folder, say)
-    raise ConfigError(f"--device is {config.device!r}; it must be one of auto, cpu, simulated")
+        return open_cuda(config, folder, say)
+    from weft.devices.cpu import open_cpu
+
+    return open_cpu(config, folder, say)

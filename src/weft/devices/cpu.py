@@ -45,7 +45,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     cores = usable_cores(config.cores)
     partition = share_out(config.partition, len(cores))
     model = read_config(folder)
-    _check_exact_a4(config, model)
+    check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
     kept = kv_bytes(config, model, dtype)
@@ -89,7 +89,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane]) for lane in shares},
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
-            dtype=str(dtype).removeprefix("torch.") + _kv_words(config),
+            dtype=str(dtype).removeprefix("torch.") + kv_words(config),
             kernels=name,
             notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
         ),
@@ -99,7 +99,8 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     )
 
 
-def _check_exact_a4(config: EngineConfig, model: ModelConfig) -> None:
+def check_exact_a4(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for --exact-a4 with weights that know nothing of it."""
     method = None if model.quantization is None else model.quantization.get("quant_method")
     if config.exact_a4 and method != METHOD:
         stored = "are not quantised" if method is None else f"are {method}"
@@ -306,7 +307,8 @@ def kv_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> in
         raise ConfigError(f"--kv-cache-dtype is {config.kv_cache_dtype}: {error}") from error
 
 
-def _kv_words(config: EngineConfig) -> str:
+def kv_words(config: EngineConfig) -> str:
+    """What the start-up table says of keys and values in few bits."""
     return f", KV {config.kv_cache_dtype}" if config.kv_cache_dtype in BITS else ""
 
 

@@ -24,8 +24,9 @@ class Pool:
     notes: tuple[str, ...] = ()
 
 
-def size_pool(config: EngineConfig, context: int, token_bytes: int, free: int) -> Pool:
-    """The pool for a model with `context` tokens at most and token_bytes of KV per token, in `free` bytes of memory.
+def size_pool(config: EngineConfig, context: int, token_bytes: int, free: int, share: int = SHARE) -> Pool:
+    """The pool for a model with `context` tokens at most and token_bytes of KV per token, in `free` bytes of memory,
+    of which it takes one `share`-th at most unless it is told otherwise.
 
     Raises ConfigError naming the flag, its value and what would fit.
     """
@@ -34,7 +35,7 @@ def size_pool(config: EngineConfig, context: int, token_bytes: int, free: int) -
         raise ConfigError(f"--max-model-len is {length}; the checkpoint's context is {context} tokens, so at most that")
     block_bytes = token_bytes * config.block_size
     whole = -(-length // config.block_size)  # blocks of one sequence of full length
-    blocks = _blocks(config, whole, block_bytes, free)
+    blocks = _blocks(config, whole, block_bytes, free, share)
     room = blocks * config.block_size
     if room >= length:
         return Pool(blocks, length)
@@ -48,7 +49,7 @@ def size_pool(config: EngineConfig, context: int, token_bytes: int, free: int) -
     return Pool(blocks, room, (note,))
 
 
-def _blocks(config: EngineConfig, whole: int, block_bytes: int, free: int) -> int:
+def _blocks(config: EngineConfig, whole: int, block_bytes: int, free: int, share: int) -> int:
     most = min(free // block_bytes, LARGEST_POOL)
     if config.num_blocks is not None:
         if config.num_blocks > most:
@@ -67,7 +68,7 @@ def _blocks(config: EngineConfig, whole: int, block_bytes: int, free: int) -> in
         if given > free:
             raise ConfigError(f"--kv-cache-memory-bytes is {given}; {free} bytes of memory are free, so at most that")
         return min(given // block_bytes, LARGEST_POOL)
-    blocks = min(config.max_num_seqs * whole, most // SHARE)
+    blocks = min(config.max_num_seqs * whole, most // share)
     if blocks < 1:
         raise ConfigError(
             f"one KV block of {config.block_size} tokens takes {_mib(block_bytes)}, more than a quarter of the "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -17,13 +17,15 @@ from weft.models.sampler import draw, score_prompt
 # Logits of prompt rows are made in parts of about this size: a prompt chunk times a large vocabulary is too much.
 SCORED_BYTES = 32 * 2**20
 
+PromptScores = tuple[tuple[int, tuple[TokenScore, ...]], ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Computed:
     """The fields of a Result that come from the model."""
 
     sampled: tuple[Sampled, ...]
-    prompt_scores: tuple[tuple[int, tuple[TokenScore, ...]], ...]
+    prompt_scores: PromptScores
     failed: tuple[tuple[int, str], ...]
 
 
@@ -33,18 +35,27 @@ def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
     ends = list(accumulate([len(piece.tokens) for piece in slices]))
     drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
     best = forward.run(slices, [row for _, row in drawing])
+    scored, failed = score_prompts(slices, decoder, forward.hidden)
+    sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
+    return Computed(sampled, scored, tuple(failed.items()))
+
+
+def score_prompts(
+    slices: Sequence[Slice], decoder: Decoder, hidden: Callable[[], torch.Tensor]
+) -> tuple[PromptScores, dict[int, str]]:
+    """The scores of the slices that ask for them, and why others have none. hidden: the rows of the whole step, asked
+    for where there is something to score."""
+    scored: list[tuple[int, tuple[TokenScore, ...]]] = []
     failed: dict[int, str] = {}
-    scored = []
+    ends = accumulate([len(piece.tokens) for piece in slices])
     for piece, end in zip(slices, ends, strict=True):
         if piece.prompt_logprobs is not None:
-            hidden = forward.hidden()[end - len(piece.tokens) : end]
-            scores = _score(decoder, hidden, piece, piece.prompt_logprobs)
+            scores = _score(decoder, hidden()[end - len(piece.tokens) : end], piece, piece.prompt_logprobs)
             if any(math.isnan(score.logprob) for score in scores):
                 failed[piece.sequence] = "the model computed NaN or infinite logits for a prompt token"
             else:
                 scored.append((piece.sequence, scores))
-    sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
-    return Computed(sampled, tuple(scored), tuple(failed.items()))
+    return tuple(scored), failed
 
 
 def _sample(

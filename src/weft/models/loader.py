@@ -102,11 +102,12 @@ def load_weights(
     *,
     dummy_seed: int | None = None,
     say: Callable[[str], None] | None = None,
+    room: int | None = None,
 ) -> Weights:
     """The packed weights of `folder`, or random ones of the same shapes when there is a `dummy_seed`.
 
-    `say` is told when the phase begins. Raises CheckpointError naming the file and the tensor that is missing,
-    misshapen, unexpected or cut short.
+    `say` is told when the phase begins. room: bytes of memory where the kernels put them; None: the machine's.
+    Raises CheckpointError naming the file and the tensor that is missing, misshapen, unexpected or cut short.
     """
     if say is not None:
         say("weights")
@@ -118,7 +119,8 @@ def load_weights(
             )
         load = _load_quantised if config.quantization.get("quant_method") == METHOD else _load_foreign
         return load(folder, config, kernels, dtype)
-    _check_memory(config, dtype)
+    if room is None:
+        _check_memory(config, dtype)
     source: Source
     if dummy_seed is None:
         source = checkpoint = Checkpoint(folder)
@@ -129,6 +131,26 @@ def load_weights(
     with torch.no_grad():
         outer = _pack_outer(source, kernels, dtype)
     return _assemble(source, config, dtype, outer, layers, weight_bytes(config, dtype))
+
+
+def move(weights: Weights, device: torch.device) -> Weights:
+    """The same with the norms and rotary tables on `device`, where the kernels have packed the rest."""
+
+    def there(norm: torch.Tensor | None) -> torch.Tensor | None:
+        return None if norm is None else norm.to(device)
+
+    weights.rotary.move(device)
+    layers = tuple(
+        replace(
+            layer,
+            input_norm=layer.input_norm.to(device),
+            mlp_norm=layer.mlp_norm.to(device),
+            q_norm=there(layer.q_norm),
+            k_norm=there(layer.k_norm),
+        )
+        for layer in weights.layers
+    )
+    return replace(weights, layers=layers, norm=weights.norm.to(device))
 
 
 def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:

@@ -65,6 +65,12 @@ class Rotary:
     def __init__(self, rope: Rope, head_dim: int) -> None:
         self._frequencies, self._factor = inverse_frequencies(rope, head_dim)
         self._cos = self._sin = torch.empty(0, head_dim // 2)
+        self._device = torch.device("cpu")
+
+    def move(self, device: torch.device) -> None:
+        """Make the tables there from now on."""
+        self._device = device
+        self._cos, self._sin = self._cos.to(device), self._sin.to(device)
 
     def tables(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """cos and sin, float32 [length, head_dim / 2] each.
@@ -74,6 +80,6 @@ class Rotary:
         """
         if length > len(self._cos):
             angles = (torch.arange(length, dtype=torch.float32)[:, None] * self._frequencies).double()
-            self._cos = (angles.cos() * self._factor).float()
-            self._sin = (angles.sin() * self._factor).float()
+            self._cos = (angles.cos() * self._factor).float().to(self._device)
+            self._sin = (angles.sin() * self._factor).float().to(self._device)
         return self._cos[:length], self._sin[:length]

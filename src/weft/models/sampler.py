@@ -74,8 +74,8 @@ def draw(
     for number, ((token, peak), sampling) in enumerate(zip(best, samplings, strict=True)):
         k = sampling.params.logprobs
         if not math.isfinite(peak):
-            drawn.append(_flaw(logits()[number]))
-        elif _plain(sampling):
+            drawn.append(flaw(peak))
+        elif plain(sampling):
             drawn.append((token, None if k is None else _score(logits()[number], token, k)))
         else:
             row = logits()[number]
@@ -146,15 +146,14 @@ def _rows(logits: torch.Tensor) -> Row:
     return rows
 
 
-def _flaw(row: Row) -> str:
-    if np.isnan(row).any():
+def flaw(peak: float) -> str:
+    """What is wrong with a row whose largest logit is this, and not finite."""
+    if math.isnan(peak):
         return "the model computed NaN logits"
-    if np.isposinf(row).any():
-        return "the model computed infinite logits"
-    return "the model computed -inf for every logit"
+    return "the model computed infinite logits" if peak > 0 else "the model computed -inf for every logit"
 
 
-def _plain(sampling: Sampling) -> bool:
+def plain(sampling: Sampling) -> bool:
     """Whether the most probable token of the raw logits is the answer."""
     params = sampling.params
     return params.greedy and not (params.penalised or params.logit_bias or sampling.forbidden)

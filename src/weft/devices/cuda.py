@@ -1,0 +1,263 @@
+"""A GPU as a device: each lane is a stream with two threads, one that launches and one that waits for what it launched.
+
+    engine ── submit ─▶ a lane's plans ─▶ its first thread: launches ─▶ its second: waits, results ── poll ─▶ engine
+
+Lanes share weights and KV. A lane's share of the device is not enforced: each stream may use all of it (green contexts,
+one for each share, would be made where the streams are).
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+
+from weft.config import EngineConfig
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
+from weft.devices.base import Description
+from weft.devices.cpu import check_exact_a4, kv_words, share_out
+from weft.devices.cuda_forward import CudaForward
+from weft.devices.cuda_lane import CudaLane, Pending
+from weft.devices.cuda_memory import Usage, check_weights, size_gpu_pool
+from weft.devices.cuda_streams import Gpu, open_gpu
+from weft.devices.queues import CLOSED, Queues
+from weft.errors import ConfigError, DeviceError
+from weft.kernels.triton import TritonKernels
+from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig, read_config
+from weft.models.loader import Weights, compute_dtype, load_weights, move, stored_dtype, weight_bytes
+
+SHARED = "the lanes' shares are not enforced on a GPU yet: each lane may use all of it"
+
+
+def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CudaDevice:
+    """The model of `folder` on this machine's GPU. Raises ConfigError, CheckpointError or DeviceError.
+
+    say: told the name of each phase of the start-up when it begins.
+    """
+    _check(config)
+    say("open the GPU")
+    gpu = open_gpu()
+    partition = share_out(config.partition, gpu.shares)
+    model = read_config(folder)
+    check_exact_a4(config, model)
+    dummy = config.load_format == "dummy"
+    dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
+    backend = "triton" if config.attention_backend == "auto" else config.attention_backend
+    kernels = TritonKernels(gpu.device, backend, exact_a4=config.exact_a4)
+    kept = _token_bytes(config, model, dtype, kernels)
+    free, total = gpu.memory()
+    if model.quantization is None:
+        check_weights(weight_bytes(model, dtype), free, total)
+    seed = config.seed if dummy else None
+    weights = move(load_weights(folder, model, kernels, dtype, dummy_seed=seed, say=say, room=free), gpu.device)
+    say("KV pool")
+    lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
+    usage = _measure(gpu, config, model, kernels, weights, free, total, len(lanes))
+    pool = size_gpu_pool(config, model.context, kept, usage)
+    decoder = Decoder(model, weights, kernels, pool.max_model_len)
+    kv = decoder.make_kv(pool.blocks + 1, config.block_size, config.kv_cache_dtype)
+    capacity = Capacity(
+        blocks=pool.blocks,
+        block_size=config.block_size,
+        max_tokens=config.max_num_batched_tokens,
+        max_slices=config.max_num_seqs,
+        shares=gpu.shares,
+        max_model_len=pool.max_model_len,
+        vocabulary=model.vocabulary,
+    )
+    notes = (dtype_note, *weights.notes, *pool.notes, SHARED if partition is not None else None)
+    return CudaDevice(
+        capacity,
+        gpu,
+        {lane: _open_lane(gpu, decoder, kv, capacity, kernels) for lane in lanes},
+        description=Description(
+            device=f"cuda, {gpu.name}",
+            dtype=str(dtype).removeprefix("torch.") + kv_words(config),
+            kernels=f"{kernels.name}, attention {kernels.attend.name}",
+            notes=tuple(note for note in notes if note),
+        ),
+        memory=usage.rows(pool.blocks * config.block_size * kept),
+        partition=partition,
+    )
+
+
+def _check(config: EngineConfig) -> None:
+    """Raises ConfigError for the flags that are the CPU's."""
+    for flag, value, unset in (("--cores", config.cores, None), ("--kernels", config.kernels, "auto")):
+        if value != unset:
+            raise ConfigError(f"{flag} is {value}, and it is for --device cpu; leave it out")
+
+
+def _token_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, kernels: TritonKernels) -> int:
+    cache = config.kv_cache_dtype
+    try:
+        return model.layers * kernels.attend.token_bytes(model.kv_heads, model.head_dim, dtype, cache)
+    except ValueError as error:
+        raise ConfigError(f"--kv-cache-dtype is {cache}: {error}") from error
+
+
+def _open_lane(gpu: Gpu, decoder: Decoder, kv: list[Any], capacity: Capacity, kernels: TritonKernels) -> CudaLane:
+    stream = gpu.stream()
+    forward = CudaForward(
+        gpu,
+        stream,
+        decoder,
+        kv,
+        capacity.block_size,
+        capacity.blocks,  # the one more that the KV has
+        max_slices=capacity.max_slices,
+        graphs=gpu.captures and kernels.attend.capturable,
+    )
+    return CudaLane(gpu, stream, decoder, forward, capacity.block_size)
+
+
+def _measure(
+    gpu: Gpu,
+    config: EngineConfig,
+    model: ModelConfig,
+    kernels: TritonKernels,
+    weights: Weights,
+    free: int,
+    total: int,
+    lanes: int,
+) -> Usage:
+    """What is in the device's memory, by running the largest prefill and the largest decode step once.
+
+    free, total: before the weights were loaded.
+    """
+    length = min(config.max_num_batched_tokens, model.context)
+    decoder = Decoder(model, weights, kernels, length)
+    tokens, size = config.max_num_batched_tokens, config.block_size
+    whole = -(-length // size)
+    kv = decoder.make_kv(whole + 1, size, config.kv_cache_dtype)
+    table = tuple(range(whole))
+    sequences = [Slice(0, 0, (0,) * min(length, tokens - at), table) for at in range(0, tokens, length)]
+    row = Slice(0, 0, (0,), table)
+    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, whole, max_slices=config.max_num_seqs, graphs=False)
+    rows = list(range(config.max_num_seqs))  # as many as draw a token at most
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        forward.run(sequences, rows)
+
+    @torch.inference_mode()
+    def decode() -> None:
+        forward.run([row] * config.max_num_seqs, rows)
+
+    graphs = gpu.peak(decode) + config.max_num_seqs * model.vocabulary * torch.float32.itemsize
+    return Usage(
+        total=total,
+        others=total - free,
+        weights=weights.size,
+        activations=lanes * gpu.peak(prefill),
+        graphs=lanes * graphs if kernels.attend.capturable else 0,
+    )
+
+
+class CudaDevice:
+    """A Device (see base.py): threads and queues around the lanes."""
+
+    def __init__(
+        self,
+        capacity: Capacity,
+        gpu: Gpu,
+        lanes: dict[Lane, CudaLane],
+        *,
+        description: Description,
+        memory: tuple[tuple[str, int], ...],
+        partition: Partition | None,
+    ) -> None:
+        self._capacity = capacity
+        self._gpu = gpu
+        self._lanes = lanes
+        self._description = description
+        self._memory = memory
+        self._partition = partition
+        self._dead: str | None = None
+        self._queues = Queues(lanes)
+        self._threads = []
+        for name in lanes:
+            launched: SimpleQueue[Pending | None] = SimpleQueue()
+            for work in (self._launch, self._collect):
+                title = f"weft-{name.value}-{work.__name__.strip('_')}"
+                self._threads.append(threading.Thread(target=work, args=(name, launched), name=title, daemon=True))
+        for thread in self._threads:
+            thread.start()
+
+    def capacity(self) -> Capacity:
+        return self._capacity
+
+    def describe(self) -> Description:
+        return self._description
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return tuple(self._lanes)
+
+    def submit(self, plan: Plan) -> Ticket:
+        if self._dead is not None:
+            raise DeviceError(self._dead)
+        return self._queues.submit(plan)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        return self._queues.poll(timeout)
+
+    def wake(self) -> None:
+        self._queues.wake()
+
+    def partition(self) -> Partition | None:
+        return self._partition
+
+    def set_partition(self, partition: Partition) -> None:
+        if self._partition is None:
+            raise DeviceError("this device has one mixed lane; open it with --partition P:D to have shares")
+        if min(partition.prefill, partition.decode) < 1 or max(partition.prefill, partition.decode) > self._gpu.shares:
+            raise DeviceError(
+                f"partition {partition.prefill}:{partition.decode}; each lane needs a share, "
+                f"and there are {self._gpu.shares}"
+            )
+        self._partition = partition
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return self._memory
+
+    def close(self) -> None:
+        if self._queues.closing:
+            return
+        self._queues.close()
+        for thread in self._threads:
+            thread.join()
+
+    def _launch(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
+        """A lane's first thread: its plans in order, until close()."""
+        self._gpu.adopt()
+        lane = self._lanes[name]
+        others = [other for other in self._lanes.values() if other is not lane]
+        while (plan := self._queues.next(name)) is not None:
+            if self._queues.closing:
+                launched.put(Pending(plan, error=CLOSED))
+            else:
+                launched.put(lane.start(plan, others, ahead=not self._queues.waiting(name)))
+        launched.put(None)
+
+    def _collect(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
+        """A lane's second thread."""
+        self._gpu.adopt()
+        while (pending := launched.get()) is not None:
+            self._queues.post(self._finish(self._lanes[name], pending))
+
+    def _finish(self, lane: CudaLane, pending: Pending) -> Result:
+        ticket = Ticket(pending.plan.step, pending.plan.lane)
+        try:
+            if pending.error is not None:
+                lane.check()
+            return pending.finish()
+        except DeviceError as error:
+            self._dead = error.message
+            return Result(ticket, error=error.message)
+        except Exception as error:
+            return Result(ticket, error=f"{type(error).__name__}: {error}")

@@ -1,0 +1,159 @@
+"""The forward pass of one lane on a GPU: decode from graphs, the rest call by call. Nothing waits for the device.
+
+A graph holds the decode step of so many rows (a bucket); fewer rows are filled up with rows of a sequence that does not
+exist, whose keys and values go to a block that nobody reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from weft.core.plan import Slice
+from weft.devices.cuda_inputs import Inputs, Layout, layout_of, send
+from weft.devices.cuda_streams import Gpu, Stream, Work
+from weft.kernels.base import Batch
+from weft.models.batch import make_batch
+from weft.models.decoder import Decoder
+
+
+@dataclass(frozen=True, slots=True)
+class Graph:
+    """A recorded decode step. inputs: the tensors that it reads. memory: all of them but the tables."""
+
+    inputs: Inputs
+    memory: torch.Tensor
+    replay: Work
+
+
+class CudaForward:
+    """drawn: int64 [max_slices]: the tokens that the latest launch drew, in the order of its rows of logits. Whoever
+    draws writes them there. spare: the block of the rows that fill up a graph."""
+
+    def __init__(
+        self,
+        gpu: Gpu,
+        stream: Stream,
+        decoder: Decoder,
+        kv: list[Any],
+        block_size: int,
+        spare: int,
+        *,
+        max_slices: int,
+        graphs: bool,
+    ) -> None:
+        self.drawn = torch.zeros(max_slices, dtype=torch.int64, device=gpu.device)
+        self._gpu = gpu
+        self._stream = stream
+        self._decoder = decoder
+        self._kv = kv
+        self._block_size = block_size
+        self._filler = Slice(-1, 0, (0,), (spare,))
+        self._width = -(-decoder.max_model_len // block_size)
+        self._buckets = buckets(max_slices) if graphs else ()
+        self._graphs: dict[int, Graph] = {}
+        self._logits = torch.empty(0, device=gpu.device)  # of graphs
+        self._hidden = torch.empty(0)
+
+    def run(self, slices: Sequence[Slice], rows: Sequence[int], feeds: Sequence[int] | None = None) -> torch.Tensor:
+        """Logits of these rows, float32 [R, V] on the device, good until the next run. The KV of all rows is in the
+        blocks when the stream is done.
+
+        feeds: for a decode step whose tokens are those that were drawn by the launch before: their places in `drawn`.
+        Raises ValueError for slices that reach outside of their tables.
+        """
+        decode = all(len(piece.tokens) == 1 for piece in slices) and len(rows) == len(slices)
+        if decode and self._buckets and not _scored(slices):
+            return self._replay(slices, feeds)
+        batch = make_batch(slices, self._block_size)
+        inputs = layout_of(batch).inputs(send(self._gpu, batch, feeds), self._block_size)
+        self._hidden = self._decoder.hidden(self._fed(inputs, feeds is not None), self._kv)
+        if len(rows) == len(self._hidden):
+            return self._decoder.logits(self._hidden)
+        wanted = send_rows(self._gpu, rows)
+        return self._decoder.logits(self._hidden[wanted])
+
+    def hidden(self) -> torch.Tensor:
+        """The hidden rows of the last run's tokens, [T, hidden]; of a run with a slice that scores its prompt."""
+        return self._hidden
+
+    def _fed(self, inputs: Inputs, fed: bool = True) -> Batch:
+        """The batch with its tokens where they were left on the device."""
+        batch = inputs.batch
+        if not fed:
+            return batch
+        tokens = torch.where(inputs.feeds < 0, batch.tokens, self.drawn[inputs.feeds.clamp(min=0)])
+        return Batch(tokens, batch.positions, batch.slots, batch.starts, batch.contexts, batch.tables, batch.block_size)
+
+    def _replay(self, slices: Sequence[Slice], feeds: Sequence[int] | None) -> torch.Tensor:
+        count = len(slices)
+        size = next(bucket for bucket in self._buckets if bucket >= count)
+        missing = size - count
+        batch = make_batch([*slices, *[self._filler] * missing], self._block_size)
+        if feeds is not None:
+            feeds = [*feeds, *[-1] * missing]
+        graph = self._graph(size)
+        sent = send(self._gpu, batch, feeds)
+        tables = layout_of(batch).views(sent)[-1]
+        graph.memory.copy_(sent[: len(graph.memory)])
+        graph.inputs.batch.tables[:, : tables.shape[1]].copy_(tables)
+        graph.replay()
+        return self._logits[:count]
+
+    def _graph(self, size: int) -> Graph:
+        """Made when it is asked for; the largest is made before any other, whose memory then is part of its memory."""
+        if size not in self._graphs:
+            if not self._graphs and size != self._buckets[-1]:
+                self._graph(self._buckets[-1])
+            self._graphs[size] = self._record(size)
+        return self._graphs[size]
+
+    def _record(self, size: int) -> Graph:
+        if not len(self._logits):
+            shape = (self._buckets[-1], self._decoder.config.vocabulary)
+            self._logits = torch.empty(shape, device=self._gpu.device)
+        fixed, whole = Layout(size, size, 0), Layout(size, size, self._width)
+        memory = torch.zeros(whole.size, dtype=torch.uint8, device=self._gpu.device)
+        inputs = whole.inputs(memory, self._block_size)
+        sent = send(self._gpu, make_batch([self._filler] * size, self._block_size), None)
+        memory[: fixed.size].copy_(sent[: fixed.size])
+        inputs.batch.tables.fill_(self._filler.blocks[0])
+        logits = self._logits[:size]
+
+        def work() -> None:
+            logits.copy_(self._decoder.logits(self._decoder.hidden(self._fed(inputs), self._kv)))
+
+        return Graph(inputs, memory[: fixed.size], self._stream.capture(work))
+
+
+def buckets(most: int) -> tuple[int, ...]:
+    """Sizes of decode graphs: few, and at most a third of the rows for nothing from 16 on."""
+    sizes = {most}
+    size = 1
+    while size < most:
+        sizes.add(size)
+        if size >= 16 and size * 3 // 2 < most:
+            sizes.add(size * 3 // 2)
+        size *= 2
+    return tuple(sorted(sizes))
+
+
+def send_rows(gpu: Gpu, rows: Sequence[int]) -> torch.Tensor:
+    """int64 [R] on the device."""
+    memory = gpu.staging(8 * len(rows)).view(torch.int64)
+    memory.copy_(torch.tensor(rows))
+    return memory.to(gpu.device, non_blocking=True)
+
+
+def last_rows(slices: Sequence[Slice]) -> list[int]:
+    """The last row of each slice that draws a token."""
+    ends = accumulate([len(piece.tokens) for piece in slices])
+    return [end - 1 for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
+
+
+def _scored(slices: Sequence[Slice]) -> bool:
+    return any(piece.prompt_logprobs is not None for piece in slices)

@@ -1,0 +1,181 @@
+"""One lane of a GPU: plans become launches on the lane's stream, and launches become results when the device is there.
+
+The lane computes ahead. After a step whose sequences all draw a token it launches the next decode step of the same
+sequences at once, with the tokens that are still on the device: it guesses the next plan. A plan that asks for what
+was guessed has its answer already; so the host has a whole step's time to take in a result and to make the next plan.
+What was guessed for a sequence that has ended by then is thrown away.
+
+That costs nothing but a row, and harms nobody: a guess writes to the one slot after its sequence's last, in a block
+that the sequence held when its last ticket was submitted and that nobody can share, as it is not full. When the
+sequence ends and somebody else is given that block, his launch comes after the guess: by itself on this stream, by an
+event on the other lane's (`follow`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from weft.core.plan import Plan, Result, Sampled, Slice, Ticket
+from weft.devices.cuda_draw import Draw, Drawn, start_draw
+from weft.devices.cuda_forward import CudaForward, last_rows
+from weft.devices.cuda_streams import Event, Gpu, Stream
+from weft.devices.step import PromptScores, score_prompts
+from weft.models.decoder import Decoder
+
+
+@dataclass(slots=True, eq=False)
+class Launch:
+    """What was asked of the device at one time. before: the launch whose tokens it took, if it was a guess.
+
+    tokens: by sequence, what it drew; empty until it was read.
+    """
+
+    slices: tuple[Slice, ...]
+    draw: Draw
+    began: Event
+    done: Event
+    before: Launch | None = None
+    tokens: dict[int, int] = field(default_factory=dict)
+
+    def read(self) -> dict[int, Drawn]:
+        """Wait for the device; the outcomes by sequence."""
+        self.done.wait()
+        drawing = [piece.sequence for piece in self.slices if piece.sample is not None]
+        outcomes = dict(zip(drawing, self.draw.read(), strict=True))
+        self.tokens = {sequence: drawn[0] for sequence, drawn in outcomes.items() if not isinstance(drawn, str)}
+        self.before = None  # no chain of all that ever was
+        return outcomes
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A plan whose launches are under way, or an error."""
+
+    plan: Plan
+    launches: tuple[Launch, ...] = ()
+    prompt_scores: PromptScores = ()
+    failed: tuple[tuple[int, str], ...] = ()
+    error: str | None = None
+
+    def finish(self) -> Result:
+        """Wait for the device and say what it found. Raises DeviceError when the device has failed."""
+        ticket = Ticket(self.plan.step, self.plan.lane)
+        if self.error is not None:
+            return Result(ticket, error=self.error)
+        outcomes: dict[int, Drawn] = {}
+        for launch in self.launches:
+            outcomes |= launch.read()
+        sampled, failed = [], dict(self.failed)
+        for piece in self.plan.slices:
+            if piece.sample is None or piece.sequence in failed:
+                continue
+            outcome = outcomes[piece.sequence]
+            if isinstance(outcome, str):
+                failed[piece.sequence] = outcome
+            else:
+                sampled.append(Sampled(piece.sequence, *outcome))
+        seconds = sum(launch.done.seconds_since(launch.began) for launch in self.launches)
+        return Result(ticket, tuple(sampled), self.prompt_scores, tuple(failed.items()), seconds=seconds)
+
+
+class CudaLane:
+    """One thread calls `start`, in the order of plans. Another may ask `writing` at any time."""
+
+    def __init__(self, gpu: Gpu, stream: Stream, decoder: Decoder, forward: CudaForward, block_size: int) -> None:
+        self._gpu = gpu
+        self._stream = stream
+        self._decoder = decoder
+        self._forward = forward
+        self._block_size = block_size
+        self._guess: Launch | None = None
+        self._guesses: tuple[tuple[frozenset[int], Event], ...] = ()  # that may still write, oldest first
+
+    def start(self, plan: Plan, others: Iterable[CudaLane] = (), *, ahead: bool = True) -> Pending:
+        """Launch a plan, or what of it was not launched already. An exception fails the step, not the lane.
+
+        others: the lanes whose guesses it must not run into. ahead: whether to guess what comes next.
+        """
+        try:
+            with self._stream.use(), torch.inference_mode():
+                return self._start(plan, others, ahead)
+        except Exception as error:
+            self._guess = None
+            return Pending(plan, error=f"{type(error).__name__}: {error}")
+
+    def check(self) -> None:
+        """Raises DeviceError when the device has failed, so that nothing will work any more."""
+        self._stream.check()
+
+    def writing(self, blocks: set[int]) -> list[Event]:
+        """When the guesses that may still write to some of these blocks have done so."""
+        return [event for written, event in self._guesses if not written.isdisjoint(blocks) and not event.reached()]
+
+    def _start(self, plan: Plan, others: Iterable[CudaLane], ahead: bool) -> Pending:
+        guess, self._guess = self._guess, None
+        rest = plan.slices if guess is None else _not_guessed(plan.slices, guess)
+        launches = [guess] if guess is not None and len(rest) < len(plan.slices) else []
+        prompt_scores: PromptScores = ()
+        failed: dict[int, str] = {}
+        if rest:
+            for other in others:
+                for event in other.writing(self._written(rest)):
+                    self._stream.follow(event)
+            launches.append(self._launch(rest))
+            prompt_scores, failed = score_prompts(rest, self._decoder, self._forward.hidden)
+        if ahead and len(launches) == 1:
+            self._guess = self._go_ahead(plan, launches[0])
+        return Pending(plan, tuple(launches), prompt_scores, tuple(failed.items()))
+
+    def _launch(self, slices: tuple[Slice, ...], feeds: Sequence[int] | None = None) -> Launch:
+        began = self._stream.mark()
+        logits = self._forward.run(slices, last_rows(slices), feeds)
+        samplings = [piece.sample for piece in slices if piece.sample is not None]
+        draw = start_draw(self._gpu, logits, samplings, self._forward.drawn)
+        return Launch(slices, draw, began, self._stream.mark())
+
+    def _go_ahead(self, plan: Plan, launch: Launch) -> Launch | None:
+        """Launch the next decode step of a plan's sequences, where it can be told and has room."""
+        following = [_next(piece, self._decoder.max_model_len, self._block_size) for piece in plan.slices]
+        slices = tuple(piece for piece in following if piece is not None)
+        if len(slices) != len(following) or launch.draw.late:
+            return None
+        places = {piece.sequence: place for place, piece in enumerate(launch.slices)}
+        guess = self._launch(slices, [places[piece.sequence] for piece in slices])
+        guess.before = launch
+        old = tuple(entry for entry in self._guesses if not entry[1].reached())
+        self._guesses = (*old, (frozenset(self._written(slices)), guess.done))
+        return guess
+
+    def _written(self, slices: Iterable[Slice]) -> set[int]:
+        size = self._block_size
+        return {block for one in slices for block in one.blocks[one.start // size : (one.end - 1) // size + 1]}
+
+
+def _not_guessed(slices: tuple[Slice, ...], guess: Launch) -> tuple[Slice, ...]:
+    """The slices that the guess did not compute. Their tokens are known by now, if they were made from its results."""
+    guessed = {piece.sequence: piece for piece in guess.slices}
+    tokens = {} if guess.before is None else guess.before.tokens
+
+    def computed(piece: Slice) -> bool:
+        found = guessed.get(piece.sequence)
+        return (
+            found is not None
+            and piece.tokens == (tokens.get(piece.sequence),)
+            and (piece.start, piece.sample, piece.prompt_logprobs) == (found.start, found.sample, None)
+            and piece.blocks[: len(found.blocks)] == found.blocks
+        )
+
+    return tuple(piece for piece in slices if not computed(piece))
+
+
+def _next(piece: Slice, max_model_len: int, block_size: int) -> Slice | None:
+    """What a sequence computes after this slice, but for its token; None where nobody can know, or room lacks."""
+    sampling = piece.sample
+    if sampling is None or piece.prompt_logprobs is not None or sampling.params.penalised or sampling.forbidden:
+        return None
+    if piece.end >= min(max_model_len, len(piece.blocks) * block_size):
+        return None
+    return Slice(piece.sequence, piece.end, (0,), piece.blocks, replace(sampling, position=sampling.position + 1))

@@ -1,0 +1,274 @@
+"""All that the cuda device wants of a GPU, behind one small interface, and the same without a GPU.
+
+`TorchGpu` is torch.cuda. `Interpreted` is for machines without one: tensors lie in host memory, Triton interprets its
+kernels (TRITON_INTERPRET=1), all is done when it is asked for, and streams, events and graphs have nothing to do.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
+
+import torch
+
+from weft.devices.memory import free_memory
+from weft.errors import DeviceError
+
+Work = Callable[[], None]
+cuda: Any = torch.cuda  # some of it has no types
+INTERPRETED_SHARES = 8  # what there is to divide between lanes where nothing is real
+
+
+class Event(Protocol):
+    """A point in a stream's work."""
+
+    def wait(self) -> None:
+        """Until the device is there; other threads go on. Raises DeviceError when the device has failed."""
+        ...
+
+    def reached(self) -> bool: ...
+
+    def seconds_since(self, earlier: Any) -> float:
+        """Between two events of one kind that the device has reached."""
+        ...
+
+
+class Stream(Protocol):
+    """The ordered work of one lane."""
+
+    def use(self) -> AbstractContextManager[None]:
+        """What this thread launches in the `with` block goes to the stream."""
+        ...
+
+    def mark(self) -> Event:
+        """An event after all that was launched so far."""
+        ...
+
+    def follow(self, event: Any) -> None:
+        """What is launched from now on begins after the event, which is one of this GPU's; the host does not wait."""
+        ...
+
+    def check(self) -> None:
+        """Wait for all that was launched. Raises DeviceError when the device has failed, for good."""
+        ...
+
+    def capture(self, work: Work) -> Work:
+        """Record what `work` launches, all of it on tensors that stay where they are; the result launches it again.
+        The recordings of a stream share their memory, so the largest should be made first."""
+        ...
+
+
+class Gpu(Protocol):
+    """device: where tensors go. shares: units that a partition divides. captures: whether graphs are worth their
+    memory."""
+
+    name: str
+    device: torch.device
+    shares: int
+    captures: bool
+
+    def adopt(self) -> None:
+        """To be called by each thread before it works for this GPU."""
+        ...
+
+    def stream(self) -> Stream: ...
+
+    def staging(self, size: int) -> torch.Tensor:
+        """uint8 [size] in host memory that copies to and from the device need not wait for."""
+        ...
+
+    def memory(self) -> tuple[int, int]:
+        """(free, total) bytes of the device, whoever has the rest."""
+        ...
+
+    def peak(self, work: Work) -> int:
+        """Bytes that `work` takes at its peak, beyond what is held now."""
+        ...
+
+
+def open_gpu() -> Gpu:
+    """The GPU that this process sees first, or the interpreter where it was asked for. Raises DeviceError."""
+    if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own variable, which it reads once
+        return Interpreted()
+    if not torch.cuda.is_available():
+        built = "no GPU can be used" if torch.version.cuda else "this torch was built without CUDA"
+        raise DeviceError(
+            f"--device is cuda, and {built}; what would work: --device cpu, a CUDA build of torch on a machine with "
+            "a GPU, or TRITON_INTERPRET=1, which interprets a tiny model's kernels on the CPU"
+        )
+    major, minor = torch.cuda.get_device_capability(0)
+    if major < 8:
+        raise DeviceError(
+            f"--device is cuda, and {torch.cuda.get_device_name(0)} has compute capability {major}.{minor}; "
+            "weft's kernels need 8.0 or more: --device cpu works"
+        )
+    return TorchGpu(0)
+
+
+# -- torch.cuda --------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _failures() -> Iterator[None]:
+    """CUDA reports what went wrong in a kernel to whoever waits next, and from then on to everybody."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise DeviceError(f"the GPU failed: {error}") from error
+
+
+class TorchEvent:
+    def __init__(self, stream: Any) -> None:
+        self.inner = cuda.Event(enable_timing=True, blocking=True)
+        self.inner.record(stream)
+
+    def wait(self) -> None:
+        with _failures():
+            self.inner.synchronize()
+
+    def reached(self) -> bool:
+        return bool(self.inner.query())
+
+    def seconds_since(self, earlier: TorchEvent) -> float:
+        return float(earlier.inner.elapsed_time(self.inner)) / 1000
+
+
+class TorchStream:
+    """capturing: held while a graph is recorded, which torch does for one thread at a time."""
+
+    def __init__(self, device: torch.device, capturing: threading.Lock) -> None:
+        self._stream = cuda.Stream(device)
+        self._capturing = capturing
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def use(self) -> AbstractContextManager[None]:
+        used: AbstractContextManager[None] = cuda.stream(self._stream)
+        return used
+
+    def mark(self) -> Event:
+        return TorchEvent(self._stream)
+
+    def follow(self, event: Any) -> None:
+        self._stream.wait_event(event.inner)
+
+    def check(self) -> None:
+        with _failures():
+            self._stream.synchronize()
+
+    def capture(self, work: Work) -> Work:
+        with self._capturing, self.use():
+            work()  # kernels are compiled, and libraries take their memory, outside of the recording
+            graph = torch.cuda.CUDAGraph()
+            # thread_local: the other lane goes on and may allocate.
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                work()
+        return graph.replay
+
+
+class TorchGpu:
+    captures = True
+
+    def __init__(self, index: int) -> None:
+        properties = torch.cuda.get_device_properties(index)
+        self.name = properties.name
+        self.device = torch.device("cuda", index)
+        self.shares = properties.multi_processor_count
+        self._capturing = threading.Lock()
+
+    def adopt(self) -> None:
+        torch.cuda.set_device(self.device)
+
+    def stream(self) -> Stream:
+        return TorchStream(self.device, self._capturing)
+
+    def staging(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def memory(self) -> tuple[int, int]:
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(self.device)
+        return free, total
+
+    def peak(self, work: Work) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        held = torch.cuda.memory_reserved(self.device)
+        work()
+        torch.cuda.synchronize(self.device)
+        return max(0, torch.cuda.max_memory_reserved(self.device) - held)
+
+
+# -- no GPU ------------------------------------------------------------------------------------------------------------
+
+
+class Moment:
+    """An event of a device that is never behind."""
+
+    def __init__(self) -> None:
+        self._at = time.perf_counter()
+
+    def wait(self) -> None:
+        pass
+
+    def reached(self) -> bool:
+        return True
+
+    def seconds_since(self, earlier: Moment) -> float:
+        return self._at - earlier._at
+
+
+class Immediate:
+    """interpreting: held while kernels run, for the interpreter keeps the program's number in one place."""
+
+    def __init__(self, interpreting: threading.RLock) -> None:
+        self._interpreting = interpreting
+
+    @contextlib.contextmanager
+    def use(self) -> Iterator[None]:
+        with self._interpreting:
+            yield
+
+    def mark(self) -> Event:
+        return Moment()
+
+    def follow(self, event: Any) -> None:
+        pass
+
+    def check(self) -> None:
+        pass
+
+    def capture(self, work: Work) -> Work:
+        work()
+        return work
+
+
+class Interpreted:
+    captures = True  # the same path as on a GPU
+
+    def __init__(self) -> None:
+        self.name = "interpreted on this CPU"
+        self.device = torch.device("cpu")
+        self.shares = INTERPRETED_SHARES
+        self._interpreting = threading.RLock()
+
+    def adopt(self) -> None:
+        torch.set_num_threads(1)  # tiny models; two threads would wait for each other
+
+    def stream(self) -> Stream:
+        return Immediate(self._interpreting)
+
+    def staging(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.uint8)
+
+    def memory(self) -> tuple[int, int]:
+        free = free_memory()
+        return free, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+    def peak(self, _work: Work) -> int:
+        return 0  # the host's memory, of which a tiny model's activations take next to nothing
