@@ -21,7 +21,14 @@ class Driver:
     """Submits, plans and lands, and keeps what the client was told: tokens by (request, index), ends by request."""
 
     def __init__(self, lanes: tuple[Lane, ...] = (Lane.MIXED,), **given: Any) -> None:
-        capacity = {"blocks": 16, "block_size": 4, "max_tokens": 64, "max_slices": 16, "max_model_len": 200}
+        capacity = {
+            "blocks": 16,
+            "block_size": 4,
+            "max_tokens": 64,
+            "max_slices": 16,
+            "max_model_len": 200,
+            "layers": 1,
+        }
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
         for name, value in given.items():
             (capacity if name in capacity else settings)[name] = value

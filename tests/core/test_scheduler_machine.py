@@ -91,6 +91,7 @@ class Auditor:
         self.capacity = capacity
         self.settings = settings
         self.claims: dict[Lane, Claim] = {}
+        self.paused: dict[Lane, Claim] = {}  # between two parts of a step
         self.writer: dict[tuple[int, int], int] = {}
         self.good: set[int] = set()
         self.steps: set[int] = set()
@@ -99,6 +100,11 @@ class Auditor:
 
     def submitted(self, plan: Plan) -> None:
         assert plan.lane not in self.claims, "two tickets of one lane in flight"
+        before = self.paused.pop(plan.lane, None)
+        if plan.part:
+            assert before is not None and plan == replace(before.plan, step=plan.step, part=before.plan.part + 1)
+            self._untouched(before.plan)
+        assert plan.parts <= self.capacity.layers and (plan.parts == 1 or plan.lane is Lane.PREFILL)
         assert plan.step not in self.steps and plan.step > max(self.steps, default=0), "step numbers must grow"
         assert plan.tokens <= self.settings.max_num_batched_tokens
         assert len(plan.slices) <= min(self.settings.max_num_seqs, self.capacity.max_slices)
@@ -131,10 +137,19 @@ class Auditor:
                 self.writer[piece.blocks[position // size], position % size] = plan.step
         self.claims[plan.lane] = claim
 
+    def _untouched(self, plan: Plan) -> None:
+        """Nobody has written to the blocks of a step between two of its parts."""
+        size = self.capacity.block_size
+        for piece in plan.slices:
+            for position in range(piece.start, piece.end):
+                assert self.writer[piece.blocks[position // size], position % size] == plan.step
+
     def completed(self, result: Result) -> None:
-        del self.claims[result.ticket.lane]
-        if result.error is None:
+        claim = self.claims.pop(result.ticket.lane)
+        if result.error is None and claim.plan.last:
             self.good.add(result.ticket.step)
+        elif result.error is None:
+            self.paused[result.ticket.lane] = claim
 
 
 @dataclass(slots=True)
@@ -168,6 +183,8 @@ def expected(request: Request, blocks: int, block_size: int) -> tuple[list[int],
 
 class SchedulerMachine(RuleBasedStateMachine):
     break_it: Callable[[Scheduler], None] | None = None
+    # What every run of a broken scheduler begins with, for those that are rarely noticed otherwise.
+    cut, cached = False, False
 
     @initialize(
         lanes=st.sampled_from([MIXED, SPLIT]),
@@ -177,9 +194,26 @@ class SchedulerMachine(RuleBasedStateMachine):
         seats=st.integers(1, 6),
         budget=st.integers(6, 24),
         slow=st.integers(1, 4),
+        layers=st.sampled_from([1, 2, 5]),
+        turns=st.booleans(),
     )
-    def open(self, lanes: Any, caching: bool, blocks: int, block_size: int, seats: int, budget: int, slow: int) -> None:
-        capacity = Capacity(blocks, block_size, 64, 64, 2, LONGEST, VOCABULARY)
+    def open(
+        self,
+        lanes: Any,
+        caching: bool,
+        blocks: int,
+        block_size: int,
+        seats: int,
+        budget: int,
+        slow: int,
+        layers: int,
+        turns: bool,
+    ) -> None:
+        if self.cut:
+            lanes, layers, turns = SPLIT, 5, True
+        if self.cached:
+            lanes, caching, blocks, turns = MIXED, True, 8, False
+        capacity = Capacity(blocks, block_size, 64, 64, 2, LONGEST, VOCABULARY, layers)
         self.lanes, self.blocks, self.block_size, self.slow = lanes, blocks, block_size, slow
         self.rounds = 0
         given = SchedulerSettings(seats, budget, max_num_queued_reqs=QUEUE, enable_prefix_caching=caching)
@@ -195,6 +229,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sharing: Sharing | None = None
         self.retired: set[Lane] = set()
         self.last: Result | None = None
+        if turns and lanes == SPLIT:
+            self.share(Sharing(Regime.TURNS, Partition(1, 1), chunk=2))
 
     # -- moves ---------------------------------------------------------------------------------------------------
 
@@ -263,8 +299,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         story = data.draw(st.sampled_from([story for story in self.stories.values() if story.end is None]))
         self.scheduler.preempt(story.request.id)
 
+    @rule(data=st.data(), abort=st.booleans())
+    @precondition(lambda self: any(flight.paused for flight in self.scheduler.inflight))
+    def interrupt(self, data: st.DataObject, abort: bool) -> None:
+        """Somebody leaves a step between two of its parts."""
+        (flight,) = [flight for flight in self.scheduler.inflight if flight.paused]
+        _, sequence = data.draw(st.sampled_from(flight.wanted))
+        story = self.stories[sequence.live.request.id]
+        if abort:
+            story.aborted = True
+            self._hear(self.scheduler.abort(story.request.id, self.now))
+        else:
+            assert self.scheduler.preempt(story.request.id)
+
     @rule(data=st.data())
-    @precondition(lambda self: len(self.scheduler.inflight) > 0)
+    @precondition(lambda self: bool(self.auditor.claims))
     def lose(self, data: st.DataObject) -> None:
         """The engine gives up on a step; its result comes later all the same."""
         lane = data.draw(st.sampled_from(sorted(self.auditor.claims)))
@@ -358,7 +407,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert plan.lane is lane and lane not in self.retired
             regime = None if self.sharing is None else self.sharing.regime
             if not self.retired:
-                assert regime is not Regime.MIXED or lane is Lane.DECODE
+                assert regime is not Regime.MIXED or lane is Lane.DECODE or plan.part
                 busy = [claim for other, claim in self.auditor.claims.items() if other is not lane]
                 assert regime is not Regime.TURNS or not busy or self.loose, "two lanes at once, and they take turns"
             self.auditor.strict = regime is not Regime.MIXED and not self.retired
@@ -378,7 +427,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             result = replace(result, error="the step failed")
         elif fault == "slice":
             result = replace(result, failed=((harmed[0], "NaN"),))
-        elif fault == "empty" and plan.slices[0].sample is not None:
+        elif fault == "empty" and plan.slices[0].sample is not None and plan.last:
             result = replace(result, sampled=result.sampled[1:])
         else:
             harmed = []
@@ -544,6 +593,35 @@ def hits_the_last_token(scheduler: Scheduler) -> None:
     prefix.match = lambda digests, tokens: match(digests, [*tokens, 0])  # type: ignore[method-assign]
 
 
+def takes_a_part_for_the_whole(scheduler: Scheduler) -> None:
+    """A step has written all its keys and values when the first of its parts has ended."""
+    pause = scheduler.inflight.pause
+
+    def early(flight: Any) -> bool:
+        paused = pause(flight)
+        for piece, sequence in flight.wanted:
+            computed, sequence.computed = sequence.computed, piece.end
+            scheduler.running.publish(sequence)
+            sequence.computed = computed
+        return paused
+
+    scheduler.inflight.pause = early  # type: ignore[method-assign]
+
+
+def frees_between_parts(scheduler: Scheduler) -> None:
+    """Rule 2 broken: between two parts of a step, nothing seems to be in flight."""
+    inflight = scheduler.inflight
+    leave = inflight.leave
+
+    def careless(sequence: Any) -> None:
+        if sequence.flight is not None and sequence.flight.paused and len(sequence.flight.wanted) > 1:
+            sequence.flight = None
+        else:
+            leave(sequence)
+
+    inflight.leave = careless  # type: ignore[method-assign]
+
+
 def leaks_on_abort(scheduler: Scheduler) -> None:
     """What is left to a ticket never comes back."""
     scheduler.pool.unpin = lambda blocks: None  # type: ignore[method-assign]
@@ -558,11 +636,14 @@ def leaks_on_abort(scheduler: Scheduler) -> None:
         forgets_nothing,
         believes_stale_results,
         hits_the_last_token,
+        takes_a_part_for_the_whole,
+        frees_between_parts,
         leaks_on_abort,
     ],
 )
 def test_the_machine_notices_a_scheduler_that(wrong: Callable[[Scheduler], None]) -> None:
-    machine = type("Broken", (SchedulerMachine,), {"break_it": staticmethod(wrong)})
+    cut, cached = wrong in (takes_a_part_for_the_whole, frees_between_parts), wrong is publishes_before_completion
+    machine = type("Broken", (SchedulerMachine,), {"break_it": staticmethod(wrong), "cut": cut, "cached": cached})
     quick = settings(
         max_examples=5000,  # it stops at the first failure; the rarest of these shows in one of some 300 runs
         stateful_step_count=40,

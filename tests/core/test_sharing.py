@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from weft.core.plan import Lane, Partition, Plan, Regime, Sharing
+from weft.core.plan import Lane, Partition, Plan, Regime, Result, Sharing
 from weft.core.turns import Turns
 from weft.devices.simulated import continuation
 
@@ -82,6 +82,166 @@ def test_turns_let_one_lane_compute_at_a_time_in_proportion_to_the_parts(drive: 
         driver.land(lanes[0], lambda result, seconds=seconds: replace(result, seconds=seconds))
     assert taken[Lane.PREFILL] / taken[Lane.DECODE] == pytest.approx(3.0, rel=0.35)
     assert driver.tokens["b", 0] == right(range(45), 1)
+
+
+# -- steps that are cut at layers ------------------------------------------------------------------------------------
+
+
+def cut(drive: Any, prompt: Any = range(20), *, layers: int = 4, chunk: int = 5, **given: Any) -> Any:
+    """A request that decodes, and a prompt that waits for its first turn."""
+    driver = drive(SPLIT, **({"blocks": 64, "layers": layers} | given))
+    driver.scheduler.share(Sharing(Regime.TURNS, EVEN, chunk=chunk))
+    driver.submit("old", [1, 2], max_tokens=30)
+    driver.round()
+    driver.submit("new", prompt, max_tokens=3)
+    return driver
+
+
+def a_second(result: Result) -> Result:
+    return replace(result, seconds=1.0)
+
+
+def turn(driver: Any) -> Plan:
+    """One turn of whoever has it."""
+    for lane in driver.scheduler.order():
+        plan = driver.plan(lane)
+        if plan is not None:
+            assert all(driver.plan(other) is None for other in SPLIT), "one lane at a time"
+            driver.land(lane, a_second)
+            return plan
+    raise AssertionError("nobody has a turn")
+
+
+def test_a_step_of_prompts_is_cut_at_layers_so_that_decode_gets_its_turns(drive: Any) -> None:
+    driver = cut(drive)
+    plans = [turn(driver) for _ in range(8)]
+    assert [plan.lane for plan in plans] == [Lane.DECODE, Lane.PREFILL] * 4
+    parts = [plan for plan in plans if plan.lane is Lane.PREFILL]
+    assert [(plan.part, plan.parts, plan.tokens) for plan in parts] == [(part, 4, 20) for part in range(4)]
+    assert "new" in {event.request for event in driver.outputs}, "the last part has drawn a token"
+    driver.drain()
+    assert driver.tokens == {("old", 0): right([1, 2], 30), ("new", 0): right(range(20), 3)}
+
+
+@pytest.mark.parametrize(
+    ("layers", "chunk", "tokens", "shapes"),
+    [
+        (4, 5, 20, [(20, 4)]),
+        (4, 8, 20, [(20, 3)]),  # the work of 6.7 tokens a turn
+        (4, 20, 20, [(20, 1)]),
+        (2, 5, 20, [(10, 2), (10, 2)]),  # no more parts than layers, so fewer tokens
+        (1, 5, 12, [(5, 1), (5, 1), (2, 1)]),  # a device that cannot cut steps
+    ],
+)
+def test_a_turn_has_the_work_of_a_chunk(
+    drive: Any, layers: int, chunk: int, tokens: int, shapes: list[tuple[int, int]]
+) -> None:
+    driver = cut(drive, range(tokens), layers=layers, chunk=chunk)
+    while driver.scheduler.running.prefilling or driver.scheduler.running.waiting:
+        turn(driver)
+    found = [(plan.tokens, plan.parts) for plan in driver.plans if plan.lane is Lane.PREFILL and plan.last]
+    assert found[1:] == shapes
+
+
+def test_a_step_that_nobody_waits_for_is_not_cut(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64, layers=4)
+    driver.scheduler.share(Sharing(Regime.TURNS, EVEN, chunk=5))
+    driver.submit("new", range(20), max_tokens=3)
+    plan = turn(driver)
+    assert (plan.tokens, plan.parts) == (20, 1)
+
+
+@pytest.mark.parametrize("regime", [Regime.SPLIT, Regime.MIXED])
+def test_a_step_that_has_begun_goes_on_when_the_regime_changes(drive: Any, regime: Regime) -> None:
+    driver = cut(drive)
+    while turn(driver).lane is Lane.DECODE:
+        pass
+    driver.scheduler.share(Sharing(regime, EVEN))
+    driver.submit("later", [5, 6], max_tokens=2)
+    decode, plan = driver.plan(Lane.DECODE), driver.plan(Lane.PREFILL)
+    assert plan is not None and (plan.part, plan.parts) == (1, 4)
+    assert shape(decode) == ([1] if regime is Regime.SPLIT else [1, 2]), "beside it, the decode lane does what is its"
+    for lane in SPLIT:
+        driver.land(lane)
+    driver.drain()
+    assert driver.tokens["new", 0] == right(range(20), 3) and driver.tokens["later", 0] == right([5, 6], 2)
+    assert [plan.part for plan in driver.plans if plan.parts == 4] == [0, 1, 2, 3], "nothing is computed twice"
+
+
+@pytest.mark.parametrize("how", ["abort", "preempt"])
+def test_a_step_that_nobody_wants_any_more_ends_between_its_parts(drive: Any, how: str) -> None:
+    driver = cut(drive, enable_prefix_caching=False)
+    while turn(driver).lane is Lane.DECODE:
+        pass
+    held = driver.pool.held
+    if how == "abort":
+        driver.abort("new")
+    else:
+        driver.scheduler.preempt("new")
+    assert (driver.pool.held, driver.pool.pinned) == (held - 5, 0), "nothing is in flight, so nothing is pinned"
+    driver.drain()
+    assert driver.tokens["old", 0] == right([1, 2], 30)
+    if how == "preempt":
+        assert driver.tokens["new", 0] == right(range(20), 3)
+
+
+def test_a_step_goes_on_for_those_who_still_want_it_and_keeps_the_blocks_of_the_others(drive: Any) -> None:
+    driver = cut(drive, range(10), enable_prefix_caching=False)
+    driver.submit("gone", range(40, 50), max_tokens=2)
+    while turn(driver).lane is Lane.DECODE:
+        pass
+    driver.abort("gone")
+    assert driver.pool.pinned == 3
+    driver.drain()
+    assert driver.tokens["new", 0] == right(range(10), 3) and driver.pool.free == 64
+
+
+@pytest.mark.parametrize("fault", ["failed", "one failed", "lost"])
+def test_a_part_that_fails_ends_its_requests_and_the_other_lane_goes_on(drive: Any, fault: str) -> None:
+    driver = cut(drive, range(10))
+    driver.submit("beside", range(40, 50), max_tokens=2)
+    while driver.plan(Lane.PREFILL) is None:
+        driver.plan(Lane.DECODE)
+        driver.land(Lane.DECODE, a_second)
+    plan = driver.plans[-1]
+    assert (plan.part, plan.parts) == (0, 4)
+    if fault == "lost":
+        driver.hear(driver.scheduler.lose(plan.step, "it hangs", driver.now))
+        assert driver.scheduler.retire(Lane.PREFILL) and shape(driver.plan(Lane.DECODE)) == [1]
+        driver.land(Lane.DECODE)
+        driver.land(Lane.PREFILL)  # late; nobody waits for the other parts
+        assert not driver.scheduler.inflight
+    elif fault == "failed":
+        driver.fail(Lane.PREFILL)
+    else:
+        driver.land(Lane.PREFILL, lambda result: replace(result, failed=((plan.slices[0].sequence, "NaN"),)))
+    driver.drain()
+    assert driver.ends["new"].code == "step_failed" and driver.tokens["old", 0] == right([1, 2], 30)
+    if fault == "one failed":
+        assert driver.tokens["beside", 0] == right(range(40, 50), 2)
+    else:
+        assert driver.ends["beside"].code == "step_failed"
+
+
+def test_the_pace_of_prompts_counts_all_parts(drive: Any) -> None:
+    driver = cut(drive)
+    for _ in range(8):
+        turn(driver)
+    assert driver.scheduler.planner.pace.decode_steps(20) == 4, "20 tokens took 4 seconds, a decode step takes one"
+
+
+def test_an_internal_error_between_two_parts_leaves_nothing_in_flight(drive: Any) -> None:
+    driver = cut(drive)
+    while turn(driver).lane is Lane.DECODE:
+        pass
+    driver.hear(driver.scheduler.recover("a bug", driver.now))
+    assert not driver.scheduler.inflight and driver.pool.free == 64
+    driver.submit("next", range(9), max_tokens=2)
+    driver.drain()
+    assert driver.tokens["next", 0] == right(range(9), 2)
+
+
+# -- turns and lanes that are gone -----------------------------------------------------------------------------------
 
 
 def test_a_lane_that_had_nothing_to_do_gets_no_credit_for_it() -> None:

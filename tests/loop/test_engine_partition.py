@@ -30,7 +30,14 @@ from weft.phases.paper import PaperPolicy
 VOCABULARY = 60
 SHARES = 8
 CAPACITY = Capacity(
-    blocks=40, block_size=4, max_tokens=32, max_slices=8, shares=SHARES, max_model_len=80, vocabulary=VOCABULARY
+    blocks=40,
+    block_size=4,
+    max_tokens=32,
+    max_slices=8,
+    shares=SHARES,
+    max_model_len=80,
+    vocabulary=VOCABULARY,
+    layers=4,
 )
 COST = CostModel(fixed=1e-3, per_token=1e-3, per_context=1e-6, weights=2e-3, saturation=0.5, contention=0.3)
 WHOLE = Partition(SHARES, SHARES)
@@ -203,6 +210,41 @@ def test_a_lane_alone_gets_the_whole_device_if_the_controller_says_so(lone: bool
     assert first == ([1.0] * 4 if lone else [5 / 8, 3 / 8, 3 / 8, 3 / 8])
     both = [(one.lane, one.share) for one in steps if one.rival > 0.9]
     assert (Lane.DECODE, 3 / 8) in both
+
+
+@pytest.mark.parametrize("layers", [1, 4])
+def test_turns_keep_decode_waiting_for_no_more_than_a_part_of_a_prompts_step(layers: int) -> None:
+    cost = CostModel(1e-3, per_token=1e-3)
+    sharing = Sharing(Regime.TURNS, Partition(4, 4), chunk=4 if layers > 1 else None)
+    engine, device = virtual(Watching(sharing), cost=cost)
+    heard = Heard(device.clock)
+    engine.submit(ask("old", [1, 2], 60))
+    heard.take(engine.step(1.0))
+    for number in range(4):
+        engine.submit(ask(f"new{number}", range(number, number + 32), 2))
+    heard.drain(engine)
+    gaps = [after - before for before, after in itertools.pairwise(heard.times["old"])]
+    longest = 1e-3 + 16e-3 / layers  # a prefill step, or a quarter of one
+    assert max(gaps) == pytest.approx(longest + 1e-3 + 5e-3, abs=5e-3)
+    assert heard.tokens["old"] == right([1, 2], 60)
+
+
+def test_the_parts_of_a_step_are_one_observation() -> None:
+    policy = Watching(Sharing(Regime.TURNS, Partition(4, 4), chunk=4))
+    engine, device = virtual(policy, cost=CostModel(0.0, per_token=1e-3))
+    heard = Heard(device.clock)
+    engine.submit(ask("old", [1, 2], 40))
+    heard.take(engine.step(1.0))
+    engine.submit(ask("new", range(16), 2))
+    heard.drain(engine)
+    engine.submit(ask("end", [1], 1))
+    heard.drain(engine)
+    steps = [one for one in policy.seen if isinstance(one, Stepped) and one.lane is Lane.PREFILL]
+    assert [(one.prompt + one.output, one.seconds) for one in steps[:2]] == [
+        (2, pytest.approx(2e-3)),
+        (16, pytest.approx(16e-3)),
+    ]
+    assert engine.stats().iteration_tokens == 2 + 39 + 16 + 1 + 1
 
 
 # -- what the controller is told -------------------------------------------------------------------------------------

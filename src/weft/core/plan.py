@@ -64,15 +64,27 @@ class Slice:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step of one lane. `step` is unique within an engine and grows."""
+    """One step of one lane, or a part of one. `step` is unique within an engine and grows.
+
+    A step can be cut at layers, so that another lane may have a turn in between: this is part `part` of `parts`, about
+    equal ones, which are given to the lane one after the other with nothing else between them. The last one samples
+    and scores; only after it are the keys and values of the slices there.
+    """
 
     step: int
     lane: Lane
     slices: tuple[Slice, ...]
+    part: int = 0
+    parts: int = 1
 
     @property
     def tokens(self) -> int:
         return sum(len(piece.tokens) for piece in self.slices)
+
+    @property
+    def last(self) -> bool:
+        """Whether the step ends with this part."""
+        return self.part + 1 == self.parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +154,8 @@ class Sharing:
     """What the scheduler and the device go by until told otherwise.
 
     partition: the shares (SPLIT), or the parts of the time (TURNS). chunk: most tokens of prompts in a step that has
-    decoding sequences, too (MIXED), or that another lane waits for (TURNS); None: as many as fit.
+    decoding sequences, too (MIXED); the work of so many tokens is the longest turn of the prefill lane while somebody
+    decodes (TURNS): steps are cut at layers where the device can do that, to fewer tokens otherwise. None: no limit.
     size_weight: seconds that each token of its prompt puts a request back in the queue. 0: order of arrival.
     Otherwise the shortest goes first, and waiting makes up for size: a constant order, like that of priorities.
     """
@@ -158,7 +171,8 @@ class Capacity:
     """What a device offers; fixed once it is open.
 
     blocks x block_size KV slots; max_tokens and max_slices bound one plan; shares: units that a Partition divides;
-    max_model_len: longest sequence in tokens; vocabulary: number of token ids.
+    max_model_len: longest sequence in tokens; vocabulary: number of token ids; layers: parts that a step can be cut
+    into at most, 1 where it cannot be cut.
     """
 
     blocks: int
@@ -168,3 +182,4 @@ class Capacity:
     shares: int
     max_model_len: int
     vocabulary: int
+    layers: int = 1

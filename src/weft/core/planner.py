@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 
+from weft.core.inflight import Flight
 from weft.core.pace import Pace
 from weft.core.plan import Lane, Plan, Regime, Sharing, Slice
 from weft.core.request import Request
@@ -20,13 +21,20 @@ from weft.core.turns import Turns
 
 
 class Planner:
-    """budget: tokens of a plan at most. started: told of each sequence that has begun to be computed, and when."""
+    """budget: tokens of a plan at most. layers: parts of a step at most. started: told of each sequence that has begun
+    to be computed, and when."""
 
     def __init__(
-        self, lanes: tuple[Lane, ...], running: Running, budget: int, started: Callable[[Sequence, float], None]
+        self,
+        lanes: tuple[Lane, ...],
+        running: Running,
+        budget: int,
+        layers: int,
+        started: Callable[[Sequence, float], None],
     ) -> None:
         self.lanes = lanes
         self.budget = budget
+        self.layers = layers
         self.pace = Pace()
         self._running = running
         self._inflight = running.inflight
@@ -57,12 +65,15 @@ class Planner:
         self._choose()
         return len(self._lost) < len(self.lanes)
 
-    def landed(self, plan: Plan, seconds: float) -> None:
-        """A plan took so long."""
+    def landed(self, flight: Flight, seconds: float) -> None:
+        """A step, or a part of one, took so long."""
+        plan = flight.plan
         if plan.lane in self._lost:
             self._lost.discard(plan.lane)
             self._choose()
-        self.pace.note(plan, seconds)
+        flight.seconds += seconds
+        if plan.last:
+            self.pace.note(plan, flight.seconds)
         if self._turns is not None:
             self._turns.used(plan.lane, seconds)
 
@@ -89,9 +100,13 @@ class Planner:
 
     def plan(self, lane: Lane, now: float) -> Plan | None:
         """The next plan of a lane; None when it has a ticket in flight, nothing to do, or another lane has its turn."""
-        if self._inflight.busy(lane) or lane in self._lost or (self._both is not None and self._both is not lane):
+        if self._inflight.busy(lane) or lane in self._lost:
             return None
-        if self._turns is not None and any(not flight.lost for flight in self._inflight):
+        if self._turns is not None and any(not (flight.lost or flight.paused) for flight in self._inflight):
+            return None
+        if self._inflight.paused(lane):  # a step that has begun goes on, whatever the regime is by now
+            return self._inflight.resume(lane, next(self._steps))
+        if self._both is not None and self._both is not lane:
             return None
         pieces: list[Slice] = []
         members: list[Sequence] = []
@@ -101,7 +116,7 @@ class Planner:
             self._plan_prefill(pieces, members, now)
         if not pieces:
             return None
-        plan = Plan(next(self._steps), lane, tuple(pieces))
+        plan = Plan(next(self._steps), lane, tuple(pieces), parts=self._parts(lane, pieces))
         self._inflight.launch(plan, tuple(members))
         return plan
 
@@ -140,7 +155,19 @@ class Planner:
             return budget
         # Those in this plan, or those that the decode lane has its next turn for.
         waiting = decoding if self._turns is None else len(self._running.decoding)
-        return min(budget, max(1, sharing.chunk)) if waiting else budget
+        if not waiting:
+            return budget
+        return min(budget, max(1, sharing.chunk) * (1 if self._both is not None else self.layers))
+
+    def _parts(self, lane: Lane, pieces: list[Slice]) -> int:
+        """Turns that a step of prompts takes while somebody decodes, each with the work of one chunk."""
+        sharing = self._sharing
+        if lane is not Lane.PREFILL or self._turns is None or self._both is not None:
+            return 1
+        if sharing is None or sharing.chunk is None or not self._running.decoding:
+            return 1
+        tokens = sum(len(piece.tokens) for piece in pieces)
+        return min(self.layers, -(-tokens // max(1, sharing.chunk)))
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         # One lane for both phases never starves one of them while it computes the other.

@@ -42,7 +42,7 @@ class Scheduler:
         self.pool = self.running.pool
         self.inflight = self.running.inflight
         self.admission = Admission(capacity, settings)
-        self.planner = Planner(lanes, self.running, budget, self._started)
+        self.planner = Planner(lanes, self.running, budget, capacity.layers, self._started)
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self._live: dict[str, Live] = {}
@@ -100,7 +100,7 @@ class Scheduler:
         reused and its lane gets no other plan until a late result comes."""
         events: list[Event] = []
         for flight in self.inflight:
-            if flight.plan.step == step:
+            if flight.plan.step == step and not flight.paused:
                 flight.lost = True
                 for sequence in flight.members:
                     if sequence.flight is flight:
@@ -159,11 +159,18 @@ class Scheduler:
     def complete(self, result: Result, now: float) -> list[Event]:
         """Take in what a finished ticket produced. Raises UnknownTicket, with nothing changed, for any other result."""
         events: list[Event] = []
-        plan = self.inflight.plan(result.ticket)
+        flight = self.inflight.flight(result.ticket)
+        self.planner.landed(flight, result.seconds)
+        failed = dict(result.failed)
+        if result.error is None and not flight.plan.last:
+            for piece, sequence in flight.wanted:
+                if piece.sequence in failed and sequence.flight is flight:
+                    self._end_request(sequence.live, Finish.ERROR, now, events, failed[piece.sequence], STEP_FAILED)
+            if self.inflight.pause(flight):
+                return events
         wanted = self.inflight.land(result.ticket)
-        self.planner.landed(plan, result.seconds)
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
-        scores, failed = dict(result.prompt_scores), dict(result.failed)
+        scores = dict(result.prompt_scores)
         for piece, sequence in wanted:
             if sequence.state is State.ENDED:  # with its request, a slice ago
                 continue

@@ -27,11 +27,13 @@ class CostModel:
     contention: float = 0.0
 
     def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
-        """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0."""
+        """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0.
+        Each part of a step that is cut costs `fixed` anew."""
         context = sum(piece.end for piece in plan.slices)
         own = share / max(1.0, share + rival)
         memory = (self.weights + self.per_context * context) / min(1.0, own / self.saturation)
-        return self.fixed + self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
+        work = self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
+        return self.fixed + work / plan.parts
 
 
 FREE = CostModel()

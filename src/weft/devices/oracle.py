@@ -10,14 +10,15 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
-from weft.core.plan import Capacity, Plan, Result, Sampled, Slice, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Slice, Ticket, TokenScore
 
 WORD = array("i").itemsize
 SLOT_BYTES = 2 * WORD
 LN2 = math.log(2.0)
+NAN = "the logits are not numbers (NaN): simulated fault"
 
 
 def oracle(tokens: Sequence[int], vocabulary: int, forbidden: Collection[int] = ()) -> int:
@@ -78,12 +79,13 @@ class Slots:
         self._positions = array("i", [-1]) * (blocks * block_size)
         self._expected = array("i", range(max_model_len)).tobytes()
 
-    def write(self, piece: Slice) -> None:
+    def write(self, piece: Slice, whole: bool = True) -> None:
+        """whole: all layers; what only some layers have been written to can be read by nobody."""
         size = self.block_size
         for position, token in enumerate(piece.tokens, piece.start):
             slot = piece.blocks[position // size] * size + position % size
             self._tokens[slot] = token
-            self._positions[slot] = position
+            self._positions[slot] = position if whole else -1
 
     def prefix(self, blocks: Sequence[int], length: int) -> blake2b:
         """A hash over the first `length` slots of a block table: the oracle's, where each holds what it should."""
@@ -110,6 +112,7 @@ class Executor:
         self.capacity = capacity
         self.faults = faults
         self.slots = Slots(capacity.blocks, capacity.block_size, capacity.max_model_len)
+        self._begun: dict[Lane, Plan] = {}  # the last plan of each lane
 
     def run(self, plan: Plan, seconds: float) -> Result:
         """Write all slices, then read: as on a real device, where each layer writes the KV before attention reads it.
@@ -117,14 +120,20 @@ class Executor:
         A failed step writes, too: what it leaves behind must not be trusted.
         """
         ticket = Ticket(plan.step, plan.lane)
+        before, self._begun[plan.lane] = self._begun.get(plan.lane), plan
+        if plan.part and (before is None or plan != replace(before, step=plan.step, part=before.part + 1)):
+            return Result(ticket, error=f"part {plan.part} of {plan.parts} does not follow the one before it")
         for piece in plan.slices:
-            self.slots.write(piece)
+            self.slots.write(piece, whole=plan.last)
         if plan.step in self.faults.failed:
             return Result(ticket, error=f"step {plan.step} failed: simulated fault", seconds=seconds)
+        if not plan.last:
+            failed = [(piece.sequence, NAN) for piece in plan.slices if (plan.step, piece.sequence) in self.faults.nan]
+            return Result(ticket, failed=tuple(failed), seconds=seconds)
         sampled, scores, failed = [], [], []
         for piece in plan.slices:
             if (plan.step, piece.sequence) in self.faults.nan:
-                failed.append((piece.sequence, "the logits are not numbers (NaN): simulated fault"))
+                failed.append((piece.sequence, NAN))
                 continue
             if piece.prompt_logprobs is not None:
                 scores.append((piece.sequence, self._prompt_scores(piece, piece.prompt_logprobs)))

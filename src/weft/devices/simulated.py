@@ -180,6 +180,7 @@ def _capacity(config: EngineConfig, folder: Path) -> Capacity:
         shape = json.loads(path.read_text())
         vocabulary = int(shape["vocab_size"])
         longest = int(shape.get("max_position_embeddings", DEFAULT_MAX_MODEL_LEN))
+        layers = int(shape.get("num_hidden_layers", 1))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} does not tell the model's shape: {error!r}") from error
     if (folder / "tokenizer.json").exists():
@@ -205,4 +206,5 @@ def _capacity(config: EngineConfig, folder: Path) -> Capacity:
         shares=1 if shares is None else shares.whole,
         max_model_len=max_model_len,
         vocabulary=vocabulary,
+        layers=layers,
     )

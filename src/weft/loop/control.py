@@ -27,9 +27,10 @@ SHOWN = 64
 @dataclass(slots=True)
 class Flying:
     """A lane's tickets in flight: seconds of the ended ones; since when, with which share, and beside how much of the
-    other lane's seconds the present one flies."""
+    other lane's seconds the present one flies. parts: what the device took for the parts of the step under way."""
 
     seconds: float = 0.0
+    parts: float = 0.0
     since: float | None = None
     share: float = 1.0
     beside: float = 0.0
@@ -104,6 +105,7 @@ class Control:
         self._tell_device(self._target(lane if lone else None))
         flying, beside = self._flying[lane], self._flying.get(other)
         flying.since, flying.share = now, self._share(lane)
+        flying.parts = flying.parts if plan.part else 0.0
         flying.beside = 0.0 if beside is None else beside.until(now)
 
     def landed(self, plan: Plan, result: Result, now: float) -> None:
@@ -114,11 +116,12 @@ class Control:
         seconds = max(now - flying.since, 1e-9)
         rival = 0.0 if beside is None else min(1.0, max(0.0, (beside.until(now) - flying.beside) / seconds))
         flying.seconds, flying.since = flying.seconds + seconds, None
-        if result.error is None:
+        flying.parts += result.seconds
+        if result.error is None and plan.last:
             output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
             context = sum(piece.end for piece in plan.slices)
             prompt = plan.tokens - output
-            self._controller.tell(Stepped(now, lane, result.seconds, prompt, output, context, flying.share, rival))
+            self._controller.tell(Stepped(now, lane, flying.parts, prompt, output, context, flying.share, rival))
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

@@ -194,7 +194,7 @@ class Engine:
             self._recover(error, result.ticket)
         meter = self._meters[lane]
         if meter.plan is not None:
-            meter.tokens += meter.plan.tokens
+            meter.tokens += meter.plan.tokens if meter.plan.last else 0
             if self._control is not None:
                 self._control.landed(meter.plan, result, self._clock())
         if meter.retired:
