@@ -20,11 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from weft.kernels.triton_kv import attention_kernel, write_kernel
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
 from weft.kernels.triton_quantise import rows_kernel
 from weft.kernels.triton_rows import TILE
@@ -102,21 +100,7 @@ def cases(quick: bool) -> list[Case]:
         shape, options = _tiled(tile(count, floats=True))
         types = weight | plain | {"x": "*bf16"}
         made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, shape, FLOATS, options, exact=False))
-    return made + _kv_cases()
-
-
-def _kv_cases() -> list[Case]:
-    shape = {"D": 128, "LOG": 7, "BITS": 4}
-    stored = {"x": "*bf16", "slots": "*i64", "signs": "*fp32", "codes": "*u8", "scales": "*i16", "zeros": "*u8"}
-    read = {f"{part}_{name}": stored[name] for part in ("key", "value") for name in ("codes", "scales", "zeros")}
-    read |= {"q": "*bf16", "signs": "*fp32", "out": "*bf16", "scale": "fp32"}
-    read |= dict.fromkeys(("sequences", "positions", "tables"), "*i32")
-    read |= dict.fromkeys(("width", "block_size", "window"), "i32")
-    tile = {"GROUP": 8, "HEADS": 16, "STEPS": 16, "TOKENS": 64, "KIND": tl.bfloat16}
-    return [
-        Case("write KV4", write_kernel, stored, shape, None, {"num_warps": 1}),
-        Case("attention on KV4", attention_kernel, read, shape | tile, FLOATS, exact=False),
-    ]
+    return made
 
 
 def _tiled(shape: tuple[int, int, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:

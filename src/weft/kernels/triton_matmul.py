@@ -17,29 +17,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from weft.kernels.triton_numbers import helper
 
-@triton.jit
+
+@helper
 def _packed_tile(weight, block, n, outputs):
     """int8 [N, 64] of one block."""
     at = (block * outputs + n).to(tl.int64)[:, None] * 64 + tl.arange(0, 64)[None, :]
     return tl.load(weight + at, mask=(n < outputs)[:, None], other=0)
 
 
-@triton.jit
+@helper
 def _wide_tile(wide, block, n, outputs):
     """int8 [N, 128] of one block."""
     at = (block * outputs + n).to(tl.int64)[:, None] * 128 + tl.arange(0, 128)[None, :]
     return tl.load(wide + at, mask=(n < outputs)[:, None], other=0)
 
 
-@triton.jit
+@helper
 def _row_tile(x, block, m, rows, channels, FIRST: tl.constexpr, SIZE: tl.constexpr):
     """[M, SIZE] of one block, from its channel FIRST on."""
     at = m.to(tl.int64)[:, None] * channels + block * 128 + FIRST + tl.arange(0, SIZE)[None, :]
     return tl.load(x + at, mask=(m < rows)[:, None], other=0)
 
 
-@triton.jit
+@helper
 def _store_tile(y, total, bias, m, n, rows, outputs):
     inside = n < outputs
     if bias is not None:
@@ -48,7 +50,7 @@ def _store_tile(y, total, bias, m, n, rows, outputs):
     tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
 
 
-@triton.jit
+@helper
 def _add_block(total, sums, block, m, n, row_scales, row_totals, scales, zeros, sums_out, rows, outputs, blocks):
     """total + float(sums) * (row scale * weight scale), where sums is int32 [M, N] of one block."""
     row, column = m < rows, n < outputs
@@ -106,7 +108,7 @@ def w4a8_kernel(
     _store_tile(y, total, bias, m, n, rows, outputs)
 
 
-@triton.jit
+@helper
 def _floats(values, zeros, block, n, outputs, KIND: tl.constexpr):
     """int8 [N, k] -> [k, N] of a 16-bit type, less the zeros: at most 135, which it holds exactly."""
     values = values.to(tl.int16)

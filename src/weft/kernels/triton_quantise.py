@@ -15,11 +15,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from weft.kernels.triton_numbers import helper
+
 _TINY = tl.constexpr(2.0**-100)  # a block with no larger magnitude is zero
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 
 
-@triton.jit
+@helper
 def _hidden(x, residual, at, inside):
     """float32: x, or x + residual rounded to their type."""
     hidden = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
@@ -29,14 +31,14 @@ def _hidden(x, residual, at, inside):
     return hidden
 
 
-@triton.jit
+@helper
 def _butterfly(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STRIDE: tl.constexpr):
     pairs = tl.permute(tl.reshape(x, (ROWS, SIZE // (2 * STRIDE), 2, STRIDE)), (0, 1, 3, 2))
     first, second = tl.split(pairs)
     return tl.reshape(tl.permute(tl.join(first + second, first - second), (0, 1, 3, 2)), (ROWS, SIZE))
 
 
-@triton.jit
+@helper
 def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr):
     """[ROWS, SIZE], SIZE = 2**STAGES: strides 1, 2, 4 ... as weft/comet/hadamard.py has them."""
     for stage in tl.static_range(STAGES):
@@ -44,7 +46,7 @@ def hadamard(x, ROWS: tl.constexpr, SIZE: tl.constexpr, STAGES: tl.constexpr):
     return x
 
 
-@triton.jit
+@helper
 def _quantised(x, eight):
     """float32 [B, 128], and which of the blocks get 8 bits (the others get 4) -> (int8, scales [B])."""
     finite_value = tl.abs(x) < float("inf")
@@ -65,7 +67,7 @@ def _quantised(x, eight):
     return rounded.to(tl.int8), tl.where(usable, scale, tl.where(finite, 0.0, float("nan")))
 
 
-@triton.jit
+@helper
 def _packed(nibbles, BLOCKS: tl.constexpr):
     """int8 [BLOCKS, 128] -> uint8 [BLOCKS, 64]: the low four bits of neighbours, the first in the low half."""
     even, odd = tl.split(tl.reshape(nibbles, (BLOCKS, 64, 2)))

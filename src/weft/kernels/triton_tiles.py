@@ -1,0 +1,60 @@
+"""Tiles of the Triton kernels by shape and architecture: data, so that nothing is tuned at start-up.
+
+Rows are keyed by architecture: 80 (also 86, 89 and 120), 90, 100, and 0 for the interpreter, which likes few and large
+programs. benchmarks/tune_gpu.py tries others on a GPU and prints the lines to put here.
+
+What a row's bits depend on is never chosen by the number of rows: TOKENS and SPLIT of attention, the tile of a norm.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+
+INTERPRETER = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionTile:
+    """tokens: of keys and values that a program reads at once. split: positions whose sums are made on their own, and
+    then added in order; both decide over a row's bits. prefill, decode: (rows, warps, stages) of a program; rows are
+    queries of one head of keys and values. programs: of decode on each multiprocessor."""
+
+    tokens: int
+    split: int
+    prefill: tuple[int, int, int]
+    decode: tuple[int, int, int]
+    programs: int
+
+
+# In decode most of the 64 rows are empty: the tensor cores wait for memory anyway, and with the instruction and the
+# layout of prefill a row's bits are the same there.
+ATTENTION = {
+    INTERPRETER: AttentionTile(256, 512, (64, 4, 1), (64, 4, 1), 1),
+    80: AttentionTile(64, 512, (128, 8, 2), (64, 4, 3), 2),
+    90: AttentionTile(64, 512, (128, 8, 3), (64, 4, 3), 2),
+    100: AttentionTile(64, 512, (128, 8, 3), (64, 4, 3), 2),
+}
+# (rows of a program, warps): rotation and KV write of one head.
+ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
+
+
+@cache
+def architecture(device: torch.device) -> int:
+    """The key of the tables for a device. Raises ValueError for a GPU that is too old."""
+    if device.type != "cuda":
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise ValueError(f"{device} has compute capability {major}.{minor}; the Triton kernels need 8.0 or higher")
+    return {9: 90, 10: 100}.get(major, 80)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors; 1 for the interpreter."""
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
