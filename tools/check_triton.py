@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -81,7 +82,7 @@ def cases(quick: bool) -> list[Case]:
     sizes = dict.fromkeys(("channels", "outliers", "eight"), "i32") | {"eps": "fp32"}
     rows = floats | sizes | {"permutation": "*i32", "values": "*i8", "scales": "*fp32", "totals": "*i32"}
     bare = rows | dict.fromkeys(("residual", "weight", "kept", "summed", "permutation")) | {"values": "*u8"}
-    form = {"HADAMARD": True, "QUANTISE": True, "NIBBLES": False, "BLOCKS": TILE}
+    form = {"HADAMARD": True, "QUANTISE": True, "NIBBLES": False, "GATED": False, "BLOCKS": TILE}
     made = [
         Case("norm + permute + Hadamard + quantise", rows_kernel, rows, form, None),
         Case("quantise to nibbles", rows_kernel, bare, form | {"NIBBLES": True}, None),
@@ -99,7 +100,11 @@ def cases(quick: bool) -> list[Case]:
     for count in (1024,) if quick else (1, 32, 64, 1024):
         shape, options = _tiled(tile(count, floats=True))
         types = weight | plain | {"x": "*bf16"}
-        made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, shape, FLOATS, options, exact=False))
+        made.append(
+            Case(
+                f"W4A16, {count} rows", w4a16_kernel, types, shape | {"KIND": tl.bfloat16}, FLOATS, options, exact=False
+            )
+        )
     return made
 
 

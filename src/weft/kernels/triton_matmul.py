@@ -17,7 +17,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weft.kernels.triton_numbers import helper
+from weft.kernels.triton_numbers import helper, rounded
 
 
 @helper
@@ -47,7 +47,7 @@ def _store_tile(y, total, bias, m, n, rows, outputs):
     if bias is not None:
         total += tl.load(bias + n, mask=inside, other=0.0)[None, :]
     at = m.to(tl.int64)[:, None] * outputs + n[None, :]
-    tl.store(y + at, total.to(y.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
+    tl.store(y + at, rounded(total, y.dtype.element_ty), mask=(m < rows)[:, None] & inside[None, :])
 
 
 @helper
@@ -132,25 +132,25 @@ def w4a16_kernel(
     wide_blocks,
     M: tl.constexpr,
     N: tl.constexpr,
+    KIND: tl.constexpr,  # of the operands: x's, and float32 for the interpreter
 ):
     """As w4a8_kernel, with rows that are not quantised: integers of the weights as 16-bit floats, sums in float32."""
     m = tl.program_id(0) * M + tl.arange(0, M)
     n = tl.program_id(1) * N + tl.arange(0, N)
     channels = blocks * 128
-    kind = x.dtype.element_ty
     total = tl.zeros((M, N), tl.float32)
     if wide is not None:
         for block in range(wide_blocks):
-            values = _floats(_wide_tile(wide, block, n, outputs), zeros, block, n, outputs, kind)
-            sums = tl.dot(_row_tile(x, block, m, rows, channels, 0, 128), values)
+            values = _floats(_wide_tile(wide, block, n, outputs), zeros, block, n, outputs, KIND)
+            sums = tl.dot(_row_tile(x, block, m, rows, channels, 0, 128).to(KIND), values)
             scale = tl.load(scales + block * outputs + n, mask=n < outputs, other=0.0).to(tl.float32)
             total += sums * scale[None, :]
     for block in range(wide_blocks, blocks):
         packed = _packed_tile(weight, block - wide_blocks, n, outputs)
-        low = _floats((packed << 4) >> 4, zeros, block, n, outputs, kind)
-        sums = tl.dot(_row_tile(x, block, m, rows, channels, 0, 64), low)
-        high = _floats(packed >> 4, zeros, block, n, outputs, kind)
-        sums = tl.dot(_row_tile(x, block, m, rows, channels, 64, 64), high, sums)
+        low = _floats((packed << 4) >> 4, zeros, block, n, outputs, KIND)
+        sums = tl.dot(_row_tile(x, block, m, rows, channels, 0, 64).to(KIND), low)
+        high = _floats(packed >> 4, zeros, block, n, outputs, KIND)
+        sums = tl.dot(_row_tile(x, block, m, rows, channels, 64, 64).to(KIND), high, sums)
         scale = tl.load(scales + block * outputs + n, mask=n < outputs, other=0.0).to(tl.float32)
         total += sums * scale[None, :]
     _store_tile(y, total, bias, m, n, rows, outputs)

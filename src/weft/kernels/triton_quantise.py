@@ -15,19 +15,24 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weft.kernels.triton_numbers import helper
+from weft.kernels.triton_norm import gated
+from weft.kernels.triton_numbers import helper, rounded
 
 _TINY = tl.constexpr(2.0**-100)  # a block with no larger magnitude is zero
 _ROUND = tl.constexpr(1.5 * 2.0**23)
 
 
 @helper
-def _hidden(x, residual, at, inside):
-    """float32: x, or x + residual rounded to their type."""
+def _hidden(x, residual, at, inside, channels, GATED: tl.constexpr):
+    """float32: x; or x + residual, or the gated activation of x [.., 2 K], rounded to their type."""
+    kind = x.dtype.element_ty
     hidden = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        up = tl.load(x + at + channels, mask=inside, other=0.0).to(tl.float32)
+        hidden = rounded(gated(hidden, up), kind).to(tl.float32)
     if residual is not None:
         hidden += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        hidden = hidden.to(x.dtype.element_ty).to(tl.float32)
+        hidden = rounded(hidden, kind).to(tl.float32)
     return hidden
 
 
@@ -76,7 +81,7 @@ def _packed(nibbles, BLOCKS: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    x,  # [T, K]
+    x,  # [T, K]; [T, 2 K] where GATED
     residual,  # [T, K] of x's type, or None
     weight,  # [K] of the norm, or None
     permutation,  # int32 [K] or None
@@ -92,12 +97,13 @@ def rows_kernel(
     HADAMARD: tl.constexpr,
     QUANTISE: tl.constexpr,
     NIBBLES: tl.constexpr,
+    GATED: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     kind = x.dtype.element_ty
     blocks = channels // 128
-    x += row * channels
+    x += row * channels * (2 if GATED else 1)
     if residual is not None:
         residual += row * channels
     factor = 1.0
@@ -105,9 +111,9 @@ def rows_kernel(
         squares = tl.zeros((BLOCKS * 128,), tl.float32)
         for start in range(0, channels, BLOCKS * 128):
             at = start + tl.arange(0, BLOCKS * 128)
-            hidden = _hidden(x, residual, at, at < channels)
+            hidden = _hidden(x, residual, at, at < channels, channels, GATED)
             if summed is not None:
-                tl.store(summed + row * channels + at, hidden.to(kind), mask=at < channels)
+                tl.store(summed + row * channels + at, rounded(hidden, kind), mask=at < channels)
             squares += hidden * hidden
         factor = tl.rsqrt(tl.sum(squares, axis=0) / channels + eps)
     for first in range(0, blocks, BLOCKS):
@@ -119,10 +125,10 @@ def rows_kernel(
         if permutation is not None:
             source = tl.load(permutation + at, mask=mask, other=0)
         # The residual is read again, and so is not written in place: one thread's sum is another thread's input here.
-        prepared = _hidden(x, residual, source, mask)
+        prepared = _hidden(x, residual, source, mask, channels, GATED)
         if weight is not None:
             gain = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
-            normalised = (prepared * factor * gain).to(kind)
+            normalised = rounded(prepared * factor * gain, kind)
             if kept is not None:
                 tl.store(kept + row * channels + source, normalised, mask=mask)
             prepared = normalised.to(tl.float32)
@@ -143,4 +149,4 @@ def rows_kernel(
             else:
                 tl.store(values + row * channels + at, quantised, mask=mask)
         else:
-            tl.store(values + row * channels + at, prepared.to(kind), mask=mask)
+            tl.store(values + row * channels + at, rounded(prepared, kind), mask=mask)

@@ -42,14 +42,21 @@ class Rows:
 
 
 def quantise_rows(
-    x: torch.Tensor, form: Form, norm: Norm | None = None, *, nibbles: bool = False, keep: bool = False
+    x: torch.Tensor,
+    form: Form,
+    norm: Norm | None = None,
+    *,
+    nibbles: bool = False,
+    keep: bool = False,
+    gated: bool = False,
 ) -> Rows:
     """x [T, K], normalised where `norm` is given, prepared and quantised as `form` says.
 
     nibbles: in the layout of the CUDA kernels. keep: return the normalised rows too, in their own order. The sum with
-    the residual is a new tensor. Raises TypeError, ValueError.
+    the residual is a new tensor. gated: x is [T, 2 K], and silu(first half) * second half is what is prepared. Raises
+    TypeError, ValueError.
     """
-    _check(x, form, norm, keep)
+    _check(x, form, norm, keep, gated)
     rows, blocks = len(x), form.blocks
     width, kind = ((form.eight + blocks) * BLOCK // 2, torch.uint8) if nibbles else (form.channels, torch.int8)
     values = torch.empty(rows, width, dtype=kind, device=x.device)
@@ -57,17 +64,17 @@ def quantise_rows(
     totals = torch.empty(rows, blocks, dtype=torch.int32, device=x.device)
     kept = torch.empty_like(x) if keep else None
     summed = torch.empty_like(x) if norm is not None and norm.residual is not None else None
-    _launch(x, form, norm, values, (scales, totals, kept, summed), quantise=True, nibbles=nibbles)
+    _launch(x, form, norm, values, (scales, totals, kept, summed), quantise=True, nibbles=nibbles, gated=gated)
     return Rows(values, scales, totals, kept, summed)
 
 
-def prepare_rows(x: torch.Tensor, form: Form, norm: Norm | None = None) -> torch.Tensor:
+def prepare_rows(x: torch.Tensor, form: Form, norm: Norm | None = None, *, gated: bool = False) -> torch.Tensor:
     """x [T, K], permuted and transformed but not quantised, in x's type: the input of a product with 16-bit rows."""
-    _check(x, form, norm, keep=False)
-    if norm is None and form.permutation is None and not (form.hadamard and form.outliers < form.blocks):
+    _check(x, form, norm, False, gated)
+    if not gated and norm is None and form.permutation is None and not (form.hadamard and form.outliers < form.blocks):
         return x
-    prepared = torch.empty_like(x)
-    _launch(x, form, norm, prepared, (None, None, None, None), quantise=False, nibbles=False)
+    prepared = x.new_empty(len(x), form.channels)
+    _launch(x, form, norm, prepared, (None, None, None, None), quantise=False, nibbles=False, gated=gated)
     return prepared
 
 
@@ -80,6 +87,7 @@ def _launch(
     *,
     quantise: bool,
     nibbles: bool,
+    gated: bool,
 ) -> None:
     if not len(x):
         return
@@ -97,16 +105,20 @@ def _launch(
         HADAMARD=form.hadamard,
         QUANTISE=quantise,
         NIBBLES=nibbles,
+        GATED=gated,
         BLOCKS=TILE,
         enable_fp_fusion=False,
     )
 
 
-def _check(x: torch.Tensor, form: Form, norm: Norm | None, keep: bool) -> None:
+def _check(x: torch.Tensor, form: Form, norm: Norm | None, keep: bool, gated: bool) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x is {x.dtype}; the Triton kernels take float32, bfloat16 and float16")
-    if x.dim() != 2 or x.shape[1] != form.channels or not x.is_contiguous():
-        raise ValueError(f"x is {list(x.shape)} {x.stride()}; it must be contiguous [T, {form.channels}]")
+    columns = form.channels * (2 if gated else 1)
+    if x.dim() != 2 or x.shape[1] != columns or not x.is_contiguous():
+        raise ValueError(f"x is {list(x.shape)} {x.stride()}; it must be contiguous [T, {columns}]")
+    if gated and norm is not None:
+        raise ValueError("a gated activation follows no norm")
     if norm is None:
         if keep:
             raise ValueError("there are no normalised rows to keep without a norm")

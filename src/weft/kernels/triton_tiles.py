@@ -39,6 +39,10 @@ ATTENTION = {
 }
 # (rows of a program, warps): rotation and KV write of one head.
 ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
+# (rows, warps): RMSNorm; a program has whole rows.
+NORM = {INTERPRETER: (64, 1), 80: (1, 8), 90: (1, 8), 100: (1, 8)}
+# (rows, columns, warps): the gated activation.
+ACTIVATION = {INTERPRETER: (64, 1024, 1), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8)}
 
 
 @cache

@@ -15,6 +15,7 @@ import torch
 import triton
 
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
+from weft.kernels.triton_numbers import product_kind
 from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
 from weft.kernels.w4ax_weights import BLOCK, Form, Weights, check_weights, compact_scales
 
@@ -87,10 +88,16 @@ def pack_w4ax(
 
 
 def linear(
-    x: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype | None = None, norm: Norm | None = None
+    x: torch.Tensor,
+    packed: TritonW4Ax,
+    dtype: torch.dtype | None = None,
+    norm: Norm | None = None,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
-    """x [T, K] -> [T, N] in x's type or `dtype`; x is normalised first where `norm` is given."""
-    return multiply(quantise_rows(x, packed.form, norm), packed, dtype or x.dtype)
+    """x [T, K] -> [T, N] in x's type or `dtype`; x is normalised first where `norm` is given. gated: x is [T, 2 K], and
+    the input is silu(first half) * second half, rounded to x's type."""
+    return multiply(quantise_rows(x, packed.form, norm, gated=gated), packed, dtype or x.dtype)
 
 
 def multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype) -> torch.Tensor:
@@ -107,12 +114,17 @@ def accumulators(rows: Rows, packed: TritonW4Ax) -> torch.Tensor:
 
 
 def linear_a16(
-    x: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype | None = None, norm: Norm | None = None
+    x: torch.Tensor,
+    packed: TritonW4Ax,
+    dtype: torch.dtype | None = None,
+    norm: Norm | None = None,
+    *,
+    gated: bool = False,
 ) -> torch.Tensor:
     """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
-    prepared = prepare_rows(x, packed.form, norm)
+    prepared = prepare_rows(x, packed.form, norm, gated=gated)
     y = _output(prepared, packed, dtype or x.dtype)
     if len(y):
         m, n, warps, stages = tile(len(y), floats=True)
@@ -130,6 +142,7 @@ def linear_a16(
             packed.wide_blocks,
             M=m,
             N=n,
+            KIND=product_kind(prepared.dtype),
             num_warps=warps,
             num_stages=stages,
         )
