@@ -113,9 +113,10 @@ def open_device(folder: Path, level: str, *, plain: bool) -> tuple[Program | Non
     if plain:
         lane = CpuLane(kernels, decoder, Plain(decoder, kv, BLOCK), cores)
     else:
-        program = open_forward(decoder, kernels, kv, BLOCK, max_tokens=most, max_slices=most)
+        forward = open_forward(decoder, kernels, kv, BLOCK, max_tokens=most, max_slices=most)
+        program = forward.program
         program.timed = True
-        lane = CpuLane(kernels, decoder, program, cores)
+        lane = CpuLane(kernels, decoder, forward, cores)
     device = CpuDevice(
         Capacity(blocks, BLOCK, most, most, len(cores), config.context, config.vocabulary),
         {Lane.MIXED: lane},

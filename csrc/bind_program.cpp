@@ -50,9 +50,9 @@ void bind_recording(nb::class_<Program>& program) {
           arg("table"), arg("type"), arg("out"))
       .def(
           "norm",
-          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int64_t x, int64_t residual,
-             int64_t out) { self.norm(norm_form(type, weight, eps, size), x, residual, out); },
-          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("x"), arg("residual"), arg("out"))
+          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int domain, int64_t x, int64_t residual,
+             int64_t out) { self.norm(norm_form(type, weight, eps, size), Domain(domain), x, residual, out); },
+          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("domain"), arg("x"), arg("residual"), arg("out"))
       .def(
           "linear",
           [](Program& self, const PackedLinear& packed, int domain, int64_t x, int64_t y, int type) {
@@ -67,17 +67,19 @@ void bind_recording(nb::class_<Program>& program) {
           arg("packed"), arg("domain"), arg("x"), arg("type"), arg("out"))
       .def(
           "norm_quantise",
-          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int64_t x, int64_t residual,
+          [](Program& self, int type, uintptr_t weight, float eps, int64_t size, int domain, int64_t x, int64_t residual,
              int64_t between, const PackedW4Ax& packed, int64_t out) {
-            self.norm_quantise(norm_form(type, weight, eps, size), x, residual, between, packed, out);
+            self.norm_quantise(norm_form(type, weight, eps, size), Domain(domain), x, residual, between, packed, out);
           },
-          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("x"), arg("residual"), arg("between"), arg("packed"),
-          arg("out"))
+          arg("type"), arg("weight"), arg("eps"), arg("size"), arg("domain"), arg("x"), arg("residual"), arg("between"),
+          arg("packed"), arg("out"))
       .def(
           "silu_mul_quantise",
-          [](Program& self, int type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
-             int64_t out) { self.silu_mul_quantise(Type(type), gate_up, size, between, packed, out); },
-          arg("type"), arg("gate_up"), arg("size"), arg("between"), arg("packed"), arg("out"))
+          [](Program& self, int type, int domain, int64_t gate_up, int64_t size, int64_t between,
+             const PackedW4Ax& packed, int64_t out) {
+            self.silu_mul_quantise(Type(type), Domain(domain), gate_up, size, between, packed, out);
+          },
+          arg("type"), arg("domain"), arg("gate_up"), arg("size"), arg("between"), arg("packed"), arg("out"))
       .def(
           "multiply",
           [](Program& self, const PackedW4Ax& packed, int domain, int64_t x, int64_t y, int type) {
@@ -103,10 +105,10 @@ void bind_recording(nb::class_<Program>& program) {
           arg("kv"), arg("heads"), arg("scale"), arg("window"), arg("q"), arg("out"))
       .def(
           "silu_mul",
-          [](Program& self, int type, int64_t gate_up, int64_t size, int64_t out) {
-            self.silu_mul(Type(type), gate_up, size, out);
+          [](Program& self, int type, int domain, int64_t gate_up, int64_t size, int64_t out) {
+            self.silu_mul(Type(type), Domain(domain), gate_up, size, out);
           },
-          arg("type"), arg("gate_up"), arg("size"), arg("out"))
+          arg("type"), arg("domain"), arg("gate_up"), arg("size"), arg("out"))
       .def("best", nb::overload_cast<int64_t, int64_t>(&Program::best), arg("x"), arg("size"))
       .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"));
 }

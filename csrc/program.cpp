@@ -10,71 +10,73 @@ namespace weft {
 
 namespace {
 
-NormCall norm_call(const Step& step, const NormForm& form, int64_t x, int64_t residual, int64_t out) {
-  void* sum = residual < 0 ? nullptr : step.at(residual);
-  return {form.type, step.at(x), sum, form.weight, form.eps, step.batch.rows, form.size, step.at(out)};
+NormCall norm_call(const Step& step, const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out) {
+  void* sum = residual < 0 ? nullptr : step.at(residual, domain);
+  return {form.type, step.at(x, domain),  sum,      form.weight,
+          form.eps,  step.rows(domain), form.size, step.at(out, domain)};
 }
 
-GateCall gate_call(const Step& step, Type type, int64_t gate_up, int64_t size, int64_t out) {
-  return {type, step.at(gate_up), step.batch.rows, size, step.at(out)};
+GateCall gate_call(const Step& step, Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out) {
+  return {type, step.at(gate_up, domain), step.rows(domain), size, step.at(out, domain)};
 }
 
 }  // namespace
 
-void Program::add(Call call) {
-  calls_.push_back(std::move(call));
+void Program::add(Domain domain, Call call) {
+  calls_.push_back([domain, call = std::move(call)](const Step& step) {
+    if (step.rows(domain) > 0) call(step);
+  });
   seconds_.push_back(0);
 }
 
 void Program::embed(const PackedEmbedding& table, Type type, int64_t out) {
   embedding_ = &table;
-  add([&table, type, out](const Step& step) {
+  add(Domain::tokens, [&table, type, out](const Step& step) {
     step.kernels().embed(step.backend.pool(), table.table(), {type, step.tokens, step.batch.rows, step.at(out)});
   });
 }
 
-void Program::norm(const NormForm& form, int64_t x, int64_t residual, int64_t out) {
-  add([=](const Step& step) {
-    step.kernels().norm(step.backend.pool(), norm_call(step, form, x, residual, out));
+void Program::norm(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out) {
+  add(domain, [=](const Step& step) {
+    step.kernels().norm(step.backend.pool(), norm_call(step, form, domain, x, residual, out));
   });
 }
 
 void Program::linear(const PackedLinear& packed, Domain domain, int64_t x, int64_t y, Type type) {
-  add([=, &packed](const Step& step) {
-    if (step.rows(domain) == 0) return;
+  add(domain, [=, &packed](const Step& step) {
     step.kernels().linear(step.backend.pool(), packed.weights(), step.at(x, domain), step.rows(domain),
                           step.at(y, domain), type);
   });
 }
 
 void Program::quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type type, int64_t out) {
-  add([=, &packed](const Step& step) {
+  add(domain, [=, &packed](const Step& step) {
     const W4AxWeights& weights = packed.weights();
     step.kernels().quantise_w4ax(step.backend.pool(), weights, step.at(x, domain), type,
                                  {step.at(out, domain), step.rows(domain), weights.blocks()});
   });
 }
 
-void Program::norm_quantise(const NormForm& form, int64_t x, int64_t residual, int64_t between,
+void Program::norm_quantise(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t between,
                             const PackedW4Ax& packed, int64_t out) {
-  add([=, &packed](const Step& step) {
+  add(domain, [=, &packed](const Step& step) {
     const W4AxWeights& weights = packed.weights();
-    step.kernels().norm_quantise(step.backend.pool(), norm_call(step, form, x, residual, between), weights,
-                                 {step.at(out), step.batch.rows, weights.blocks()});
+    step.kernels().norm_quantise(step.backend.pool(), norm_call(step, form, domain, x, residual, between), weights,
+                                 {step.at(out, domain), step.rows(domain), weights.blocks()});
   });
 }
 
-void Program::silu_mul_quantise(Type type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
-                                int64_t out) {
-  add([=, &packed](const Step& step) {
+void Program::silu_mul_quantise(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t between,
+                                const PackedW4Ax& packed, int64_t out) {
+  add(domain, [=, &packed](const Step& step) {
     const W4AxWeights& weights = packed.weights();
-    step.kernels().silu_mul_quantise(step.backend.pool(), gate_call(step, type, gate_up, size, between), weights,
-                                     {step.at(out), step.batch.rows, weights.blocks()});
+    step.kernels().silu_mul_quantise(step.backend.pool(), gate_call(step, type, domain, gate_up, size, between),
+                                     weights, {step.at(out, domain), step.rows(domain), weights.blocks()});
   });
 }
 
 void Program::multiply(const PackedW4Ax& packed, Domain domain, int64_t x, int64_t y, Type type) {
-  add([=, &packed](const Step& step) {
+  add(domain, [=, &packed](const Step& step) {
     const W4AxWeights& weights = packed.weights();
     step.kernels().multiply_w4ax(step.backend.pool(), weights,
                                  {step.at(x, domain), step.rows(domain), weights.blocks()}, step.at(y, domain), type);
@@ -84,14 +86,14 @@ void Program::multiply(const PackedW4Ax& packed, Domain domain, int64_t x, int64
 void Program::rotary_write(const LayerKv& kv, const RotaryForm& form, int64_t qkv, int64_t q) {
   kv_ = &kv;
   max_positions_ = form.max_positions;
-  add([=, &kv](const Step& step) {
+  add(Domain::tokens, [=, &kv](const Step& step) {
     step.kernels().rotary_write(step.backend.pool(), {kv.type(), step.at(qkv), form.cos, form.sin, kv.view(), step.batch,
                                                       form.heads, form.q_norm, form.k_norm, form.eps, step.at(q)});
   });
 }
 
 void Program::attention(const LayerKv& kv, const AttentionForm& form, int64_t q, int64_t out) {
-  add([=, &kv](const Step& step) {
+  add(Domain::tokens, [=, &kv](const Step& step) {
     AttentionCall call{};
     call.type = kv.type();
     call.q = step.at(q);
@@ -105,14 +107,14 @@ void Program::attention(const LayerKv& kv, const AttentionForm& form, int64_t q,
   });
 }
 
-void Program::silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out) {
-  add([=](const Step& step) {
-    step.kernels().silu_mul(step.backend.pool(), gate_call(step, type, gate_up, size, out));
+void Program::silu_mul(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out) {
+  add(domain, [=](const Step& step) {
+    step.kernels().silu_mul(step.backend.pool(), gate_call(step, type, domain, gate_up, size, out));
   });
 }
 
 void Program::best(int64_t x, int64_t size) {
-  add([=, this](const Step& step) {
+  add(Domain::sampled, [=, this](const Step& step) {
     const int64_t rows = step.rows(Domain::sampled);
     best_.resize(size_t(rows));
     step.kernels().best_of_rows(step.backend.pool(), {step.at<float>(x, Domain::sampled), rows, size, best_.data()});
@@ -120,7 +122,7 @@ void Program::best(int64_t x, int64_t size) {
 }
 
 void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
-  add([=](const Step& step) {
+  add(Domain::sampled, [=](const Step& step) {
     const char* from = step.at<char>(x);
     char* to = step.at<char>(out, Domain::sampled);
     for (int64_t row : step.sampled) {
@@ -148,6 +150,7 @@ void Program::check(const BatchView& batch, const int64_t* tokens, const std::ve
 void Program::run(Backend& backend, const BatchView& batch, const int64_t* tokens,
                   const std::vector<int64_t>& sampled) {
   check(batch, tokens, sampled);
+  best_.clear();
   const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
   for (const Call& call : calls_) call(step);
 }
@@ -156,6 +159,7 @@ void Program::run_timed(Backend& backend, const BatchView& batch, const int64_t*
                         const std::vector<int64_t>& sampled) {
   using Clock = std::chrono::steady_clock;
   check(batch, tokens, sampled);
+  best_.clear();
   const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
   for (size_t i = 0; i < calls_.size(); i++) {
     const auto begin = Clock::now();

@@ -1,6 +1,7 @@
 // The kernel calls of a model, recorded once and replayed for any number of rows: a step is one call from Python.
 //
-// Values live in two arenas: one has a row for each token of the batch, one for each token that is sampled after. The
+// Values live in two arenas: one has a row for each token of the batch, one for each token that is sampled after (which
+// may be none: calls with no rows are left out). The
 // place of a value is an offset in bytes per row, a multiple of a cache line: with n rows it begins n times as far from
 // the arena's start. So one program serves every number of rows, and few rows lie close together.
 //
@@ -65,18 +66,18 @@ class Program {
 
   // Recording: each appends one call. Numbers are places; `residual` is negative for none.
   void embed(const PackedEmbedding& table, Type type, int64_t out);
-  void norm(const NormForm& form, int64_t x, int64_t residual, int64_t out);
+  void norm(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out);
   void linear(const PackedLinear& packed, Domain domain, int64_t x, int64_t y, Type type);
   void quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type type, int64_t out);
   // A norm, or a gated activation, and quantise() of what it gives, in one pass. They write `between` as well.
-  void norm_quantise(const NormForm& form, int64_t x, int64_t residual, int64_t between, const PackedW4Ax& packed,
-                     int64_t out);
-  void silu_mul_quantise(Type type, int64_t gate_up, int64_t size, int64_t between, const PackedW4Ax& packed,
-                         int64_t out);
+  void norm_quantise(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t between,
+                     const PackedW4Ax& packed, int64_t out);
+  void silu_mul_quantise(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t between,
+                         const PackedW4Ax& packed, int64_t out);
   void multiply(const PackedW4Ax& packed, Domain domain, int64_t x, int64_t y, Type type);
   void rotary_write(const LayerKv& kv, const RotaryForm& form, int64_t qkv, int64_t q);
   void attention(const LayerKv& kv, const AttentionForm& form, int64_t q, int64_t out);
-  void silu_mul(Type type, int64_t gate_up, int64_t size, int64_t out);
+  void silu_mul(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out);
   void best(int64_t x, int64_t size);  // of each sampled row of floats
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
 
@@ -94,7 +95,7 @@ class Program {
  private:
   using Call = std::function<void(const Step&)>;
 
-  void add(Call call);
+  void add(Domain domain, Call call);  // whose rows it computes
   void check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled) const;
 
   char* arenas_[2];

@@ -51,7 +51,7 @@ WEFT_INLINE void store(void* to, V v) {
   memcpy(to, &v, sizeof v);
 }
 
-WEFT_INLINE f32v splat(float x) { return f32v{} + x; }
+WEFT_INLINE f32v splat(float x) { return x - f32v{}; }  // 0 + x would be an addition, for 0 + -0 is not -0
 WEFT_INLINE u32v splat(uint32_t x) { return u32v{} + x; }
 
 // a * b + c; one rounding where the CPU has it (always the same within one level).

@@ -56,12 +56,13 @@ void tile(const char* block, const Rows& rows, float* sums, const Ahead& ahead) 
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) products[r][v] = zero * splat(-rows.totals[r]);
     }
     multiply_block<HEIGHT, BITS>(block + first * sizeof(u32v), rows.values, products, ahead);
-    WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
-      const f32v scale = columns.scale((first + v) * lanes);
-      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+    f32v scales[TILE_VECTORS];
+    WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) scales[v] = columns.scale((first + v) * lanes);
+    WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+      const f32v scale = splat(rows.scales[r]);
+      WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
         float* sum = sums + r * PANEL + (first + v) * lanes;
-        const f32v product = __builtin_convertvector(products[r][v], f32v) * (splat(rows.scales[r]) * scale);
-        store(sum, load<f32v>(sum) + product);
+        store(sum, load<f32v>(sum) + __builtin_convertvector(products[r][v], f32v) * (scale * scales[v]));
       }
     }
   }

@@ -107,7 +107,7 @@ class Program:
 
     def __init__(self, arena: int, max_rows: int, sampled_arena: int, max_sampled: int) -> None: ...
     def embed(self, table: PackedEmbedding, type: int, out: int) -> None: ...
-    def norm(self, type: int, weight: int, eps: float, size: int, x: int, residual: int, out: int) -> None:
+    def norm(self, type: int, weight: int, eps: float, size: int, domain: int, x: int, residual: int, out: int) -> None:
         """residual: -1 for none."""
 
     def linear(self, packed: PackedLinear, domain: int, x: int, y: int, type: int) -> None: ...
@@ -118,6 +118,7 @@ class Program:
         weight: int,
         eps: float,
         size: int,
+        domain: int,
         x: int,
         residual: int,
         between: int,
@@ -127,7 +128,7 @@ class Program:
         """A norm and `quantise` of what it gives in one pass, which writes `between`, too."""
 
     def silu_mul_quantise(
-        self, type: int, gate_up: int, size: int, between: int, packed: PackedW4Ax, out: int
+        self, type: int, domain: int, gate_up: int, size: int, between: int, packed: PackedW4Ax, out: int
     ) -> None: ...
     def multiply(self, packed: PackedW4Ax, domain: int, x: int, y: int, type: int) -> None: ...
     def rotary_write(
@@ -144,7 +145,7 @@ class Program:
         q: int,
     ) -> None: ...
     def attention(self, kv: LayerKv, heads: int, scale: float, window: int, q: int, out: int) -> None: ...
-    def silu_mul(self, type: int, gate_up: int, size: int, out: int) -> None: ...
+    def silu_mul(self, type: int, domain: int, gate_up: int, size: int, out: int) -> None: ...
     def take(self, x: int, row_bytes: int, out: int) -> None: ...
     def best(self, x: int, size: int) -> None:
         """The number and the value of the greatest element of each sampled row: what a run returns."""

@@ -34,7 +34,8 @@ def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
     slices = plan.slices
     ends = list(accumulate([len(piece.tokens) for piece in slices]))
     drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
-    best = forward.run(slices, [row for _, row in drawing])
+    whole = any(piece.prompt_logprobs is not None for piece in slices)
+    best = forward.run(slices, [row for _, row in drawing], whole=whole)
     scored, failed = score_prompts(slices, decoder, forward.hidden)
     sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
     return Computed(sampled, scored, tuple(failed.items()))

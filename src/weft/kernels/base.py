@@ -26,6 +26,7 @@ class Batch:
     starts: int32 [S + 1] first row of each slice, and T.
     contexts: int32 [S] KV length of each slice's sequence after this step (its last row attends to all of it).
     tables: int32 [S, W] block tables, padded with -1 (padding is never read).
+    kept: int64 [R] the rows that are wanted after the last layer; None for all.
     """
 
     tokens: torch.Tensor
@@ -35,6 +36,12 @@ class Batch:
     contexts: torch.Tensor
     tables: torch.Tensor
     block_size: int
+    kept: torch.Tensor | None = None
+
+
+def kept_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:
+    """`Kernels.keep` for any backend whose values are tensors."""
+    return x if batch.kept is None else x.index_select(0, batch.kept)
 
 
 EMBEDDING_GROUP = 128  # channels of a quantised embedding that share a scale
@@ -150,6 +157,10 @@ class Kernels(Protocol):
 
         window: attend to the last `window` positions only (the row's own included); None for all.
         """
+        ...
+
+    def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """[T, D] -> [R, D]: the rows that the batch wants kept."""
         ...
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from weft import _native
 from weft.errors import DeviceError
 from weft.kernels import quantised
-from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
+from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.kv import bits_of
 from weft.kernels.quantised import W4AxLinear
 
@@ -255,6 +255,9 @@ class CpuKernels:
         out = torch.empty_like(q)
         self.native.attention(kv.native, view, q.data_ptr(), heads, scale, window or 0, out.data_ptr())
         return out
+
+    def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return kept_rows(x, batch)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         rows, columns = _matrix(gate_up, "gate_up")

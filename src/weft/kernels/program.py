@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from weft import _native
 from weft.core.plan import Slice
@@ -34,7 +33,7 @@ LINE = 64  # bytes of a cache line
 class Program:
     """The step of one lane. Only the lane's thread may run it: the results of a run lie in its arenas until the next.
 
-    hidden: [T, ...] kept for `hidden`. logits: float32 [sampled rows, ...].
+    logits: float32 [sampled rows, ...].
     timed: whether runs add to `seconds`; off at first.
     """
 
@@ -42,14 +41,13 @@ class Program:
         self,
         kernels: CpuKernels,
         operations: Sequence[Operation],
-        hidden: Value,
         logits: Value,
         *,
         max_tokens: int,
         max_slices: int,
     ) -> None:
         operations = [*fuse(operations), BestOfRows(logits)]
-        places, widths = arrange(operations, kept=(hidden, logits))
+        places, widths = arrange(operations, kept=(logits,))
         self._kernels = kernels
         self._operations = tuple(operations)  # the C++ side points to what they hold
         self._arenas = [
@@ -62,10 +60,10 @@ class Program:
         self._native = _native.Program(tokens, max_tokens, sampled, max_slices)
         for operation in operations:
             operation.emit(self._native, places.__getitem__)
-        self._hidden, self._logits = hidden, logits
+        self._logits = logits
         self._places = places
         self._block_size = next(one.kv.block_size for one in operations if isinstance(one, RotaryWrite))
-        self._rows = self._sampled = 0
+        self._sampled = 0
         self.timed = False
 
     def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> list[tuple[int, float]]:
@@ -74,20 +72,15 @@ class Program:
         Raises ValueError, before memory is touched, for a step that reaches outside of KV, tables or arenas.
         """
         run = self._native.run_timed if self.timed else self._native.run
-        self._rows, self._sampled = sum([len(piece.tokens) for piece in slices]), len(rows)
+        self._sampled = len(rows)
         return run(self._kernels.native, slices, self._block_size, rows)
 
     def logits(self) -> Logits:
         """Of the last run, after the rows that it was asked for, float32 [R, V]: valid until the next run."""
         value, rows = self._logits, self._sampled
-        return self._bytes(value, rows).view(np.float32).reshape(rows, value.columns)
-
-    def hidden(self) -> torch.Tensor:
-        """The hidden rows of all tokens of the last run after the final norm, [T, hidden]: valid until the next run."""
-        value = self._hidden
-        if value.dtype is None:
-            raise TypeError("the hidden rows are quantised")
-        return torch.from_numpy(self._bytes(value, self._rows)).view(value.dtype).view(self._rows, value.columns)
+        start = self._places[value] * rows
+        logits = self._arenas[value.domain][start : start + value.row_bytes * rows]
+        return logits.view(np.float32).reshape(rows, value.columns)
 
     def seconds(self) -> dict[str, float]:
         """Seconds within the kernels so far, by kind of operation; timed runs only."""
@@ -96,10 +89,6 @@ class Program:
             kind = type(operation).__name__
             found[kind] = found.get(kind, 0.0) + seconds
         return found
-
-    def _bytes(self, value: Value, rows: int) -> np.ndarray:
-        start = self._places[value] * rows
-        return self._arenas[value.domain][start : start + value.row_bytes * rows]
 
 
 def fuse(operations: Sequence[Operation]) -> list[Operation]:

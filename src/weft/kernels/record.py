@@ -79,10 +79,10 @@ class Norm:
     def emit(self, program: _native.Program, at: Place) -> None:
         program.norm(*self.arguments(at))
 
-    def arguments(self, at: Place) -> tuple[int, int, float, int, int, int, int]:
+    def arguments(self, at: Place) -> tuple[int, int, float, int, int, int, int, int]:
         residual = -1 if self.residual is None else at(self.residual)
-        size, kind = self.x.columns, self.x.type
-        return kind, self.weight.data_ptr(), self.eps, size, at(self.x), residual, at(self.out)
+        x = self.x
+        return x.type, self.weight.data_ptr(), self.eps, x.columns, x.domain, at(x), residual, at(self.out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +175,7 @@ class SiluMul:
         return (self.x, self.out)
 
     def emit(self, program: _native.Program, at: Place) -> None:
-        program.silu_mul(self.x.type, at(self.x), self.out.columns, at(self.out))
+        program.silu_mul(self.x.type, self.x.domain, at(self.x), self.out.columns, at(self.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +194,7 @@ class MakeAndQuantise:
             program.norm_quantise(*self.make.arguments(at), packed, out)
         else:
             x, between = self.make.x, self.make.out
-            program.silu_mul_quantise(x.type, at(x), between.columns, at(between), packed, out)
+            program.silu_mul_quantise(x.type, x.domain, at(x), between.columns, at(between), packed, out)
 
 
 @dataclass(frozen=True, slots=True)
@@ -311,7 +311,7 @@ class Recorder:
         self.operations.append(SiluMul(gate_up, out))
         return out
 
-    def take(self, x: Value) -> Value:
+    def keep(self, x: Value, batch: Batch) -> Value:  # noqa: ARG002
         """The sampled rows of x."""
         out = Value(Domain.SAMPLED, x.columns, x.dtype)
         self.operations.append(Take(x, out))

@@ -12,7 +12,7 @@ import torch
 from torch.nn.functional import linear, silu
 
 from weft.errors import DeviceError
-from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
+from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.kv import Codes, QuantisedKv, bits_of
 
 
@@ -154,6 +154,9 @@ class ReferenceKernels:
             weights = (queries @ keys.mT * scale).masked_fill(hidden, -torch.inf).softmax(dim=-1)
             out[first:end] = kv.output(weights @ values).transpose(0, 1).reshape(end - first, -1)
         return out
+
+    def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return kept_rows(x, batch)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)

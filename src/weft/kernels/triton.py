@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import linear, rms_norm, silu
 
 from weft.kernels.attention import Attention, open_attention
-from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding
+from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.reference import PlainEmbedding, PlainLinear
 
 
@@ -114,6 +114,9 @@ class TritonKernels:
         self, q: torch.Tensor, kv: Any, batch: Batch, heads: int, kv_heads: int, scale: float, window: int | None = None
     ) -> torch.Tensor:
         return self.attend.attention(q, kv, batch, heads, kv_heads, scale, window)
+
+    def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return kept_rows(x, batch)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.float().chunk(2, dim=-1)

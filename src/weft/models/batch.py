@@ -22,8 +22,11 @@ Int32 = npt.NDArray[np.int32]
 MISSING = b"\xff\xff\xff\xff"  # -1, the padding of a block table
 
 
-def make_batch(slices: Sequence[Slice], block_size: int) -> Batch:
-    """The layout of one step. Raises ValueError for a slice without tokens or with too few blocks for them."""
+def make_batch(slices: Sequence[Slice], block_size: int, kept: Sequence[int] | None = None) -> Batch:
+    """The layout of one step. kept: the rows that are wanted after the last layer; None for all.
+
+    Raises ValueError for a slice without tokens or with too few blocks for them.
+    """
     count = len(slices)
     lengths = np.fromiter([len(piece.tokens) for piece in slices], np.int64, count)
     begins = np.fromiter([piece.start for piece in slices], np.int64, count)
@@ -53,6 +56,7 @@ def make_batch(slices: Sequence[Slice], block_size: int) -> Batch:
         contexts=_int32(contexts),
         tables=torch.from_numpy(tables),
         block_size=block_size,
+        kept=None if kept is None or list(kept) == list(range(total)) else torch.tensor(kept, dtype=torch.int64),
     )
 
 

@@ -48,12 +48,16 @@ class Decoder:
 
     def strand(self, batch: Batch, kv: list[Any]) -> Strand:
         """One strand through all layers. At the first seam the embedding enters the first norm. Returns the hidden
-        rows after the final norm, [T, hidden]."""
+        rows after the final norm, [R, hidden]: those that the batch keeps. After the last layer has written its keys
+        and values, no other row is of use to anyone."""
         eps = self.config.eps
         embedded = self._kernels.embed(batch.tokens, self._weights.embedding, self._weights.dtype)
         hidden, residual = yield Seam(embedded, None, self._weights.layers[0].input_norm, eps)
         for layer, storage, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
-            partial = layer.attend(hidden, storage, batch)
+            last = layer is self._layers[-1]
+            partial = layer.attend(hidden, storage, batch, last=last)
+            if last:
+                residual = self._kernels.keep(residual, batch)
             hidden, residual = yield Seam(partial, residual, layer.mlp_norm, eps)
             partial = layer.feed(hidden)
             hidden, residual = yield Seam(partial, residual, next_norm, eps)
@@ -67,7 +71,7 @@ class Decoder:
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: list[Any]) -> torch.Tensor:
-        """The hidden rows of all tokens after the final norm, [T, hidden]; their KV is in `kv` then."""
+        """The rows that the batch keeps, after the final norm: [R, hidden]. The KV of all tokens is in `kv` then."""
         return run(self.strand(batch, kv), self.join)
 
     @torch.inference_mode()

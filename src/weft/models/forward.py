@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -16,15 +16,20 @@ from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.models.sampler import best_of_rows
 
+if TYPE_CHECKING:
+    from weft.kernels.program import Program
+
 Logits = npt.NDArray[np.float32]
 
 
 class Forward(Protocol):
     """The forward pass of one lane. What it returns is valid until its next run."""
 
-    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> Sequence[tuple[int, float]]:
+    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
         """Compute a step: the keys and values of its tokens are in the KV then. Of each of these rows of it the most
         probable token that follows, and its logit: the lowest id among equals, NaN where there is one.
+
+        whole: every row is wanted after the last layer, not only these, and `hidden` has them.
 
         Raises ValueError for slices that reach outside of the KV.
         """
@@ -35,7 +40,7 @@ class Forward(Protocol):
         ...
 
     def hidden(self) -> torch.Tensor:
-        """The hidden rows of all tokens of the last run after the final norm, [T, hidden]."""
+        """The hidden rows of all tokens of the last run, which was a whole one, after the final norm: [T, hidden]."""
         ...
 
 
@@ -50,9 +55,10 @@ class Plain:
         self._logits: Logits = np.empty((0, 0), np.float32)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> Sequence[tuple[int, float]]:
-        self._hidden = self._decoder.hidden(make_batch(slices, self._block_size), self._kv)
-        wanted = self._hidden[list(rows)]
+    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
+        batch = make_batch(slices, self._block_size, None if whole else rows)
+        self._hidden = self._decoder.hidden(batch, self._kv)
+        wanted = self._hidden[list(rows)] if whole else self._hidden
         self._logits = self._decoder.logits(wanted).to("cpu", torch.float32).numpy()
         return best_of_rows(self._logits)
 
@@ -63,12 +69,35 @@ class Plain:
         return self._hidden
 
 
+class Recorded:
+    """As a program; the rare step that is wanted whole (to score a prompt), call by call. The results are the same."""
+
+    def __init__(self, program: Program, plain: Plain) -> None:
+        self.program = program
+        self.plain = plain
+        self._latest: Program | Plain = program
+
+    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
+        if whole:
+            self._latest = self.plain
+            return self.plain.run(slices, rows, whole=True)
+        self._latest = self.program
+        return self.program.run(slices, rows)
+
+    def logits(self) -> Logits:
+        return self._latest.logits()
+
+    def hidden(self) -> torch.Tensor:
+        return self.plain.hidden()
+
+
 def open_forward(
     decoder: Decoder, kernels: Kernels, kv: list[Any], block_size: int, *, max_tokens: int, max_slices: int
 ) -> Forward:
     """kernels: the decoder's own; block_size: of the KV. max_tokens, max_slices: of a step."""
+    plain = Plain(decoder, kv, block_size)
     if kernels.name not in LEVELS:
-        return Plain(decoder, kv, block_size)
+        return plain
     from weft.kernels.cpu import CpuKernels
     from weft.kernels.program import Program
     from weft.kernels.record import Recorder
@@ -76,8 +105,8 @@ def open_forward(
     recorder = Recorder()
     recording = decoder.on(cast(Kernels, recorder))
     anything = make_batch([Slice(0, 0, (0,), (0,))], block_size)  # values stand for what is in it
-    hidden: Any = recording.hidden(anything, kv)
-    logits: Any = recording.logits(cast(Any, recorder.take(hidden)))
-    return Program(
-        cast(CpuKernels, kernels), recorder.operations, hidden, logits, max_tokens=max_tokens, max_slices=max_slices
+    logits: Any = recording.logits(recording.hidden(anything, kv))
+    program = Program(
+        cast(CpuKernels, kernels), recorder.operations, logits, max_tokens=max_tokens, max_slices=max_slices
     )
+    return Recorded(program, plain)

@@ -40,8 +40,11 @@ class Layer:
         self._scale = config.head_dim**-0.5
         self._eps = config.eps
 
-    def attend(self, hidden: torch.Tensor, kv: Any, batch: Batch) -> torch.Tensor:
-        """[T, hidden] -> partial [T, hidden]; writes the rows' keys and values to their slots."""
+    def attend(self, hidden: torch.Tensor, kv: Any, batch: Batch, *, last: bool = False) -> torch.Tensor:
+        """[T, hidden] -> partial [T, hidden]; writes the rows' keys and values to their slots.
+
+        last: of the last layer only the rows that the batch keeps are computed on: partial [R, hidden].
+        """
         kernels, weights = self._kernels, self._weights
         heads, kv_heads = self._heads, self._kv_heads
         qkv = kernels.linear(hidden, weights.qkv)
@@ -49,6 +52,8 @@ class Layer:
             qkv, self._cos, self._sin, kv, batch, heads, kv_heads, weights.q_norm, weights.k_norm, self._eps
         )
         mixed = kernels.attention(q, kv, batch, heads, kv_heads, self._scale, self._window)
+        if last:
+            mixed = kernels.keep(mixed, batch)
         return kernels.linear(mixed, weights.output)
 
     def feed(self, hidden: torch.Tensor) -> torch.Tensor:
