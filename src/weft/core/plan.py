@@ -172,7 +172,8 @@ class Capacity:
 
     blocks x block_size KV slots; max_tokens and max_slices bound one plan; shares: units that a Partition divides;
     max_model_len: longest sequence in tokens; vocabulary: number of token ids; layers: parts that a step can be cut
-    into at most, 1 where it cannot be cut.
+    into at most, 1 where it cannot be cut; ahead: slots behind the token of a decode slice that its table had better
+    have, for a device that computes the step after it before it is asked to.
     """
 
     blocks: int
@@ -183,3 +184,4 @@ class Capacity:
     max_model_len: int
     vocabulary: int
     layers: int = 1
+    ahead: int = 0

@@ -17,11 +17,12 @@ from weft.core.sequence import Line, Sequence, State
 class Running:
     """Moves sequences between the lines, and blocks with them. most: sequences that may run (not wait) at one time.
 
-    caching: whether blocks enter the prefix cache, whose secret key is `key`.
+    caching: whether blocks enter the prefix cache, whose secret key is `key`. ahead: see `Capacity`.
     """
 
-    def __init__(self, blocks: int, block_size: int, most: int, caching: bool, key: bytes) -> None:
+    def __init__(self, blocks: int, block_size: int, most: int, caching: bool, key: bytes, ahead: int = 0) -> None:
         self.block_size = block_size
+        self.ahead = ahead
         self.most = most
         self.caching = caching
         self.prefix = PrefixCache(block_size, key)
@@ -68,7 +69,11 @@ class Running:
 
         It may then have been preempted itself: when only more urgent sequences have blocks.
         """
-        if len(sequence.tokens) <= len(sequence.table) * self.block_size:
+        room = len(sequence.table) * self.block_size
+        if len(sequence.tokens) + self.ahead <= room:
+            return True
+        if len(sequence.tokens) <= room:
+            self._grow_ahead(sequence, room)
             return True
         while not self.pool.available:
             if self.pool.pinned:  # blocks are on their way back: the other lane's ticket brings them
@@ -79,6 +84,12 @@ class Running:
                 return False
         sequence.table += self.pool.take(1)
         return True
+
+    def _grow_ahead(self, sequence: Sequence, room: int) -> None:
+        """Make room behind its last token too, unless it ends there anyway or somebody else would pay for it."""
+        goes_on = room + 1 < sequence.live.max_len
+        if goes_on and self.pool.available > self._growth(1):
+            sequence.table += self.pool.take(1)
 
     def preempt(self, sequence: Sequence) -> None:
         """PREFILL or DECODE to WAITING. Its full blocks stay findable, so that a resume is mostly hits."""

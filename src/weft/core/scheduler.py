@@ -38,7 +38,8 @@ class Scheduler:
         # Everybody who runs must fit into one plan, so that a decoding sequence advances with every step.
         most = min(settings.max_num_seqs, capacity.max_slices, budget)
         secret = os.urandom(32) if key is None else key
-        self.running = Running(capacity.blocks, capacity.block_size, most, settings.enable_prefix_caching, secret)
+        caching, ahead = settings.enable_prefix_caching, capacity.ahead
+        self.running = Running(capacity.blocks, capacity.block_size, most, caching, secret, ahead)
         self.pool = self.running.pool
         self.inflight = self.running.inflight
         self.admission = Admission(capacity, settings)

@@ -69,6 +69,7 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         shares=gpu.shares,
         max_model_len=pool.max_model_len,
         vocabulary=model.vocabulary,
+        ahead=1,
     )
     notes = (dtype_note, *weights.notes, *pool.notes, SHARED if partition is not None else None)
     return CudaDevice(

@@ -138,9 +138,10 @@ class CudaLane:
 
     def _go_ahead(self, plan: Plan, launch: Launch) -> Launch | None:
         """Launch the next decode step of a plan's sequences, where it can be told and has room."""
-        following = [_next(piece, self._decoder.max_model_len, self._block_size) for piece in plan.slices]
+        going_on = [piece for piece in plan.slices if piece.end < self._decoder.max_model_len]
+        following = [_next(piece, self._block_size) for piece in going_on]
         slices = tuple(piece for piece in following if piece is not None)
-        if len(slices) != len(following) or launch.draw.late:
+        if not slices or len(slices) != len(following) or launch.draw.late:
             return None
         places = {piece.sequence: place for place, piece in enumerate(launch.slices)}
         guess = self._launch(slices, [places[piece.sequence] for piece in slices])
@@ -171,11 +172,11 @@ def _not_guessed(slices: tuple[Slice, ...], guess: Launch) -> tuple[Slice, ...]:
     return tuple(piece for piece in slices if not computed(piece))
 
 
-def _next(piece: Slice, max_model_len: int, block_size: int) -> Slice | None:
+def _next(piece: Slice, block_size: int) -> Slice | None:
     """What a sequence computes after this slice, but for its token; None where nobody can know, or room lacks."""
     sampling = piece.sample
     if sampling is None or piece.prompt_logprobs is not None or sampling.params.penalised or sampling.forbidden:
         return None
-    if piece.end >= min(max_model_len, len(piece.blocks) * block_size):
+    if piece.end >= len(piece.blocks) * block_size:
         return None
     return Slice(piece.sequence, piece.end, (0,), piece.blocks, replace(sampling, position=sampling.position + 1))
