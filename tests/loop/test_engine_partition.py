@@ -70,10 +70,11 @@ class Watching(FixedPolicy):
 
     seen: list[Observation] = field(default_factory=list)
     queues: list[Queue] = field(default_factory=list)
-    shed: int | None = None
+    hold: int | None = None
+    shed: bool = True
 
     def first(self, now: float) -> Decision:
-        return Decision(now, self.sharing, "fixed", self.shed)
+        return Decision(now, self.sharing, "fixed", self.hold, back=5.0, shed=self.shed)
 
     def decide(self, state: Any, seen: tuple[Observation, ...], queue: Queue, now: float) -> tuple[Any, None]:
         self.seen.extend(seen)
@@ -295,7 +296,7 @@ def test_a_failed_step_and_an_aborted_request_teach_nothing() -> None:
 
 def test_a_request_that_would_wait_for_too_many_tokens_is_refused_and_a_short_one_is_not() -> None:
     sharing = Sharing(Regime.SPLIT, Partition(4, 4), size_weight=0.001)
-    engine, device = virtual(Watching(sharing, shed=40))
+    engine, device = virtual(Watching(sharing, hold=40))
     heard = Heard(device.clock)
     engine.submit(ask("a", range(30), 2))
     with pytest.raises(QueueFull, match="30 prompt tokens go first, and the device computes 40 within the target"):
@@ -303,6 +304,17 @@ def test_a_request_that_would_wait_for_too_many_tokens_is_refused_and_a_short_on
     engine.submit(ask("c", range(8), 2))
     heard.drain(engine)
     assert set(heard.ends) == {"a", "c"}
+
+
+def test_a_request_that_would_wait_for_too_many_tokens_lets_others_pass_and_is_served() -> None:
+    sharing = Sharing(Regime.SPLIT, Partition(4, 4))
+    engine, device = virtual(Watching(sharing, hold=40, shed=False))
+    heard = Heard(device.clock)
+    for name, tokens in (("a", 30), ("late", 32), ("b", 8), ("c", 2)):
+        engine.submit(ask(name, range(tokens), 2))
+    heard.drain(engine)
+    firsts = {name: times[0] for name, times in heard.times.items()}
+    assert sorted(firsts, key=lambda name: firsts[name]) == ["a", "b", "c", "late"]
 
 
 # -- lanes that fail -------------------------------------------------------------------------------------------------

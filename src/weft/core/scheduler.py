@@ -52,9 +52,10 @@ class Scheduler:
 
     # -- requests ------------------------------------------------------------------------------------------------
 
-    def submit(self, request: Request, now: float) -> None:
+    def submit(self, request: Request, now: float, back: float = 0.0) -> None:
         """Accept a request; from now on it ends in exactly one RequestEnd.
 
+        back: seconds by which its place in the queue is later than its arrival.
         Raises InvalidRequest (also for an id that is live), ContextTooLong, NeverFits or QueueFull.
         """
         if request.id in self._live:
@@ -75,6 +76,7 @@ class Scheduler:
             open=set(range(params.n)),
             parked=params.n > 1,
             scores_due=params.prompt_logprobs is not None,
+            back=back,
         )
         self._live[request.id] = live
         self.admission.enter(len(request.prompt))
@@ -296,10 +298,14 @@ class Scheduler:
             seed=sequence_seed(live.seed, index),
             tokens=list(request.prompt),
             prompt_len=len(request.prompt),
-            rank=(urgency(request.priority, live.arrived) + self.planner.size_rank(request), live.number, index),
+            rank=(self.place(request, live.arrived) + live.back, live.number, index),
         )
         live.sequences.append(sequence)
         self.running.add(sequence)
+
+    def place(self, request: Request, arrived: float) -> float:
+        """Where a request stands in the queue that is not put back: smaller is served first."""
+        return urgency(request.priority, arrived) + self.planner.size_rank(request)
 
     def _unpark(self, live: Live) -> None:
         """Make the siblings of the first sequence, which find the prompt's full blocks in the prefix cache."""

@@ -48,7 +48,8 @@ class Live:
 
     number: in order of arrival. max_len: tokens at which a sequence ends with LENGTH. stop_ids: ids that end one.
     open: the indices of its sequences that have not ended. parked: siblings are not made before the first
-    sequence has prefilled the prompt that they share. scores: of the prompt, while they are gathered.
+    sequence has prefilled the prompt that they share. scores: of the prompt, while they are gathered. back: seconds by
+    which its place in the queue is later than its arrival.
     """
 
     request: Request
@@ -63,6 +64,7 @@ class Live:
     parked: bool = False
     scores: list[TokenScore] = field(default_factory=list)
     scores_due: bool = False
+    back: float = 0.0
     scheduled: float | None = None
     first_token: float | None = None
     prefilled: bool = False

@@ -6,6 +6,7 @@ change costs no step.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from weft.core.plan import Lane, Partition, Plan, Regime, Result, Sharing
 from weft.core.request import Event, Finish, Request, RequestEnd, TokenOutput
 from weft.core.scheduler import Scheduler
+from weft.core.sequence import Sequence, State
 from weft.devices.base import Device
 from weft.errors import DeviceError, QueueFull
 from weft.phases.controller import Controller
@@ -58,26 +60,42 @@ class Control:
 
     # -- what happens ----------------------------------------------------------------------------------------------
 
-    def admit(self, request: Request, now: float) -> None:
-        """Raises QueueFull for a request that would get its first token too late, where the policy says so."""
-        most = self.decision.shed
-        if most is None:
-            return
-        own = len(request.prompt)
-        ahead = sum(tokens for _, tokens in self._waiting() if self._before(tokens, own))
-        if ahead + own > most:
-            raise QueueFull(
-                f"{ahead} prompt tokens go first, and the device computes {most} within the target of --slo-ttft",
-                retry_after=self._scheduler.admission.retry_after(now),
-            )
+    def admit(self, request: Request, now: float) -> float:
+        """Seconds by which a request that would get its first token too late goes behind others; 0 for any other.
 
-    def _before(self, tokens: int, own: int) -> bool:
-        """Whether a prompt that waits goes before a new one. Ageing is left out: it only ever puts more before."""
-        return tokens <= own or not self.decision.sharing.size_weight
+        Raises QueueFull instead, where the policy says so.
+        """
+        decision = self.decision
+        if decision.hold is None:
+            return 0.0
+        place, new = self._scheduler.place(request, now), self._new
+        running = self._scheduler.running
+        ahead = sum(self._left(one) for one in running.prefilling)
+        ahead += sum(self._left(one) for one in running.waiting if one.rank[0] <= place)
+        if ahead + new * len(request.prompt) <= decision.hold:
+            return 0.0
+        if not decision.shed:
+            return decision.back
+        raise QueueFull(
+            f"{ahead:.0f} prompt tokens go first, and the device computes {decision.hold} within the target of "
+            "--slo-ttft",
+            retry_after=self._scheduler.admission.retry_after(now),
+        )
+
+    @property
+    def _new(self) -> float:
+        """The part of a prompt that the prefix cache is not likely to have."""
+        running = self._scheduler.running
+        return 1.0 - running.prefix_hits / running.prefix_queries if running.prefix_queries else 1.0
+
+    def _left(self, sequence: Sequence) -> float:
+        """Tokens of a sequence that are likely to be computed before it has its next one."""
+        left = len(sequence.tokens) - sequence.computed
+        return left if sequence.state is State.PREFILL else self._new * left
 
     def arrived(self, request: Request, now: float) -> None:
         self._first[request.id] = (now, len(request.prompt))
-        self._controller.tell(Arrived(now, len(request.prompt)))
+        self._controller.tell(Arrived(now, max(1, round(self._new * len(request.prompt)))))
 
     def noted(self, events: list[Event], now: float) -> None:
         for event in events:
@@ -130,10 +148,10 @@ class Control:
         if not self._controller.due(now):
             return
         began = time.perf_counter()
-        decision = self._controller.ask(self._queue(), now)
+        decision = self._controller.ask(self._queue(now), now)
         self.decide_seconds += time.perf_counter() - began
         if decision is not None:
-            self.switches += 1
+            self.switches += decision.sharing != self.decision.sharing
             self.decision = decision
             logger.info("partition: %s", decision.reason)
             self._adopt(decision)
@@ -161,9 +179,15 @@ class Control:
             logger.error("partition %d:%d was refused: %s", partition.prefill, partition.decode, error.message)
         self.switch_seconds += time.perf_counter() - began
 
-    def _queue(self) -> Queue:
+    def _queue(self, now: float) -> Queue:
         decoding = self._scheduler.running.decoding
-        return Queue(tuple(self._waiting()), len(decoding), sum(len(one.tokens) for one in decoding))
+        answers = [
+            (now - one.live.first_token, len(one.tokens) - one.prompt_len - 1)
+            for one in itertools.islice(decoding, SHOWN)
+            if one.live.first_token is not None
+        ]
+        context = sum(len(one.tokens) for one in decoding)
+        return Queue(tuple(self._waiting()), len(decoding), context, tuple(answers))
 
     def _waiting(self) -> list[tuple[float, int]]:
         """(arrival, tokens to compute) of the sequences without a first token."""
@@ -172,7 +196,7 @@ class Control:
         for line in (running.prefilling, running.waiting):
             for one in line:
                 if one.live.first_token is None:
-                    found.append((one.live.arrived, len(one.tokens) - one.computed))
+                    found.append((one.live.arrived, round(self._left(one))))
                 if len(found) >= SHOWN:
                     return found
         return found

@@ -75,9 +75,8 @@ class Engine:
         if self._closed:
             raise Unavailable("the engine is closed")
         now = self._clock()
-        if self._control is not None:
-            self._control.admit(request, now)
-        self._scheduler.submit(request, now)
+        back = 0.0 if self._control is None else self._control.admit(request, now)
+        self._scheduler.submit(request, now, back)
         if self._control is not None:
             self._control.arrived(request, now)
 

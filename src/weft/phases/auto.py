@@ -3,8 +3,12 @@
 The ways: one lane for both phases with chunked prefill (the chunk sized to the TPOT target), turns, and any split that
 the device allows. The step law is fitted from every step; shares that were not seen are tried for a moment, but only
 while there are misses to be saved. A change must save enough (hysteresis), and no change comes soon after another
-(dwell). Where nothing meets both targets, the declared policy: decode keeps its target, prompts go shortest first (with
-ageing), and a prompt that could not make its deadline even so is refused, if that was allowed.
+(dwell).
+
+Prompts wait in the order of arrival, put back by their size, so that short ones go first and long ones get their turn.
+One that could not make the TTFT target any more when it came is put back further: it would make others late and gain
+nothing. Where nothing meets both targets, the declared policy: decode keeps its target, size counts for more, and a
+prompt that could not make its deadline even so is refused, if that was allowed.
 """
 
 from __future__ import annotations
@@ -26,16 +30,23 @@ SAVES, SAVES_PART = 0.5, 0.1
 TRIALS = (1 / 4, 1 / 3, 2 / 3, 3 / 4)
 # So many misses within the horizon are worth a trial, and so many trials are made at most.
 TRIAL_WORTH, TRIALS_MOST = 2.0, 12
+# Seconds that a second of a prompt's own computing time puts it back in the queue; and under overload.
+ORDER, ORDER_OVERLOAD = 2.0, 4.0
+# A prompt that finds more before it than this part of the TTFT target takes lets others pass, for so many targets.
+HOLD, BACK = 1.1, 8.0
+# What is told anew when it has changed by such a part.
+HOLD_CHANGES = 0.15
 # A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
 # has that part of them miss one or the other.
-OUT_OF_REACH, HOPELESS = 0.5, 0.75
+OUT_OF_REACH, HOPELESS = 0.5, 0.5
 # Where memory is taken to be full until it is known: with half of the device, as on most of those that were measured.
 LIKELY_SATURATION = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class AutoState:
-    """sharing: in force since `since`. overload: whether the declared policy holds. tried: trials so far."""
+    """sharing: in force since `since`. overload: whether the declared policy holds. tried: trials so far.
+    hold: what the last decision said of it."""
 
     sharing: Sharing
     began: float = 0.0
@@ -43,6 +54,7 @@ class AutoState:
     trial: bool = False
     tried: int = 0
     overload: bool = False
+    hold: int | None = None
     fitted: float = -1e9
     steps: tuple[Stepped, ...] = ()
     arrivals: tuple[Arrived, ...] = ()
@@ -60,9 +72,9 @@ class AutoPolicy:
     targets: Targets
     device: Device
     shed: bool = False
-    dwell: float = 2.0
+    dwell: float = 0.5
     refit: float = 5.0
-    trial: float = 1.5
+    trial: float = 1.0
 
     @property
     def _whole(self) -> Partition:
@@ -78,6 +90,10 @@ class AutoPolicy:
         self, state: AutoState, seen: tuple[Observation, ...], queue: Queue, now: float
     ) -> tuple[AutoState, Decision | None]:
         state = self._learn(state, seen, now)
+        state, decision = self._choose(state, queue, now)
+        return self._hold(state, decision, queue, now)
+
+    def _choose(self, state: AutoState, queue: Queue, now: float) -> tuple[AutoState, Decision | None]:
         model, load = state.model, self._load(state, now)
         if model is None or now - state.since < (self.trial if state.trial else self.dwell):
             return state, None
@@ -98,7 +114,7 @@ class AutoPolicy:
             return state, None
         if not better and not state.trial:
             best = here
-        return self._change(state, best, here, overload, load, now)
+        return self._change(state, model, best, here, overload, load, now)
 
     # -- what is known -------------------------------------------------------------------------------------------
 
@@ -151,7 +167,15 @@ class AutoPolicy:
         found = list(candidates(model, self.targets, queue, load, self.device, state.sharing.size_weight))
         if len(model.shares) < 2:
             # Of shares that were never seen there is nothing to say; turns and chunks need none.
-            found = [one for one in found if one.regime is not Regime.SPLIT]
+            return [one for one in found if one.regime is not Regime.SPLIT]
+        # The law bends where shares are small: no further below those that were seen than a twelfth.
+        least = min(model.shares) - 1.01 / 12
+        found = [
+            one
+            for one in found
+            if one.regime is not Regime.SPLIT
+            or min(one.partition.prefill, one.partition.decode) / self.device.shares >= least
+        ]
         return found
 
     def _outlook(self, sharing: Sharing, state: AutoState, load: Load, queue: Queue, now: float) -> Outlook:
@@ -193,16 +217,38 @@ class AutoPolicy:
             return True
         return best.slow <= OUT_OF_REACH and best.speed > here.speed * (1.0 + SAVES_PART)
 
-    def _change(
-        self, state: AutoState, best: Outlook, here: Outlook, overload: bool, load: Load, now: float
+    def _hold(
+        self, state: AutoState, decision: Decision | None, queue: Queue, now: float
     ) -> tuple[AutoState, Decision | None]:
-        # Shortest first: a second of its own prefill puts a prompt back by a few seconds of waiting.
-        weight = 4.0 / best.speed if overload else 0.0
+        """How much a new prompt may find before it, beside the decision or, where it has changed enough, as one."""
+        if state.model is None:
+            return state, decision
+        speed = self._outlook(state.sharing, state, self._load(state, now), queue, now).speed
+        hold = max(1, int(HOLD * self.targets.ttft * speed))
+        if decision is None:
+            if state.hold is not None and abs(hold - state.hold) < HOLD_CHANGES * state.hold:
+                return state, None
+            reason = f"{words(state.sharing, self.device.shares)} goes on, at {speed:.0f} tokens of prompts/s"
+            decision = Decision(now, state.sharing, reason)
+        decision = replace(decision, hold=hold, back=BACK * self.targets.ttft, shed=self.shed and state.overload)
+        return replace(state, hold=hold), decision
+
+    def _change(
+        self,
+        state: AutoState,
+        model: StepModel,
+        best: Outlook,
+        here: Outlook,
+        overload: bool,
+        load: Load,
+        now: float,
+    ) -> tuple[AutoState, Decision | None]:
+        # Shortest first: a second of its own computing time puts a prompt back by a few seconds of waiting.
+        weight = (ORDER_OVERLOAD if overload else ORDER) / self._speed(model, load)
         sharing = replace(best.sharing, size_weight=weight)
         moved = replace(state, sharing=sharing, since=now, trial=False, overload=overload)
         if replace(sharing, size_weight=0.0) == replace(state.sharing, size_weight=0.0) and overload is state.overload:
             return replace(moved, sharing=state.sharing), None
-        shed = max(1, int(self.targets.ttft * best.speed)) if overload and self.shed else None
         reason = (
             f"{words(sharing, self.device.shares)}: predicted TTFT {best.ttft:.3f} s (target {self.targets.ttft:g}), "
             f"TPOT {best.tpot:.4f} s (target {self.targets.tpot:g}), {best.misses:.1f} misses in 10 s instead of "
@@ -210,7 +256,7 @@ class AutoPolicy:
         )
         if overload:
             reason = f"both targets are out of reach, so decode keeps its own and prompts go shortest first: {reason}"
-        return moved, Decision(now, sharing, reason, shed)
+        return moved, Decision(now, sharing, reason)
 
 
 def _likely(model: StepModel) -> StepModel:

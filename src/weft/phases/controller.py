@@ -69,7 +69,7 @@ class Controller:
         self,
         policy: Policy,
         *,
-        interval: float = 0.5,
+        interval: float = 0.25,
         lone: bool = False,
         record: Callable[[Asked], None] | None = None,
     ) -> None:

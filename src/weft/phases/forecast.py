@@ -19,8 +19,11 @@ from weft.phases.observations import Queue, Targets
 SPREAD = 0.12
 # Seconds over which misses are counted.
 HORIZON = 10.0
-# A request that decodes now has part of its tokens behind it.
-UNDER_WAY = 0.5
+# Moments within the horizon at which those who arrive are looked at, and sizes of prompts that stand for all.
+MOMENTS = (0.02, 0.08, 0.2, 0.5, 0.9)
+SIZES = 8
+# The part of a lane's speed that serves those in time, when more comes in than it can do and the rest is put back.
+FITS = 0.9
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,12 @@ class Load:
     @property
     def prompt(self) -> float:
         return sum(self.prompts) / len(self.prompts) if self.prompts else 0.0
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """A few prompts that stand for all: evenly from the shortest to the longest."""
+        ordered, count = sorted(self.prompts), len(self.prompts)
+        return tuple(ordered[int((i + 0.5) * count / SIZES)] for i in range(SIZES)) if count > SIZES else self.prompts
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,18 +100,66 @@ def outlook(
         begin = min(load.rate + len(queue.waiting) / life, speed / max(load.prompt, 1.0))
         settled = min(float(device.seats), begin * load.output * tpot)
         batch = max(1.0, 0.5 * (queue.decoding + settled))
-    slow = _over(tpot, targets.tpot)
+    used = min(1.0, incoming / speed)
+    pace = Pace(busy, idle, used, 1.0 / (used / busy + (1.0 - used) / idle), speed)
     known, waits = _known(queue, speed, targets.ttft, now)
-    late, mean = _arriving(steps, ttft, load, incoming, speed, targets.ttft, device)
+    late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, device)
     coming = load.rate * HORIZON
-    misses = sum(1.0 - (1.0 - one) * (1.0 - slow) for one in known)
-    misses += coming * (1.0 - (1.0 - late) * (1.0 - slow)) + UNDER_WAY * queue.decoding * slow
-    requests = coming + len(known) + UNDER_WAY * queue.decoding
+    drain = min(HORIZON, backlog / max(speed - incoming, 1e-9)) if speed > incoming else HORIZON
+    slow_known, slow_answers = _slow_known(queue, load, pace, drain, targets.tpot)
+    slow = _slow_arriving(load, pace, targets.tpot)
+    misses = sum(1.0 - (1.0 - a) * (1.0 - b) for a, b in zip(known, slow_known, strict=True)) + slow_answers
+    misses += coming * (1.0 - (1.0 - late) * (1.0 - slow))
+    requests = coming + len(known) + queue.decoding
     all_late = (sum(known) + coming * late) / max(coming + len(known), 1e-9)
+    all_slow = (sum(slow_known) + slow_answers + coming * slow) / max(requests, 1e-9)
     ttft_mean = max(mean, waits)
     slack = min(ttft_mean / targets.ttft, 10.0) + min(tpot / targets.tpot, 10.0)
     part = misses / max(requests, 1e-9)
-    return Outlook(sharing, misses + 0.02 * requests * slack, misses, part, all_late, slow, ttft_mean, tpot, speed)
+    return Outlook(sharing, misses + 0.02 * requests * slack, misses, part, all_late, all_slow, ttft_mean, tpot, speed)
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """busy, idle: TPOT beside prefill, and without. used: the part of the time in which prompts are computed, in the
+    long run. settled: TPOT then. speed: tokens of prompts per second."""
+
+    busy: float
+    idle: float
+    used: float
+    settled: float
+    speed: float
+
+    def tpot(self, tokens: float, pressed: float) -> float:
+        """Of so many tokens; in the first `pressed` seconds, prompts that wait are computed beside them."""
+        beside = min(tokens, pressed / self.busy)
+        return (beside * self.busy + (tokens - beside) * self.settled) / tokens
+
+
+def _slow_known(queue: Queue, load: Load, pace: Pace, drain: float, target: float) -> tuple[list[float], float]:
+    """(probability to miss the TPOT target of each that waits, how many of those that decode will).
+
+    Who waits begins to decode while those behind it are computed. Who decodes has saved or lost something so far.
+    """
+    tokens, ahead, found = max(load.output, 1.0), 0, []
+    for _, left in queue.waiting:
+        ahead += left
+        found.append(_over(pace.tpot(tokens, max(0.0, drain - ahead / pace.speed)), target))
+    if not queue.answers:
+        return found, 0.0
+    ahead_tpot = pace.tpot(tokens, drain)
+    slow = sum(_over((seconds + tokens * ahead_tpot) / (done + tokens), target) for seconds, done in queue.answers)
+    return found, slow * queue.decoding / len(queue.answers)
+
+
+def _slow_arriving(load: Load, pace: Pace, target: float) -> float:
+    """The part of those to come that misses the TPOT target. A long answer sees the mean of busy and idle times; a
+    short one falls into the one or the other."""
+    life = load.output * pace.settled
+    busy = load.prompt / pace.speed / max(1.0 - pace.used, 0.05)
+    mean = life / (life + busy) if life + busy > 0 else 1.0
+    either = pace.used * _over(pace.busy, target) + (1.0 - pace.used) * _over(pace.idle, target)
+    return mean * _over(pace.settled, target) + (1.0 - mean) * either
 
 
 def _pace(
@@ -138,17 +195,23 @@ def _arriving(
     steps: StepModel,
     ttft: TtftModel | None,
     load: Load,
-    incoming: float,
+    queue: Queue,
+    known: Sequence[float],
     speed: float,
     target: float,
     device: Device,
 ) -> tuple[float, float]:
-    """(part of those to come that will be late, their mean TTFT)."""
+    """(part of those to come that will be late, their mean TTFT).
+
+    They find what is left of those that wait now and can make it, which others go before only if they cannot; and
+    what else has arrived by then: that is the M/M/1 queue's part.
+    """
     if not load.prompts or load.rate <= 0:
         return 0.0, 0.0
+    incoming = load.rate * load.prompt
     used = incoming / speed
     if used >= 0.98:
-        return 1.0, math.inf
+        return 1.0 - FITS / used, math.inf
     service = load.prompt / speed
     mean = service / (1.0 - used)
     if ttft is not None:
@@ -156,8 +219,13 @@ def _arriving(
         # However it is shared, what counts is the part of the whole device's speed that prompts get.
         mean = min(max(ttft.predict(min(1.0, speed / whole), incoming / whole), service), 1e6)
     wait = max(mean - service, 1e-6)
-    late = sum(_waits_longer(target - tokens / speed, used, wait) for tokens in load.prompts) / len(load.prompts)
-    return late, mean
+    backlog = sum(tokens * (1.0 - late) for (_, tokens), late in zip(queue.waiting, known, strict=True))
+    late = 0.0
+    for moment in MOMENTS:
+        left = max(0.0, backlog - (speed - incoming) * moment * HORIZON) / speed
+        for tokens in load.sizes:
+            late += max(_over(left + tokens / speed, target), _waits_longer(target - left - tokens / speed, used, wait))
+    return late / (len(MOMENTS) * len(load.sizes)), mean
 
 
 def _waits_longer(seconds: float, used: float, mean: float) -> float:

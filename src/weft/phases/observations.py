@@ -72,26 +72,31 @@ class Queue:
     """Where the engine stands when it asks.
 
     waiting: (when it arrived, tokens still to compute) of the sequences without a first token, most urgent first.
-    decoding: sequences past it. context: tokens of those, in all.
+    decoding: sequences past it. context: tokens of those, in all. answers: (seconds since the first token, tokens since
+    then) of those; not of all, where they are very many.
     """
 
     waiting: tuple[tuple[float, int], ...] = ()
     decoding: int = 0
     context: int = 0
+    answers: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
     """From now on the device is shared so. reason: one sentence, for the log.
 
-    shed: tokens of prompts that a new request may have to wait for, its own included; one that would wait for more is
-    refused. None: any number.
+    hold: tokens of prompts that a new request may have to wait for, its own included. One that would wait for more
+    cannot make the TTFT target, so it lets those pass that come in the next `back` seconds; or it is refused, if that
+    is what `shed` says. None: any number.
     """
 
     at: float
     sharing: Sharing
     reason: str
-    shed: int | None = None
+    hold: int | None = None
+    back: float = 0.0
+    shed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
