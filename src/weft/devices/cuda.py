@@ -60,7 +60,7 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
     usage = _measure(gpu, config, model, kernels, weights, free, total, len(lanes))
     pool = size_gpu_pool(config, model.context, kept, usage)
     decoder = Decoder(model, weights, kernels, pool.max_model_len)
-    kv = decoder.make_kv(pool.blocks + 1, config.block_size, config.kv_cache_dtype)
+    kv = decoder.make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
     capacity = Capacity(
         blocks=pool.blocks,
         block_size=config.block_size,
@@ -110,7 +110,6 @@ def _open_lane(gpu: Gpu, decoder: Decoder, kv: list[Any], capacity: Capacity, ke
         decoder,
         kv,
         capacity.block_size,
-        capacity.blocks,  # the one more that the KV has
         max_slices=capacity.max_slices,
         graphs=gpu.captures and kernels.attend.capturable,
     )
@@ -135,11 +134,11 @@ def _measure(
     decoder = Decoder(model, weights, kernels, length)
     tokens, size = config.max_num_batched_tokens, config.block_size
     whole = -(-length // size)
-    kv = decoder.make_kv(whole + 1, size, config.kv_cache_dtype)
+    kv = decoder.make_kv(whole, size, config.kv_cache_dtype)
     table = tuple(range(whole))
     sequences = [Slice(0, 0, (0,) * min(length, tokens - at), table) for at in range(0, tokens, length)]
     row = Slice(0, 0, (0,), table)
-    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, whole, max_slices=config.max_num_seqs, graphs=False)
+    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, max_slices=config.max_num_seqs, graphs=False)
     rows = list(range(config.max_num_seqs))  # as many as draw a token at most
 
     @torch.inference_mode()

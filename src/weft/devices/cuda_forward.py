@@ -1,13 +1,13 @@
 """The forward pass of one lane on a GPU: decode from graphs, the rest call by call. Nothing waits for the device.
 
-A graph holds the decode step of so many rows (a bucket); fewer rows are filled up with rows of a sequence that does not
-exist, whose keys and values go to a block that nobody reads.
+A graph holds the decode step of so many rows (a bucket); fewer are filled up with rows that read and write nothing:
+their slot is -1, and their context 0.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -32,7 +32,7 @@ class Graph:
 
 class CudaForward:
     """drawn: int64 [max_slices]: the tokens that the latest launch drew, in the order of its rows of logits. Whoever
-    draws writes them there. spare: the block of the rows that fill up a graph."""
+    draws writes them there. graphs: whether decode goes through graphs, for which the kernels must not wait."""
 
     def __init__(
         self,
@@ -41,7 +41,6 @@ class CudaForward:
         decoder: Decoder,
         kv: list[Any],
         block_size: int,
-        spare: int,
         *,
         max_slices: int,
         graphs: bool,
@@ -52,7 +51,6 @@ class CudaForward:
         self._decoder = decoder
         self._kv = kv
         self._block_size = block_size
-        self._filler = Slice(-1, 0, (0,), (spare,))
         self._width = -(-decoder.max_model_len // block_size)
         self._buckets = buckets(max_slices) if graphs else ()
         self._graphs: dict[int, Graph] = {}
@@ -69,13 +67,13 @@ class CudaForward:
         decode = all(len(piece.tokens) == 1 for piece in slices) and len(rows) == len(slices)
         if decode and self._buckets and not _scored(slices):
             return self._replay(slices, feeds)
-        batch = make_batch(slices, self._block_size)
-        inputs = layout_of(batch).inputs(send(self._gpu, batch, feeds), self._block_size)
+        whole = _scored(slices)
+        batch = make_batch(slices, self._block_size, None if whole else rows)
+        sent = send(self._gpu, batch, feeds)
+        inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None)
         self._hidden = self._decoder.hidden(self._fed(inputs, feeds is not None), self._kv)
-        if len(rows) == len(self._hidden):
-            return self._decoder.logits(self._hidden)
-        wanted = send_rows(self._gpu, rows)
-        return self._decoder.logits(self._hidden[wanted])
+        wanted = self._hidden[send_rows(self._gpu, rows)] if whole else self._hidden
+        return self._decoder.logits(wanted)
 
     def hidden(self) -> torch.Tensor:
         """The hidden rows of the last run's tokens, [T, hidden]; of a run with a slice that scores its prompt."""
@@ -87,16 +85,14 @@ class CudaForward:
         if not fed:
             return batch
         tokens = torch.where(inputs.feeds < 0, batch.tokens, self.drawn[inputs.feeds.clamp(min=0)])
-        return Batch(tokens, batch.positions, batch.slots, batch.starts, batch.contexts, batch.tables, batch.block_size)
+        return replace(batch, tokens=tokens)
 
     def _replay(self, slices: Sequence[Slice], feeds: Sequence[int] | None) -> torch.Tensor:
         count = len(slices)
         size = next(bucket for bucket in self._buckets if bucket >= count)
-        missing = size - count
-        batch = make_batch([*slices, *[self._filler] * missing], self._block_size)
         if feeds is not None:
-            feeds = [*feeds, *[-1] * missing]
-        graph = self._graph(size)
+            feeds = [*feeds, *[-1] * (size - count)]
+        graph, batch = self._graph(size), filled(slices, size, self._block_size)
         sent = send(self._gpu, batch, feeds)
         tables = layout_of(batch).views(sent)[-1]
         graph.memory.copy_(sent[: len(graph.memory)])
@@ -118,16 +114,23 @@ class CudaForward:
             self._logits = torch.empty(shape, device=self._gpu.device)
         fixed, whole = Layout(size, size, 0), Layout(size, size, self._width)
         memory = torch.zeros(whole.size, dtype=torch.uint8, device=self._gpu.device)
-        inputs = whole.inputs(memory, self._block_size)
-        sent = send(self._gpu, make_batch([self._filler] * size, self._block_size), None)
-        memory[: fixed.size].copy_(sent[: fixed.size])
-        inputs.batch.tables.fill_(self._filler.blocks[0])
+        inputs = whole.inputs(memory, self._block_size, whole=True)
+        memory[: fixed.size].copy_(send(self._gpu, filled((), size, self._block_size), None)[: fixed.size])
         logits = self._logits[:size]
 
         def work() -> None:
             logits.copy_(self._decoder.logits(self._decoder.hidden(self._fed(inputs), self._kv)))
 
         return Graph(inputs, memory[: fixed.size], self._stream.capture(work))
+
+
+def filled(slices: Sequence[Slice], size: int, block_size: int) -> Batch:
+    """A decode batch of `size` rows, of which the last ones are nobody's."""
+    nobody = Slice(-1, 0, (0,), (0,))
+    batch = make_batch([*slices, *[nobody] * (size - len(slices))], block_size)
+    batch.slots[len(slices) :] = -1
+    batch.contexts[len(slices) :] = 0
+    return batch
 
 
 def buckets(most: int) -> tuple[int, ...]:

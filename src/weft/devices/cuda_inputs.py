@@ -25,11 +25,13 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the tensors of a step with so many rows and slices lie; the tables, whose width varies, come last."""
+    """Where the tensors of a step lie that has so many rows and slices, and block tables so wide. kept: rows that are
+    wanted after the last layer; 0 where all are. The tables, whose width varies, come last."""
 
     rows: int
     slices: int
     width: int
+    kept: int = 0
 
     def fields(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
         return (
@@ -39,6 +41,7 @@ class Layout:
             (torch.int32, (self.rows,)),  # feeds
             (torch.int32, (self.slices + 1,)),  # starts
             (torch.int32, (self.slices,)),  # contexts
+            (torch.int64, (self.kept,)),
             (torch.int32, (self.slices, self.width)),  # tables
         )
 
@@ -55,9 +58,11 @@ class Layout:
             at += _size(dtype, shape)
         return found
 
-    def inputs(self, memory: torch.Tensor, block_size: int) -> Inputs:
-        tokens, slots, positions, feeds, starts, contexts, tables = self.views(memory)
-        return Inputs(Batch(tokens, positions, slots, starts, contexts, tables, block_size), feeds)
+    def inputs(self, memory: torch.Tensor, block_size: int, *, whole: bool) -> Inputs:
+        """whole: every row is wanted after the last layer."""
+        tokens, slots, positions, feeds, starts, contexts, kept, tables = self.views(memory)
+        batch = Batch(tokens, positions, slots, starts, contexts, tables, block_size, None if whole else kept)
+        return Inputs(batch, feeds)
 
 
 def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
@@ -65,7 +70,8 @@ def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def layout_of(batch: Batch) -> Layout:
-    return Layout(len(batch.tokens), *batch.tables.shape)
+    slices, width = batch.tables.shape
+    return Layout(len(batch.tokens), slices, width, 0 if batch.kept is None else len(batch.kept))
 
 
 def send(gpu: Gpu, batch: Batch, feeds: Sequence[int] | None) -> torch.Tensor:
@@ -73,7 +79,8 @@ def send(gpu: Gpu, batch: Batch, feeds: Sequence[int] | None) -> torch.Tensor:
     layout = layout_of(batch)
     memory = gpu.staging(layout.size)
     given = torch.tensor(feeds, dtype=torch.int32) if feeds is not None else torch.tensor(-1, dtype=torch.int32)
-    parts = (batch.tokens, batch.slots, batch.positions, given, batch.starts, batch.contexts, batch.tables)
+    kept = torch.empty(0) if batch.kept is None else batch.kept
+    parts = (batch.tokens, batch.slots, batch.positions, given, batch.starts, batch.contexts, kept, batch.tables)
     for place, part in zip(layout.views(memory), parts, strict=True):
         place.copy_(part)
     # Pinned memory is not given to anybody else before its copies are done: torch sees to that.

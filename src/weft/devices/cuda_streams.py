@@ -244,7 +244,6 @@ class Immediate:
         pass
 
     def capture(self, work: Work) -> Work:
-        work()
         return work
 
 

@@ -57,7 +57,9 @@ def open_attention(name: str, device: torch.device) -> Attention:
         return TorchAttention(device)
     if name == TRITON:
         require("triton", name)
-        raise ConfigError(f"--attention-backend is {name}, whose kernels are on their way; what would work: torch")
+        from weft.kernels.triton_backend import TritonAttention
+
+        return TritonAttention(device)
     if name == FLASHINFER:
         require("flashinfer", name)
         raise ConfigError(f"--attention-backend is {name}, which this version of weft does not drive yet; use triton")

@@ -1,6 +1,6 @@
-"""Kernels for GPUs: cuBLAS through torch for plain products, Triton for quantised ones, one backend for attention.
+"""Kernels for GPUs: cuBLAS through torch for plain products, one backend for attention, Triton for all the rest.
 
-Triton itself, and the files that need it, are imported when something is to be computed with it.
+Importing this module needs triton.
 """
 
 from __future__ import annotations
@@ -8,8 +8,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.functional import linear, rms_norm, silu
+from torch.nn.functional import linear
 
+from weft.kernels import triton_norm, triton_w4ax
 from weft.kernels.attention import Attention, open_attention
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.reference import PlainEmbedding, PlainLinear
@@ -46,9 +47,7 @@ class TritonKernels:
         hadamard: bool = False,
         zeros: torch.Tensor | None = None,
     ) -> Any:
-        from weft.kernels.triton_w4ax import pack_w4ax
-
-        return pack_w4ax(
+        return triton_w4ax.pack_w4ax(
             values,
             scales,
             bias,
@@ -62,8 +61,6 @@ class TritonKernels:
 
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not isinstance(packed, PlainLinear):
-            from weft.kernels import triton_w4ax
-
             multiply = triton_w4ax.linear_a16 if self._sixteen else triton_w4ax.linear
             return multiply(x, packed, dtype)
         if dtype is None or dtype is x.dtype:
@@ -87,13 +84,12 @@ class TritonKernels:
         return self.attend.make_kv(blocks, block_size, kv_heads, head_dim, dtype, cache)
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return rms_norm(x, weight.shape, weight, eps)
+        return triton_norm.rms_norm(x, weight, eps)
 
     def add_rms_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        residual += x
-        return self.rms_norm(residual, weight, eps), residual
+        return triton_norm.add_rms_norm(x, residual, weight, eps)
 
     def rotary_write(
         self,
@@ -119,8 +115,7 @@ class TritonKernels:
         return kept_rows(x, batch)
 
     def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.float().chunk(2, dim=-1)
-        return (silu(gate) * up).to(gate_up.dtype)
+        return triton_norm.silu_mul(gate_up)
 
     def set_cores(self, cores: tuple[int, ...]) -> None:
         """A GPU has none to choose from: the stream decides what a lane runs on."""
