@@ -18,7 +18,7 @@ void append(nb::handle integers, std::vector<T>& to) {
 // slices: a sequence of weft.core.plan.Slice. Returns (number, value) of the greatest logit of each sampled row.
 template <auto RUN>
 nb::list run(Program& self, Backend& backend, nb::sequence slices, int64_t block_size,
-             const std::vector<int64_t>& sampled) {
+             const std::vector<int64_t>& sampled, size_t first, size_t last) {
   StepBatch& batch = self.batch();
   batch.clear();
   for (nb::handle slice : slices) {
@@ -28,7 +28,7 @@ nb::list run(Program& self, Backend& backend, nb::sequence slices, int64_t block
   }
   {
     nb::gil_scoped_release unlocked;
-    (self.*RUN)(backend, batch.view(), batch.tokens.data(), sampled);
+    (self.*RUN)(backend, batch.view(), batch.tokens.data(), sampled, first, last);
   }
   nb::list best;
   for (const Best& one : self.best()) best.append(nb::make_tuple(one.number, one.value));
@@ -125,8 +125,10 @@ void bind_program(nb::module_& module) {
             new (self) Program(at<char>(arena), max_rows, at<char>(sampled_arena), max_sampled);
           },
           arg("arena"), arg("max_rows"), arg("sampled_arena"), arg("max_sampled"))
-      .def("run", &run<&Program::run>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"))
-      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"))
+      .def("run", &run<&Program::run>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"), arg("first"),
+           arg("last"))
+      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"),
+           arg("first"), arg("last"))
       .def_prop_ro("seconds", &Program::seconds);
   bind_recording(program);
 }

@@ -132,7 +132,11 @@ void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
   });
 }
 
-void Program::check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled) const {
+void Program::check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled, size_t first,
+                    size_t last) const {
+  if (first > last || last > calls_.size())
+    throw std::invalid_argument("calls " + std::to_string(first) + " to " + std::to_string(last) +
+                                "; the program has " + std::to_string(calls_.size()));
   if (batch.rows > max_rows_[0] || int64_t(sampled.size()) > max_rows_[1])
     throw std::invalid_argument("a step of " + std::to_string(batch.rows) + " rows, " + std::to_string(sampled.size()) +
                                 " of them sampled; the program was made for " + std::to_string(max_rows_[0]) +
@@ -148,20 +152,20 @@ void Program::check(const BatchView& batch, const int64_t* tokens, const std::ve
 }
 
 void Program::run(Backend& backend, const BatchView& batch, const int64_t* tokens,
-                  const std::vector<int64_t>& sampled) {
-  check(batch, tokens, sampled);
+                  const std::vector<int64_t>& sampled, size_t first, size_t last) {
+  check(batch, tokens, sampled, first, last);
   best_.clear();
   const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
-  for (const Call& call : calls_) call(step);
+  for (size_t i = first; i < last; i++) calls_[i](step);
 }
 
 void Program::run_timed(Backend& backend, const BatchView& batch, const int64_t* tokens,
-                        const std::vector<int64_t>& sampled) {
+                        const std::vector<int64_t>& sampled, size_t first, size_t last) {
   using Clock = std::chrono::steady_clock;
-  check(batch, tokens, sampled);
+  check(batch, tokens, sampled, first, last);
   best_.clear();
   const Step step{backend, batch, tokens, sampled, {arenas_[0], arenas_[1]}};
-  for (size_t i = 0; i < calls_.size(); i++) {
+  for (size_t i = first; i < last; i++) {
     const auto begin = Clock::now();
     calls_[i](step);
     seconds_[i] += std::chrono::duration<double>(Clock::now() - begin).count();

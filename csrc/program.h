@@ -81,12 +81,14 @@ class Program {
   void best(int64_t x, int64_t size);  // of each sampled row of floats
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
 
-  // Replays the calls. Throws std::invalid_argument for a batch that does not fit.
-  void run(Backend& backend, const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled);
+  // Replays the calls from `first` to before `last`: a step may be cut anywhere, if its parts follow each other with the
+  // same batch. Throws std::invalid_argument for a batch that does not fit.
+  void run(Backend& backend, const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled,
+           size_t first, size_t last);
 
   // The same, and adds the seconds of each call to seconds().
-  void run_timed(Backend& backend, const BatchView& batch, const int64_t* tokens,
-                 const std::vector<int64_t>& sampled);
+  void run_timed(Backend& backend, const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled,
+                 size_t first, size_t last);
   // Of each sampled row of the last run.
   const std::vector<Best>& best() const { return best_; }
   StepBatch& batch() { return batch_; }  // for whoever runs it to fill
@@ -96,7 +98,8 @@ class Program {
   using Call = std::function<void(const Step&)>;
 
   void add(Domain domain, Call call);  // whose rows it computes
-  void check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled) const;
+  void check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled, size_t first,
+             size_t last) const;
 
   char* arenas_[2];
   int64_t max_rows_[2];

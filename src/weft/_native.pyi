@@ -151,13 +151,25 @@ class Program:
         """The number and the value of the greatest element of each sampled row: what a run returns."""
 
     def run(
-        self, backend: Backend, slices: Sequence[Slice], block_size: int, sampled: Sequence[int]
+        self,
+        backend: Backend,
+        slices: Sequence[Slice],
+        block_size: int,
+        sampled: Sequence[int],
+        first: int,
+        last: int,
     ) -> list[tuple[int, float]]:
-        """sampled: rows of the step. ValueError: a step that does not fit into KV, tables or arenas; nothing was
-        touched then."""
+        """Calls [first, last). sampled: rows of the step. ValueError: a step that does not fit into KV, tables or
+        arenas; nothing was touched then."""
 
     def run_timed(
-        self, backend: Backend, slices: Sequence[Slice], block_size: int, sampled: Sequence[int]
+        self,
+        backend: Backend,
+        slices: Sequence[Slice],
+        block_size: int,
+        sampled: Sequence[int],
+        first: int,
+        last: int,
     ) -> list[tuple[int, float]]:
         """The same, and adds to `seconds`."""
 

@@ -66,14 +66,21 @@ class Program:
         self._sampled = 0
         self.timed = False
 
-    def run(self, slices: Sequence[Slice], rows: Sequence[int]) -> list[tuple[int, float]]:
+    def run(
+        self, slices: Sequence[Slice], rows: Sequence[int], part: int = 0, parts: int = 1
+    ) -> list[tuple[int, float]]:
         """Compute a step: the most probable token after each of these rows of it, and its logit.
+
+        part, parts: just this part of the operations. All parts of a step need the same slices and rows, and no other
+        run between them: what one leaves in the arenas the next one reads.
 
         Raises ValueError, before memory is touched, for a step that reaches outside of KV, tables or arenas.
         """
         run = self._native.run_timed if self.timed else self._native.run
         self._sampled = len(rows)
-        return run(self._kernels.native, slices, self._block_size, rows)
+        count = len(self._operations)
+        first, last = count * part // parts, count * (part + 1) // parts
+        return run(self._kernels.native, slices, self._block_size, rows, first, last)
 
     def logits(self) -> Logits:
         """Of the last run, after the rows that it was asked for, float32 [R, V]: valid until the next run."""
