@@ -8,6 +8,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -427,6 +428,66 @@ def test_fewer_cores_between_two_steps_keep_the_outputs(open_tiny: Open, kernels
             assert after.sampled[0].score == before.sampled[0].score
 
 
+# ---------------------------------------------------------------- steps that are cut
+
+
+def in_parts(device: Device, parts: int, *slices: Slice, step: int, between: Callable[[int], None]) -> list[Result]:
+    results = []
+    for part in range(parts):
+        results += carry_out(device, Plan(step + part, Lane.PREFILL, slices, part, parts))
+        between(part)
+    return results
+
+
+@TWO_CORES
+@pytest.mark.parametrize("parts", [2, 3])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_step_in_parts_gives_what_the_whole_gives(open_tiny: Open, kernels: str, parts: int) -> None:
+    """Beside steps of the other lane, and on other cores from part to part."""
+    device = open_tiny(kernels=kernels, partition="1:1")
+    scored = Sampling(SamplingParams(temperature=0.0, logprobs=3), seed=0, position=38)
+    prompts = [piece(1, list(range(2, 40)), sample=scored, prompt_logprobs=2), piece(2, [5, 6, 7], first_block=4)]
+    other = piece(9, list(range(20, 50)), first_block=20)
+    whole = one(device, *prompts, lane=Lane.PREFILL)
+    decoded = one(device, other, lane=Lane.DECODE, step=2)
+
+    moved = [
+        replace(one, sequence=one.sequence + 2, blocks=tuple(block + 8 for block in one.blocks)) for one in prompts
+    ]
+    shares = [Partition(2, 2), Partition(1, 1), Partition(2, 1)]
+
+    def between(part: int) -> None:
+        device.set_partition(shares[part])
+        assert one(device, other, lane=Lane.DECODE, step=100 + part).sampled == decoded.sampled
+
+    results = in_parts(device, parts, *moved, step=10, between=between)
+    for early in results[:-1]:
+        assert early.error is None and early.seconds > 0
+        assert (early.sampled, early.prompt_scores, early.failed) == ((), (), ())
+    last = results[-1]
+    assert [one.token for one in last.sampled] == [one.token for one in whole.sampled]
+    if kernels != "reference":
+        assert [one.score for one in last.sampled] == [one.score for one in whole.sampled]
+        assert [scores for _, scores in last.prompt_scores] == [scores for _, scores in whole.prompt_scores]
+    # The keys and values are there, too: what follows is the same.
+    token = whole.sampled[0].token
+    after = one(device, piece(1, [token], start=38), lane=Lane.DECODE, step=200)
+    again = one(device, piece(3, [token], start=38, first_block=8), lane=Lane.DECODE, step=201)
+    assert after.sampled[0].token == again.sampled[0].token
+    if kernels != "reference":
+        assert after.sampled[0].score == again.sampled[0].score
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_step_that_is_given_up_between_its_parts_leaves_nothing_behind(open_tiny: Open, kernels: str) -> None:
+    device = open_tiny(kernels=kernels)
+    prompt = piece(1, list(range(2, 40)))
+    wanted = one(device, prompt)
+    carry_out(device, Plan(2, Lane.MIXED, (piece(2, [9] * 50, first_block=8),), 0, 2))
+    again = one(device, replace(prompt, sequence=3, blocks=(20, 21, 22)), step=3)
+    assert again.sampled[0].token == wanted.sampled[0].token
+
+
 # ---------------------------------------------------------------- cores and partitions from flags
 
 
@@ -458,7 +519,7 @@ def test_cores_that_this_process_may_not_use_are_refused() -> None:
 def test_a_device_describes_itself(open_tiny: Open) -> None:
     device = open_tiny(kernels="reference")
     capacity = device.capacity()
-    assert capacity == Capacity(64, BLOCK, 64, 8, len(os.sched_getaffinity(0)), 128, 97)
+    assert capacity == Capacity(64, BLOCK, 64, 8, len(os.sched_getaffinity(0)), 128, 97, layers=2)
     description = device.describe()
     assert (description.dtype, description.kernels) == ("float32", "reference")
     assert any("slow" in note for note in description.notes)

@@ -232,3 +232,43 @@ def test_what_does_not_fit_together_is_refused_while_recording(kernels: Kernels)
     kv: Any = kernels.make_kv(4, 16, 2, 16, torch.float32)
     with pytest.raises(ValueError, match="q has 64 columns; it must have 32"):
         recorder.attention(x, kv, None, 2, 2, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_a_step_in_parts_is_the_step(tmp_path: Path, kernels: Kernels, parts: int, whole: bool) -> None:
+    decoder = open_decoder(tmp_path, QWEN3, kernels, torch.bfloat16)
+    stored, *cut = (decoder.make_kv(BLOCKS, BLOCK) for _ in range(3))
+    wanted = Plain(decoder, stored, BLOCK)
+    program = open_forward(decoder, kernels, cut[0], BLOCK, max_tokens=MAX_TOKENS, max_slices=MAX_SLICES)
+    for slices, rows in steps(parts):
+        best = list(wanted.run(slices, rows, whole=whole))
+        for forward in (Plain(decoder, cut[1], BLOCK), program):
+            for part in range(parts - 1):
+                assert list(forward.run(slices, rows, whole=whole, part=part, parts=parts)) == []
+            assert list(forward.run(slices, rows, whole=whole, part=parts - 1, parts=parts)) == best
+            assert np.array_equal(forward.logits(), wanted.logits())
+            if whole:
+                assert torch.equal(forward.hidden(), wanted.hidden())
+
+
+def test_each_part_runs_operations_of_its_own(tmp_path: Path, kernels: Kernels) -> None:
+    decoder = open_decoder(tmp_path, LLAMA, kernels, torch.float32)
+    recorded: Any = open_forward(decoder, kernels, decoder.make_kv(2, BLOCK), BLOCK, max_tokens=8, max_slices=2)
+    program = recorded.program
+    program.timed, before = True, set()
+    for part in range(4):
+        program.run([Slice(0, 0, (1, 2, 3), (0,))], [2], part, 4)
+        run = {number for number, seconds in enumerate(program._native.seconds) if seconds > 0}
+        count = len(program._operations)
+        assert run - before == set(range(count * part // 4, count * (part + 1) // 4))
+        before = run
+    with pytest.raises(ValueError, match="the program has"):
+        program._native.run(kernels.native, [Slice(0, 0, (1,), (0,))], BLOCK, [0], 0, count + 1)  # type: ignore[attr-defined]
+
+
+def test_the_middle_of_a_step_that_was_not_begun_is_refused(tmp_path: Path, kernels: Kernels) -> None:
+    decoder = open_decoder(tmp_path, LLAMA, kernels, torch.float32)
+    plain = Plain(decoder, decoder.make_kv(2, BLOCK), BLOCK)
+    with pytest.raises(ValueError, match="part 1 of a step that was not begun"):
+        plain.run([Slice(0, 0, (1, 2, 3), (0,))], [2], part=1, parts=2)

@@ -83,6 +83,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         shares=len(cores),
         max_model_len=pool.max_model_len,
         vocabulary=model.vocabulary,
+        layers=model.layers,
     )
     return CpuDevice(
         capacity,

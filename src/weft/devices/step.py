@@ -30,12 +30,17 @@ class Computed:
 
 
 def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
-    """Carry out a plan; a slice whose logits cannot be used fails alone. forward: the decoder's."""
+    """Carry out a plan; a slice whose logits cannot be used fails alone. forward: the decoder's.
+
+    There is nothing to tell of a part of a step before the last one.
+    """
     slices = plan.slices
     ends = list(accumulate([len(piece.tokens) for piece in slices]))
     drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
     whole = any(piece.prompt_logprobs is not None for piece in slices)
-    best = forward.run(slices, [row for _, row in drawing], whole=whole)
+    best = forward.run(slices, [row for _, row in drawing], whole=whole, part=plan.part, parts=plan.parts)
+    if not plan.last:
+        return Computed((), (), ())
     scored, failed = score_prompts(slices, decoder, forward.hidden)
     sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
     return Computed(sampled, scored, tuple(failed.items()))

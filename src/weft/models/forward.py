@@ -15,6 +15,7 @@ from weft.kernels.base import Kernels
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.models.sampler import best_of_rows
+from weft.weave.seam import Driven, drive, finish
 
 if TYPE_CHECKING:
     from weft.kernels.program import Program
@@ -25,11 +26,16 @@ Logits = npt.NDArray[np.float32]
 class Forward(Protocol):
     """The forward pass of one lane. What it returns is valid until its next run."""
 
-    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
+    def run(
+        self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False, part: int = 0, parts: int = 1
+    ) -> Sequence[tuple[int, float]]:
         """Compute a step: the keys and values of its tokens are in the KV then. Of each of these rows of it the most
         probable token that follows, and its logit: the lowest id among equals, NaN where there is one.
 
         whole: every row is wanted after the last layer, not only these, and `hidden` has them.
+
+        part, parts: just this part of the layers, as in `Plan`, with all else the same each time. Nothing comes out
+        before the last one.
 
         Raises ValueError for slices that reach outside of the KV.
         """
@@ -51,13 +57,25 @@ class Plain:
         self._decoder = decoder
         self._kv = kv
         self._block_size = block_size
+        self._seams = 1 + 2 * decoder.config.layers
+        self._driven: Driven | None = None  # a step that is cut, from one part to the next
         self._hidden = torch.empty(0)
         self._logits: Logits = np.empty((0, 0), np.float32)
 
     @torch.inference_mode()
-    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
-        batch = make_batch(slices, self._block_size, None if whole else rows)
-        self._hidden = self._decoder.hidden(batch, self._kv)
+    def run(
+        self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False, part: int = 0, parts: int = 1
+    ) -> Sequence[tuple[int, float]]:
+        if part == 0:
+            batch = make_batch(slices, self._block_size, None if whole else rows)
+            self._driven = drive(self._decoder.strand(batch, self._kv), self._decoder.join)
+        elif self._driven is None:
+            raise ValueError(f"part {part} of a step that was not begun")
+        if part + 1 < parts:
+            for _ in range(self._seams * part // parts, self._seams * (part + 1) // parts):
+                next(self._driven)
+            return []
+        self._hidden, self._driven = finish(self._driven), None
         wanted = self._hidden[list(rows)] if whole else self._hidden
         self._logits = self._decoder.logits(wanted).to("cpu", torch.float32).numpy()
         return best_of_rows(self._logits)
@@ -77,12 +95,14 @@ class Recorded:
         self.plain = plain
         self._latest: Program | Plain = program
 
-    def run(self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False) -> Sequence[tuple[int, float]]:
+    def run(
+        self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False, part: int = 0, parts: int = 1
+    ) -> Sequence[tuple[int, float]]:
         if whole:
             self._latest = self.plain
-            return self.plain.run(slices, rows, whole=True)
+            return self.plain.run(slices, rows, whole=True, part=part, parts=parts)
         self._latest = self.program
-        return self.program.run(slices, rows)
+        return self.program.run(slices, rows, part, parts)
 
     def logits(self) -> Logits:
         return self._latest.logits()

@@ -29,14 +29,31 @@ class Seam:
 
 Joined = tuple[torch.Tensor, torch.Tensor]
 Strand = Generator[Seam, Joined, torch.Tensor]
+Driven = Generator[None, None, torch.Tensor]
 
 
 def run(strand: Strand, join: Callable[[Seam], Joined]) -> torch.Tensor:
     """Drive one strand to its end, carrying out each seam with `join` at once. Returns the strand's value."""
+    return finish(drive(strand, join))
+
+
+def drive(strand: Strand, join: Callable[[Seam], Joined]) -> Driven:
+    """Drive one strand, carrying out each seam with `join`; stops before each of them."""
     try:
         seam = next(strand)
         while True:
+            yield
             seam = strand.send(join(seam))
     except StopIteration as end:
         value: torch.Tensor = end.value
         return value
+
+
+def finish(driven: Driven) -> torch.Tensor:
+    """Drive a strand to its end from where it is. Returns the strand's value."""
+    while True:
+        try:
+            next(driven)
+        except StopIteration as end:
+            value: torch.Tensor = end.value
+            return value
