@@ -3,8 +3,46 @@ before any test module."""
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
+import pytest
+
+TINY = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 4096,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 2048,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
+    "torch_dtype": "float32",
+}
+
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with random weights that is small enough for interpreted kernels. Its vocabulary is the built-in
+    model's."""
+    import torch
+    from safetensors.torch import save_file
+
+    from weft.models.families import read_config
+    from weft.models.loader import tensor_shapes
+
+    made = tmp_path_factory.mktemp("tiny")
+    (made / "config.json").write_text(json.dumps(TINY))
+    generator = torch.Generator().manual_seed(3)
+    tensors = {
+        name: torch.ones(shape) if name.endswith("norm.weight") else torch.randn(shape, generator=generator) * 0.2
+        for name, shape in tensor_shapes(read_config(made)).items()
+    }
+    save_file(tensors, made / "model.safetensors")
+    return made

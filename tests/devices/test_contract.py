@@ -1,10 +1,12 @@
-"""What base.py promises, for every device there is: the same tests on the simulated one and on the CPU."""
+"""What base.py promises, for every device there is: the same tests on the simulated one, the CPU and cuda (interpreted
+where there is no GPU)."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,13 +21,16 @@ from weft.errors import DeviceError
 BUILTIN = Path(__file__).resolve().parents[2] / "src" / "weft" / "assets" / "builtin"
 GREEDY = SamplingParams(temperature=0.0)
 PARTITIONS = ["off"] + ["1:1"] * (len(os.sched_getaffinity(0)) > 1)
+DEVICES = ["simulated", "cpu"] + ["cuda"] * (find_spec("triton") is not None)
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 
 
-@pytest.fixture(params=[(name, partition) for name in ("simulated", "cpu") for partition in PARTITIONS], ids=":".join)
-def device(request: pytest.FixtureRequest) -> Iterator[Device]:
+@pytest.fixture(params=[(name, partition) for name in DEVICES for partition in PARTITIONS], ids=":".join)
+def device(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Device]:
     name, partition = request.param
     config = EngineConfig(device=name, partition=partition, num_blocks=64, max_model_len=128, max_num_seqs=4)
-    opened = open_device(config, BUILTIN, lambda phase: None)
+    opened = open_device(config, tiny_model if name == "cuda" else BUILTIN, lambda phase: None)
     yield opened
     opened.close()
 

@@ -1,9 +1,9 @@
 """One lane of a GPU: plans become launches on the lane's stream, and launches become results when the device is there.
 
-The lane computes ahead. After a step whose sequences all draw a token it launches the next decode step of the same
-sequences at once, with the tokens that are still on the device: it guesses the next plan. A plan that asks for what
-was guessed has its answer already; so the host has a whole step's time to take in a result and to make the next plan.
-What was guessed for a sequence that has ended by then is thrown away.
+The lane computes ahead. After a decode step it launches the next one of the same sequences at once, with the tokens
+that are still on the device: it guesses the next plan. A plan that asks for what was guessed has its answer already, so
+the host has a whole step's time to take in a result and to make the next plan. What was guessed for a sequence that has
+ended by then is thrown away; what a plan asks beyond the guess is a launch of its own.
 
 That costs nothing but a row, and harms nobody: a guess writes to the one slot after its sequence's last, in a block
 that the sequence held when its last ticket was submitted and that nobody can share, as it is not full. When the
@@ -125,7 +125,8 @@ class CudaLane:
                     self._stream.follow(event)
             launches.append(self._launch(rest))
             prompt_scores, failed = score_prompts(rest, self._decoder, self._forward.hidden)
-        if ahead and len(launches) == 1:
+        decode = all(len(piece.tokens) == 1 for piece in plan.slices)  # prompts are followed by prompts
+        if ahead and decode and len(launches) == 1:
             self._guess = self._go_ahead(plan, launches[0])
         return Pending(plan, tuple(launches), prompt_scores, tuple(failed.items()))
 
