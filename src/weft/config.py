@@ -133,6 +133,12 @@ class EngineConfig:
     slo_tpot: float | None = setting(
         None, help="seconds that each later token may take, for --partition auto and paper (0.1 if not given)"
     )
+    partition_record: str | None = setting(
+        None,
+        help="file for what --partition auto or paper sees and decides, one JSON line each, up to 256 MiB; weft doctor "
+        "--phases reads it",
+        metavar="FILE",
+    )
     cores: str | None = setting(
         None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST", parse=parse_cores
     )
@@ -185,12 +191,14 @@ class EngineConfig:
 
     def _target_problems(self) -> list[str]:
         found = []
-        for flag, value in (("--slo-ttft", self.slo_ttft), ("--slo-tpot", self.slo_tpot)):
+        targets = (("--slo-ttft", self.slo_ttft), ("--slo-tpot", self.slo_tpot))
+        for flag, value in targets:
             if value is not None and not 0 < value < 86400:
                 found.append(f"{flag} is {value}; it must be more than 0 and less than 86400 seconds")
-            elif value is not None and self.partition not in ("auto", "paper"):
+        for flag, given in (*targets, ("--partition-record", self.partition_record)):
+            if given is not None and self.partition not in ("auto", "paper"):
                 found.append(
-                    f"{flag} is {value}, and --partition {self.partition} has no use for it; auto and paper do"
+                    f"{flag} is {given}, and --partition {self.partition} has no use for it; auto and paper do"
                 )
         return found
 

@@ -50,7 +50,9 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 
 
 # Without the targets, which only two values of --partition go with.
-GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if not name.startswith("slo_")})
+# Those that go with some values of --partition only have tests of their own.
+DEPENDENT = ("slo_ttft", "slo_tpot", "partition_record")
+GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if name not in DEPENDENT})
 
 
 def read(arguments: list[str], environment: dict[str, str]) -> tuple[Any, ...]:
@@ -262,7 +264,14 @@ def test_shares_of_a_device_are_at_least_one_unit_and_overlap_only_if_asked(text
         assert prefill + decode == units
 
 
-@pytest.mark.parametrize("given", [{"slo_ttft": 0.5}, {"slo_tpot": 0.1, "partition": "1:1"}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"slo_ttft": 0.5},
+        {"slo_tpot": 0.1, "partition": "1:1"},
+        {"partition_record": "run.jsonl", "partition": "6:8"},
+    ],
+)
 def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="has no use for it; auto and paper do"):
         EngineConfig(**given).validate()

@@ -19,7 +19,7 @@ from pathlib import Path
 import weft
 from weft.cli.flags import Parser
 from weft.config import ServerConfig
-from weft.errors import WeftError
+from weft.errors import ConfigError, WeftError
 
 SIMD = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "asimd", "sve")
 NEEDED = (
@@ -48,13 +48,29 @@ class Finding:
 def main(arguments: Sequence[str]) -> int:
     parser = Parser("weft doctor", "Tell what this machine can do for weft, and what is missing.")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--phases", type=Path, metavar="FILE", help="instead: latency models from what --partition-record has written"
+    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="with --phases: prediction against observation")
     namespace = parser.read(arguments)
+    if namespace.phases is not None:
+        return _phases(namespace.phases, namespace.plot, namespace.json)
+    if namespace.plot is not None:
+        raise ConfigError("--plot draws what --phases FILE has; without that there is nothing to draw")
     findings = list(examine())
     if namespace.json:
         print(json.dumps({"weft": weft.__version__, "findings": [asdict(finding) for finding in findings]}, indent=2))
     else:
         print(table(findings))
     return 1 if any(finding.state == "missing" for finding in findings) else 0
+
+
+def _phases(path: Path, plot: Path | None, as_json: bool) -> int:
+    from weft.cli.doctor_phases import report
+
+    content, text = report(path, plot)
+    print(json.dumps(content, indent=2) if as_json else text)
+    return 0 if content["replay_is_the_same"] else 1
 
 
 def examine() -> Iterator[Finding]:

@@ -18,6 +18,7 @@ from weft.phases.controller import Controller
 from weft.phases.forecast import Device as Forecast
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
+from weft.phases.recording import Recorder
 from weft.text.hub import resolve_model
 
 # Those of the paper's code.
@@ -55,12 +56,17 @@ def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
     if shares is None or shares.policy == "fixed":
         return None
     if shares.policy == "paper":
-        return Controller(PaperPolicy(targets, capacity.shares))
+        paper = PaperPolicy(targets, capacity.shares)
+        return Controller(paper, record=_recorder(config, paper))
     chunk = min(config.max_num_batched_tokens, capacity.max_tokens)
     seats = min(config.max_num_seqs, capacity.max_slices)
     # Only who has named a target has asked for requests to be refused in its name.
     policy = AutoPolicy(targets, Forecast(capacity.shares, chunk, seats), shed=config.slo_ttft is not None)
-    return Controller(policy, lone=True)
+    return Controller(policy, lone=True, record=_recorder(config, policy))
+
+
+def _recorder(config: EngineConfig, policy: AutoPolicy | PaperPolicy) -> Recorder | None:
+    return None if config.partition_record is None else Recorder(Path(config.partition_record), policy)
 
 
 def settings(config: EngineConfig) -> SchedulerSettings:

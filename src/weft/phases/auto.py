@@ -33,7 +33,7 @@ TRIAL_WORTH, TRIALS_MOST = 2.0, 12
 # Seconds that a second of a prompt's own computing time puts it back in the queue; and under overload.
 ORDER, ORDER_OVERLOAD = 2.0, 4.0
 # A prompt that finds more before it than this part of the TTFT target takes lets others pass, for so many targets.
-HOLD, BACK = 1.1, 8.0
+HOLD, BACK = 1.1, 30.0
 # What is told anew when it has changed by such a part.
 HOLD_CHANGES = 0.15
 # A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
