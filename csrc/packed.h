@@ -63,8 +63,11 @@ class PackedW4Ax {
     backend.kernels().pack_w4ax(
         pool, weights_, {at<const int8_t>(values), at<const float>(scales), at<const int8_t>(zeros)}, panels_.data());
     weights_.panels = panels_.data();
-    if (bias != 0) weights_.bias = copy(bias_, at<const float>(bias), out, weights_.panel_count() * PANEL);
-    if (permutation != 0) weights_.permutation = copy(permutation_, at<const int32_t>(permutation), in, in);
+    if (bias != 0) weights_.bias = copy<float>(bias_, at<const float>(bias), out, weights_.panel_count() * PANEL);
+    if (permutation == 0) return;
+    if (in > 65536)
+      throw std::invalid_argument("a permutation of " + std::to_string(in) + " channels; numbers of 16 bits reach 65536");
+    weights_.permutation = copy<uint16_t>(permutation_, at<const int32_t>(permutation), in, in);
   }
 
   const W4AxWeights& weights() const {
@@ -81,10 +84,10 @@ class PackedW4Ax {
   }
 
  private:
-  template <class T>
-  static const T* copy(Memory& to, const T* from, int64_t count, int64_t room) {
+  template <class T, class From>
+  static const T* copy(Memory& to, const From* from, int64_t count, int64_t room) {
     to = Memory(size_t(room) * sizeof(T));
-    for (int64_t i = 0; i < count; i++) to.as<T>()[i] = from[i];
+    for (int64_t i = 0; i < count; i++) to.as<T>()[i] = T(from[i]);
     return to.as<T>();
   }
 

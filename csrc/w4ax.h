@@ -20,7 +20,7 @@ struct W4AxWeights {
   bool hadamard;           // of the blocks that are no outlier blocks
   bool exact_a4;           // these have 4-bit activations, too
   bool general;            // scales of 32 bits, and zero points
-  const int32_t* permutation;  // [in], or null
+  const uint16_t* permutation;  // [in], or null
   const char* panels;
   const float* bias;  // [panels * PANEL], or null
 

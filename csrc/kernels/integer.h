@@ -35,9 +35,8 @@ WEFT_INLINE i32v dot(i32v sum, u32v weights, u32v x) {
 template <int HEIGHT, int BITS>
 WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
                                 const Ahead& ahead) {
-  const char* next = ahead.from;
   for (int pair = 0; pair < BLOCK / 8; pair++) {
-    for (int64_t line = 0; line < ahead.lines; line++, next += 64) __builtin_prefetch(next, 0, 3);
+    for (int64_t line = pair; line < ahead.lines; line += BLOCK / 8) __builtin_prefetch(ahead.from + line * 64, 0, 3);
     WEFT_UNROLL for (int half = 0; half < 2; half++) {
       u32v w[TILE_VECTORS];
       WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
@@ -91,7 +90,7 @@ constexpr int QUADS = BITS == 4 ? 8 : 1;  // that 16 bits hold: 8 * 2 * 15 * 127
 template <int HEIGHT, int BITS>
 WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
                                 const Ahead& ahead) {
-  for (int64_t line = 0; line < ahead.lines * BLOCK / 8; line++) __builtin_prefetch(ahead.from + line * 64, 0, 3);
+  for (int64_t line = 0; line < ahead.lines; line++) __builtin_prefetch(ahead.from + line * 64, 0, 3);
   for (int first = 0; first < BLOCK / 4; first += QUADS<BITS>) {
     i16v narrow[HEIGHT][TILE_VECTORS] = {};
     for (int quad = first; quad < first + QUADS<BITS>; quad++) {

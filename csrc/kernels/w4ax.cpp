@@ -88,23 +88,30 @@ template <int BITS, bool GENERAL>
 void multiply_rows(const char* block, const Rows& x, int64_t count, float* sums) {
   constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8, GENERAL);
   const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-  const int64_t lines = count < 3 ? 0 : (BYTES / 64 / (BLOCK / 8) + tiles - 1) / tiles, step = lines * 64;
-  for (int64_t t = 0; t < tiles; t++) {
+  const int64_t lines = count < 3 ? 0 : (BYTES / 64 + tiles - 1) / tiles;
+  for (int64_t t = 0, row = 0, end; t < tiles; t++, row = end) {
     // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
-    const int64_t row = count * t / tiles, height = count * (t + 1) / tiles - row;
+    end = count * (t + 1) / tiles;
     const Rows rows{x.values + row * BLOCK, x.scales + row, x.totals + row};
-    tile<BITS, GENERAL>(block, rows, height, sums + row * PANEL, {block + BYTES + t * step * (BLOCK / 8), lines});
+    tile<BITS, GENERAL>(block, rows, end - row, sums + row * PANEL, {block + BYTES + t * lines * 64, lines});
   }
 }
 
 template <class Out>
-void finish(const float* sums, const float* bias, Out* y, int64_t columns) {
-  Out part[PANEL];
+void finish(const float* sums, const float* bias, Out* y) {
   for (int c = 0; c < PANEL; c += lanes) {
     const f32v sum = load<f32v>(sums + c);
-    store_from_float(part + c, bias == nullptr ? sum : sum + load<f32v>(bias + c));
+    store_from_float(y + c, bias == nullptr ? sum : sum + load<f32v>(bias + c));
   }
-  memcpy(y, part, size_t(columns < PANEL ? columns : PANEL) * sizeof *y);
+}
+
+// The same where so many columns are left of the last panel.
+template <class Out>
+void finish(const float* sums, const float* bias, Out* y, int64_t columns) {
+  if (columns >= PANEL) return finish(sums, bias, y);
+  Out part[PANEL];
+  finish(sums, bias, part);
+  memcpy(y, part, size_t(columns) * sizeof *y);
 }
 
 template <bool GENERAL, class Out>

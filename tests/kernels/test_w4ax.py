@@ -263,9 +263,12 @@ def test_wrong_weights_are_refused(backends: Any) -> None:
     for scale in (torch.nan, torch.inf, 1e39):
         with pytest.raises(ValueError, match="scales must be finite"):
             pack(values, ones.double() * scale)
-    for zeros in (torch.zeros(5, 1), torch.zeros(5, 2, dtype=torch.int8)):
-        with pytest.raises(ValueError, match="zeros are"):
-            pack(values, ones, zeros=zeros)
+    with pytest.raises(TypeError, match="zeros are"):
+        pack(values, ones, zeros=torch.zeros(5, 1))
+    with pytest.raises(ValueError, match="zeros have shape"):
+        pack(values, ones, zeros=torch.zeros(5, 2, dtype=torch.int8))
+    with pytest.raises(ValueError, match="zeros go from 8 to 8"):
+        pack(values, ones, zeros=torch.full((5, 1), 8, dtype=torch.int8))
     with pytest.raises(ValueError, match="bias has shape"):
         pack(values, ones, torch.ones(4))
     with pytest.raises(ValueError, match="1 blocks"):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from weft import _native
+from weft.kernels.w4ax_weights import BLOCK, check_weights, compact_scales
 
-BLOCK = 128  # channels that share a scale
 # Of a quantised block of one row: the values, their scale and their sum, and its part of a row more (csrc/w4ax.h).
 ROW_BYTES = BLOCK + 16
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -50,41 +50,24 @@ def pack_w4ax(
     is prepared first: place i takes channel permutation[i], and with `hadamard` the other blocks are transformed. Its
     blocks are quantised to 8 bits; with `exact_a4` those that are no outlier blocks to 4. Raises ValueError, TypeError.
     """
-    outputs, inputs = _shape(values)
-    blocks = inputs // BLOCK
-    if scales.shape != (outputs, blocks):
-        raise ValueError(
-            f"scales have shape {list(scales.shape)}; values of {[outputs, inputs]} need {[outputs, blocks]}"
-        )
-    stored = scales.to(torch.float32).contiguous()
-    if not bool(stored.isfinite().all()):
-        raise ValueError("scales must be finite")
-    if zeros is not None and (zeros.dtype is not torch.int8 or zeros.shape != (outputs, blocks)):
-        raise ValueError(f"zeros are {zeros.dtype} {list(zeros.shape)}; they must be int8 {[outputs, blocks]}")
-    offsets = None if zeros is None else zeros.contiguous()
-    if bias is not None and bias.shape != (outputs,):
-        raise ValueError(f"bias has shape {list(bias.shape)}; the weight needs {[outputs]}")
-    if not 0 <= outlier_blocks <= blocks:
-        raise ValueError(f"{outlier_blocks = }; {inputs} channels have {blocks} blocks")
-    rows = values.contiguous()
-    floats = None if bias is None else bias.to(torch.float32).contiguous()
-    order = None if permutation is None else _order(permutation, inputs)
+    given = check_weights(values, scales, bias, permutation, outlier_blocks, hadamard, zeros, exact_a4)
+    form = given.form
     native = _native.PackedW4Ax(
         backend,
-        rows.data_ptr(),
-        stored.data_ptr(),
-        0 if offsets is None else offsets.data_ptr(),
-        0 if floats is None else floats.data_ptr(),
-        0 if order is None else order.data_ptr(),
-        outputs,
-        inputs,
+        given.values.data_ptr(),
+        given.scales.data_ptr(),
+        _address(given.zeros),
+        _address(given.bias),
+        _address(form.permutation),
+        given.outputs,
+        form.channels,
         outlier_blocks,
-        _wide_blocks(rows, outlier_blocks),
+        given.wide,
         hadamard,
         exact_a4,
-        offsets is not None or not torch.equal(stored.bfloat16().float(), stored),
+        given.zeros is not None or compact_scales(given.scales) is given.scales,
     )
-    return W4AxLinear(native, inputs, outputs)
+    return W4AxLinear(native, form.channels, given.outputs)
 
 
 def linear_into(backend: _native.Backend, x: torch.Tensor, packed: W4AxLinear, y: torch.Tensor) -> torch.Tensor:
@@ -125,30 +108,5 @@ def unpack_rows(quantised: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch
     )
 
 
-def _shape(values: torch.Tensor) -> tuple[int, int]:
-    if values.dtype is not torch.int8:
-        raise TypeError(f"values are {values.dtype}; they must be int8")
-    if values.dim() != 2 or 0 in values.shape or values.shape[1] % BLOCK:
-        raise ValueError(
-            f"values have shape {list(values.shape)}; they must be [out, in], and {BLOCK} must divide `in`"
-        )
-    outputs, inputs = values.shape
-    return outputs, inputs
-
-
-def _wide_blocks(values: torch.Tensor, outlier_blocks: int) -> int:
-    """How many leading blocks need 8 bits: all outlier blocks, or none. Raises ValueError for a value out of range."""
-    border = outlier_blocks * BLOCK
-    outliers, others = values[:, :border], values[:, border:]
-    for part, low, high in ((outliers, -128, 127), (others, -8, 7)):
-        if part.numel() and not low <= int(part.min()) <= int(part.max()) <= high:
-            raise ValueError(f"values go from {int(part.min())} to {int(part.max())}; they must be {low} to {high}")
-    narrow = not outliers.numel() or -8 <= int(outliers.min()) <= int(outliers.max()) <= 7
-    return 0 if narrow else outlier_blocks
-
-
-def _order(permutation: torch.Tensor, inputs: int) -> torch.Tensor:
-    """int32, checked: the kernels read where it points."""
-    if permutation.shape != (inputs,) or not torch.equal(permutation.long().sort().values, torch.arange(inputs)):
-        raise ValueError(f"the permutation must hold each of 0 to {inputs - 1} once")
-    return permutation.to(torch.int32).contiguous()
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,4 +1,4 @@
-"""What every GPU backend is given for a linear layer with 4-bit weights: the arguments of `pack_w4ax`, checked.
+"""What every backend is given for a linear layer with 4-bit weights: the arguments of `pack_w4ax`, checked.
 
 Plain tensors, as `weft.comet` has them; each backend brings them into the layout that its kernels read best.
 """
