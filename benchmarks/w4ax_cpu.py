@@ -31,7 +31,8 @@ from weft.core.plan import Slice
 from weft.kernels import resolve
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.pages import huge_bytes
-from weft.kernels.quantised import BLOCK, ROW_BYTES, W4AxLinear
+from weft.kernels.quantised import ROW_BYTES, W4AxLinear
+from weft.kernels.w4ax_weights import BLOCK
 
 # (out, in): a decoder block of the 1.1B, and the shapes of the claim. No weight is still in a cache at its next turn:
 # COPIES of each take turns.

@@ -102,10 +102,19 @@ WEFT_INLINE bf16 narrow(float x) {
   if (x != x) return bf16(bits >> 16 | 64);
   return bf16((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-WEFT_INLINE u16v narrow(f32v x) {
+WEFT_INLINE u16v narrow_by_bits(f32v x) {
   const u32v bits = (u32v)x, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16, quiet = bits >> 16 | 64;
   return __builtin_convertvector((u32v)(x != x ? quiet : rounded), u16v);
 }
+#if defined(WEFT_LEVEL_avx512)
+// The instruction takes subnormal numbers for zeros.
+WEFT_INLINE u16v narrow(f32v x) {
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)x, 0x20) != 0, 0)) return narrow_by_bits(x);
+  return (u16v)_mm512_cvtneps_pbh((__m512)x);
+}
+#else
+WEFT_INLINE u16v narrow(f32v x) { return narrow_by_bits(x); }
+#endif
 WEFT_INLINE void store_bf16(bf16* to, f32v x) { store(to, narrow(x)); }
 
 // By T (float or bf16): what a kernel for both types loads and stores.
