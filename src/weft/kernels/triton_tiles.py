@@ -43,6 +43,8 @@ ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
 NORM = {INTERPRETER: (64, 1), 80: (1, 8), 90: (1, 8), 100: (1, 8)}
 # (rows, columns, warps): the gated activation.
 ACTIVATION = {INTERPRETER: (64, 1024, 1), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8)}
+# (logits of a row that a program reads at once, bits of a threshold that a pass finds, warps): sampling.
+SAMPLE = {INTERPRETER: (4096, 5, 1), 80: (4096, 2, 16), 90: (4096, 2, 16), 100: (4096, 2, 16)}
 
 
 @cache

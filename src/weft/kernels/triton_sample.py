@@ -1,0 +1,313 @@
+"""Triton: from rows of logits to tokens, as models/sampler.py draws them: the same filters and the same random numbers.
+
+Weights are compared by their bits (they are not negative, so bits order them), and summed as integers of 2**-40, whose
+sum depends on no order. A filter leaves the weights above a threshold and so many of those that equal it, lowest ids
+first; thresholds are searched some bits at a time, with one pass over the row each. Two devices differ only where the
+last bits of exp or log1p, or 2**-40 of the weights' sum, decide between two tokens. Nothing waits for the device.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from weft.kernels.sample_parameters import Parameters
+from weft.kernels.triton_numbers import helper
+from weft.kernels.triton_tiles import SAMPLE, architecture
+
+_UNIT = tl.constexpr(2.0**40)
+_ALL = tl.constexpr(0x7FFFFFFF)
+_COLDEST = tl.constexpr(1e-30)  # keeps 0 / temperature at 0
+_WEYL = tl.constexpr(0x9E3779B97F4A7C15)
+
+
+@helper
+def _mix64(x):
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    return x ^ (x >> 31)
+
+
+@helper
+def _exponentials(token, low, high):
+    """E of models/sampler.py for token ids int32 [N] and the two uint32 keys of a draw."""
+    x = token.to(tl.uint32) * 0x9E3779B9 + low
+    x = (x ^ (x >> 17)) * 0xED5AD4BB
+    x = (x ^ (x >> 11)) + high
+    x = x * 0xAC4C1B51
+    x = (x ^ (x >> 15)) * 0x31848BAB
+    x = x ^ (x >> 14)
+    v = tl.minimum(tl.maximum(x.to(tl.float32) * 2.0**-32, 2.0**-33), 1.0 - 2.0**-24)
+    # -log1p(-v): 1 - v = m / 2**k, m from 0.5 to 1, and -log(m) = 2 atanh((1 - m) / (1 + m)) by its series.
+    bits = (1.0 - v).to(tl.int32, bitcast=True)
+    large = v > 0.5
+    power = tl.where(large, 126 - (bits >> 23), 0).to(tl.float32)
+    rest = 1.0 - ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    rest = tl.where(large, rest, v)
+    s = tl.div_rn(rest, 2.0 - rest)
+    square = s * s
+    series = square * (1.0 / 17) + 1.0 / 15
+    series = series * square + 1.0 / 13
+    series = series * square + 1.0 / 11
+    series = series * square + 1.0 / 9
+    series = series * square + 1.0 / 7
+    series = series * square + 1.0 / 5
+    series = series * square + 1.0 / 3
+    return power * 0.6931471805599453 + 2.0 * (s + s * square * series)
+
+
+@helper
+def _weights(source, at, vocabulary, peak, temperature):
+    """exp((logit - peak) / temperature); 0 beyond the vocabulary."""
+    shifted = tl.load(source + at, mask=at < vocabulary, other=float("-inf")) - peak
+    return tl.exp(tl.div_rn(shifted, tl.zeros(shifted.shape, tl.float32) + temperature))
+
+
+@helper
+def _counted(source, vocabulary, peak, temperature, bits, MASS: tl.constexpr, CHUNK: tl.constexpr):
+    """Of the weights whose bits are `bits` or more: how many, or their sum in units of 2**-40. int64."""
+    found = tl.zeros((CHUNK,), tl.int64)
+    for start in range(0, vocabulary, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        weights = _weights(source, at, vocabulary, peak, temperature)
+        inside = (weights.to(tl.int32, bitcast=True) >= bits) & (at < vocabulary)
+        found += tl.where(inside, (weights * _UNIT).to(tl.int64), 0) if MASS else inside.to(tl.int64)
+    return tl.sum(found, axis=0)
+
+
+@helper
+def _threshold(
+    source, vocabulary, peak, temperature, target, MASS: tl.constexpr, CHUNK: tl.constexpr, DIGITS: tl.constexpr
+):  # fmt: skip
+    """The largest bits such that the weights from there on are `target` or more, in number or in mass: DIGITS of the 30
+    bits that weights up to 1 have, time after time."""
+    bits = target.to(tl.int32) * 0
+    for turn in range(30 // DIGITS):
+        step = 1 << (30 - DIGITS * (turn + 1))
+        bounds = bits + step * tl.arange(0, 2**DIGITS)
+        found = tl.zeros((CHUNK, 2**DIGITS), tl.int64)
+        for start in range(0, vocabulary, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            weights = _weights(source, at, vocabulary, peak, temperature)
+            worth = (weights * _UNIT).to(tl.int64) if MASS else (at < vocabulary).to(tl.int64)
+            above = weights.to(tl.int32, bitcast=True)[:, None] >= bounds[None, :]
+            found += tl.where(above, worth[:, None], 0)
+        # The sums fall from bound to bound; the first of them was found to reach the target before.
+        bits += step * (tl.sum((tl.sum(found, axis=0) >= target).to(tl.int32), axis=0) - 1)
+    return bits
+
+
+@helper
+def _filtered(
+    source, vocabulary, peak, temperature, min_p, top_k, top_p, CHUNK: tl.constexpr, DIGITS: tl.constexpr
+):  # fmt: skip
+    """(bits, count): the filters leave weights above `bits`, and of those that equal it the first `count`."""
+    bits, equals = min_p.to(tl.int32, bitcast=True), (top_k * 0 + _ALL).to(tl.int64)
+    if top_k > 0:  # noqa: SIM102  (numbers of the device know no `and`)
+        if _counted(source, vocabulary, peak, temperature, bits, False, CHUNK) > top_k:
+            bits = _threshold(source, vocabulary, peak, temperature, top_k.to(tl.int64), False, CHUNK, DIGITS)
+            equals = top_k - _counted(source, vocabulary, peak, temperature, bits + 1, False, CHUNK)
+    if top_p < 1.0:
+        above = _counted(source, vocabulary, peak, temperature, bits + 1, True, CHUNK)
+        level = _counted(source, vocabulary, peak, temperature, bits, False, CHUNK)
+        level -= _counted(source, vocabulary, peak, temperature, bits + 1, False, CHUNK)
+        equals = tl.minimum(equals, level)
+        each = (bits.to(tl.float32, bitcast=True) * _UNIT).to(tl.int64)
+        target = tl.ceil((above + equals * each).to(tl.float64) * top_p).to(tl.int64)
+        if above >= target:
+            bits = tl.maximum(bits, _threshold(source, vocabulary, peak, temperature, target, True, CHUNK, DIGITS))
+            above = _counted(source, vocabulary, peak, temperature, bits + 1, True, CHUNK)
+            each = (bits.to(tl.float32, bitcast=True) * _UNIT).to(tl.int64)
+            equals = equals * 0 + _ALL
+        equals = tl.minimum(equals, tl.maximum((target - above + each - 1) // tl.maximum(each, 1), 1))
+    return bits, equals
+
+
+@helper
+def _race(source, vocabulary, peak, temperature, bits, equals, low, high, CHUNK: tl.constexpr):
+    """The token with the largest weight / E among those that the filters leave."""
+    fastest, winner = tl.full((CHUNK,), -1.0, tl.float32), tl.zeros((CHUNK,), tl.int32)
+    before = equals * 0
+    for start in range(0, vocabulary, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        weights = _weights(source, at, vocabulary, peak, temperature)
+        ordered = weights.to(tl.int32, bitcast=True)
+        level = ((ordered == bits) & (at < vocabulary)).to(tl.int64)
+        kept = (ordered > bits) | ((level == 1) & (before + tl.cumsum(level, axis=0) <= equals))
+        before += tl.sum(level, axis=0)
+        speed = tl.where(kept, tl.div_rn(weights, _exponentials(at, low, high)), -1.0)
+        faster = speed > fastest
+        fastest, winner = tl.where(faster, speed, fastest), tl.where(faster, at, winner)
+    return tl.min(tl.where(fastest == tl.max(fastest, axis=0), winner, _ALL), axis=0)
+
+
+@helper
+def _most_probable(source, vocabulary, CHUNK: tl.constexpr):
+    """(token, logit) of the largest, the lowest id among equals; the logit is NaN where there is one."""
+    highest, best = tl.full((CHUNK,), float("-inf"), tl.float32), tl.zeros((CHUNK,), tl.int32) + _ALL
+    broken = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, vocabulary, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        logits = tl.load(source + at, mask=at < vocabulary, other=float("-inf"))
+        higher = logits > highest
+        highest, best = tl.where(higher, logits, highest), tl.where(higher, at, best)
+        broken |= (logits != logits).to(tl.int32)
+    peak = tl.max(highest, axis=0)
+    token = tl.minimum(tl.min(tl.where(highest == peak, best, _ALL), axis=0), vocabulary - 1)
+    return token, tl.where(tl.max(broken, axis=0) > 0, float("nan"), peak)
+
+
+@triton.jit
+def edit_kernel(logits, starts, ids, biases, counts, repetition, frequency, presence, vocabulary, EDITS: tl.constexpr):
+    """One row's logits [V], in place: ids [E] are distinct; counts: -1 not seen yet, else how often in the output."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocabulary
+    repeat = tl.load(repetition + row)
+    often, once = tl.load(frequency + row), tl.load(presence + row)
+    end = tl.load(starts + row + 1)
+    for start in range(tl.load(starts + row), end, EDITS):
+        at = start + tl.arange(0, EDITS)
+        mask = at < end
+        token = tl.load(ids + at, mask=mask, other=0)
+        count = tl.load(counts + at, mask=mask, other=-1)
+        logit = tl.load(logits + token, mask=mask, other=0.0) + tl.load(biases + at, mask=mask, other=0.0)
+        penalised = tl.where(logit > 0, tl.div_rn(logit, tl.zeros((EDITS,), tl.float32) + repeat), logit * repeat)
+        logit = tl.where(count >= 0, penalised, logit)
+        logit -= often * tl.maximum(count, 0).to(tl.float32)
+        logit -= tl.where(count > 0, once, 0.0)
+        tl.store(logits + token, logit, mask=mask)
+
+
+@triton.jit
+def draw_kernel(
+    logits,  # float32 [R, V], after bias and penalties
+    seeds, positions,  # int64 [R]
+    temperatures, top_ks, top_ps, min_ps,  # float32, int32, float64, float32 [R]; None: all rows are greedy
+    tokens,  # int64 [R]
+    peaks,  # float32 [R]
+    vocabulary,
+    CHUNK: tl.constexpr,
+    DIGITS: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocabulary
+    token, peak = _most_probable(logits, vocabulary, CHUNK)
+    tl.store(peaks + row, peak)
+    if temperatures is not None:
+        temperature = tl.load(temperatures + row)
+        if (temperature > 0.0) & (tl.abs(peak) < float("inf")):
+            temperature = tl.maximum(temperature, _COLDEST)
+            bits, equals = _filtered(
+                logits, vocabulary, peak, temperature, tl.load(min_ps + row), tl.load(top_ks + row),
+                tl.load(top_ps + row), CHUNK, DIGITS,
+            )  # fmt: skip
+            seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
+            position = tl.load(positions + row).to(tl.uint64, bitcast=True)
+            key = _mix64(_mix64(seed + _WEYL) + position * _WEYL)
+            low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+            token = _race(logits, vocabulary, peak, temperature, bits, equals, low, high, CHUNK)
+    tl.store(tokens + row, token.to(tl.int64))
+
+
+@triton.jit
+def score_kernel(logits, tokens, logprobs, ranks, top_tokens, top_logprobs, vocabulary, k, CHUNK: tl.constexpr):
+    """Log-probability and rank of a row's token, and the k most probable tokens."""
+    row = tl.program_id(0)
+    logits += row.to(tl.int64) * vocabulary
+    _, peak = _most_probable(logits, vocabulary, CHUNK)
+    token = tl.load(tokens + row)
+    value = tl.load(logits + token) - peak
+    total, ahead = tl.zeros((CHUNK,), tl.int64), tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, vocabulary, CHUNK):
+        at = start + tl.arange(0, CHUNK)
+        shifted = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")) - peak
+        total += (tl.exp(shifted) * _UNIT).to(tl.int64)
+        ahead += ((shifted > value) | ((shifted == value) & (at < token))).to(tl.int32)
+    norm = tl.log((tl.sum(total, axis=0).to(tl.float64) / _UNIT).to(tl.float32))
+    norm = tl.where(tl.abs(peak) < float("inf"), norm, float("nan"))
+    tl.store(logprobs + row, value - norm)
+    tl.store(ranks + row, 1 + tl.sum(ahead, axis=0))
+    last, last_id = value * 0.0 + float("inf"), -1
+    for place in range(k):
+        highest, best = tl.full((CHUNK,), float("-inf"), tl.float32), tl.zeros((CHUNK,), tl.int32) + _ALL
+        for start in range(0, vocabulary, CHUNK):
+            at = start + tl.arange(0, CHUNK)
+            shifted = tl.load(logits + at, mask=at < vocabulary, other=float("-inf")) - peak
+            fresh = (shifted < last) | ((shifted == last) & (at > last_id))
+            better = fresh & (at < vocabulary) & ((shifted > highest) | (best == _ALL))
+            highest, best = tl.where(better, shifted, highest), tl.where(better, at, best)
+        last = tl.max(highest, axis=0)
+        last_id = tl.min(tl.where(highest == last, best, _ALL), axis=0)
+        tl.store(top_tokens + row * k + place, last_id)
+        tl.store(top_logprobs + row * k + place, last - norm)
+
+
+class Drawn(NamedTuple):
+    """tokens int64 [R]; logprobs float32 [R], ranks int32 [R], and the most probable tokens int32 and their
+    log-probabilities float32 [R, scores]: of the raw logits, where asked for. peaks: the largest logit as it was drawn
+    from, float32 [R]; a row whose peak is not finite has no token: NaN where there was one, -inf where none was left.
+    """
+
+    tokens: torch.Tensor
+    logprobs: torch.Tensor | None
+    ranks: torch.Tensor | None
+    top_tokens: torch.Tensor | None
+    top_logprobs: torch.Tensor | None
+    peaks: torch.Tensor
+
+
+def sample(logits: torch.Tensor, parameters: Parameters) -> Drawn:
+    """Draw one token for each row of float32 logits [R, V]; the logits are not changed. Raises TypeError,
+    ValueError."""
+    _check(logits)
+    rows, vocabulary = logits.shape
+    edits = parameters.edits
+    chunk, digits, warps = SAMPLE[architecture(logits.device)]
+    chunk = min(chunk, triton.next_power_of_2(vocabulary))
+    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    peaks = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    source = logits
+    if rows and edits is not None:
+        source = logits.clone()
+        edit_kernel[(rows,)](source, *edits.tensors, vocabulary, EDITS=256, num_warps=4, enable_fp_fusion=False)
+    if rows:
+        drawing = (parameters.temperatures, parameters.top_ks, parameters.top_ps, parameters.min_ps)
+        draw_kernel[(rows,)](
+            source, parameters.seeds, parameters.positions, *drawing, tokens, peaks, vocabulary, CHUNK=chunk,
+            DIGITS=digits, num_warps=warps, enable_fp_fusion=False,
+        )  # fmt: skip
+    if parameters.scores is None:
+        return Drawn(tokens, None, None, None, None, peaks)
+    return Drawn(tokens, *score(logits, tokens, parameters.scores), peaks)
+
+
+def score(
+    logits: torch.Tensor, tokens: torch.Tensor, k: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Score tokens int64 [R] by rows of float32 logits [R, V]: log-probabilities, ranks, and the k most probable tokens
+    with theirs, as in `Drawn`. A row without a finite maximum scores NaN. Raises TypeError, ValueError."""
+    _check(logits)
+    rows, vocabulary = logits.shape
+    if not 0 <= k <= vocabulary:
+        raise ValueError(f"{k = } most probable tokens were asked for, of {vocabulary}")
+    chunk, _, warps = SAMPLE[architecture(logits.device)]
+    chunk = min(chunk, triton.next_power_of_2(vocabulary))
+    logprobs = torch.empty(rows, dtype=torch.float32, device=logits.device)
+    ranks = torch.empty(rows, dtype=torch.int32, device=logits.device)
+    top_tokens = torch.empty(rows, k, dtype=torch.int32, device=logits.device)
+    top_logprobs = torch.empty(rows, k, dtype=torch.float32, device=logits.device)
+    if rows:
+        score_kernel[(rows,)](
+            logits, tokens, logprobs, ranks, top_tokens, top_logprobs, vocabulary, k, CHUNK=chunk, num_warps=warps
+        )
+    return logprobs, ranks, top_tokens, top_logprobs
+
+
+def _check(logits: torch.Tensor) -> None:
+    if logits.dtype is not torch.float32:
+        raise TypeError(f"logits are {logits.dtype}; they must be float32")
+    if logits.dim() != 2 or not logits.is_contiguous() or not logits.shape[1]:
+        raise ValueError(f"logits are {list(logits.shape)} {logits.stride()}; they must be contiguous [R, V]")
