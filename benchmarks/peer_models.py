@@ -23,6 +23,14 @@ def gguf(folder: Path, python: Path, cache: Path, kind: str | None = None) -> Pa
     return out
 
 
+def gguf_with_words(folder: Path, python: Path, cache: Path, kind: str | None = None) -> Path:
+    """The same with a vocabulary of made-up words, for llama.cpp's server."""
+    plain = gguf(folder, python, cache, kind)
+    out = plain.with_name(f"{plain.stem}-words.gguf")
+    _make(out, plain.stat().st_mtime, lambda part: _run(python, TOOLS / "gguf_words.py", plain, part))
+    return out
+
+
 def openvino(folder: Path, python: Path, cache: Path) -> Path:
     """The model of `folder` as OpenVINO's, weights in INT4 with groups of 128 (embedding and output layer in INT8)."""
     out = cache / "models" / f"{folder.name}-openvino-int4"

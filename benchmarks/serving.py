@@ -32,7 +32,7 @@ class Server:
     """`weft serve ARGUMENTS` on a free port of 127.0.0.1. started: time.perf_counter() just before its exec."""
 
     def __init__(self, arguments: Sequence[str] = ()) -> None:
-        self.address = Address("127.0.0.1", _free_port(), tls=False, base="")
+        self.address = Address("127.0.0.1", free_port(), tls=False, base="")
         self._log = tempfile.NamedTemporaryFile("w+", prefix="weft-serve-", suffix=".log")  # noqa: SIM115
         command = [sys.executable, "-m", "weft", "serve", *arguments, "--port", str(self.address.port)]
         self.started = time.perf_counter()
@@ -96,7 +96,7 @@ class Server:
         self._log.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
