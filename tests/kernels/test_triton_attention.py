@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import pytest
@@ -96,7 +96,8 @@ def kv_of(shape: Shape, lengths: Sequence[int], *, poisoned: bool = False) -> Tr
 
 
 def on_device(batch: Batch) -> Batch:
-    return Batch(*(getattr(batch, name).to(DEVICE) for name in Batch.__slots__[:-1]), batch.block_size)
+    tensors = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return replace(batch, **{name: x.to(DEVICE) for name, x in tensors.items() if isinstance(x, torch.Tensor)})
 
 
 def step(
