@@ -341,6 +341,7 @@ def begin(engine: Engine, heard: Heard) -> None:
     engine.submit(ask("decodes", [1, 2], 60))
     while len(heard.tokens.get("decodes", ())) < 5:
         heard.take(engine.step(5.0))
+        assert "decodes" not in heard.ends
 
 
 class Trap(SimulatedDevice):
@@ -366,7 +367,8 @@ def test_a_lane_that_fails_hangs_or_dies_ends_its_requests_and_the_other_goes_on
     device = Trap(kind, lane)
     scheduler = Scheduler(CAPACITY, device.lanes(), SchedulerSettings(8, 16, enable_prefix_caching=False))
     policy = FixedPolicy(Sharing(regime, Partition(4, 4)))
-    engine = Engine(device, scheduler, step_timeout=0.1, controller=Controller(policy))
+    # Long enough for a step on a busy machine; a step that fails needs no time-out.
+    engine = Engine(device, scheduler, step_timeout=30.0 if kind == "failed" else 0.4, controller=Controller(policy))
     try:
         heard = Heard(lambda: 0.0)
         begin(engine, heard)
@@ -438,8 +440,11 @@ def test_both_lanes_gone_is_a_dead_device(real: Any) -> None:
 
 
 def test_the_flags_choose_the_policy() -> None:
-    for partition in ("off", "1:1", "80%:100%"):
-        assert controller(EngineConfig(partition=partition), CAPACITY) is None
+    assert controller(EngineConfig(partition="off"), CAPACITY) is None
+    for partition, shares in (("1:1", (4, 4)), ("80%:100%", (6, 8))):
+        made = controller(EngineConfig(partition=partition), CAPACITY)
+        assert made is not None and made.lone, "a lane alone is not held to its share"
+        assert made.first(0.0).sharing == Sharing(Regime.SPLIT, Partition(*shares))
     made = controller(EngineConfig(partition="auto", slo_ttft=2.0), CAPACITY)
     assert made is not None and made.lone
     policy: Any = made._policy

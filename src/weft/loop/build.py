@@ -7,14 +7,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from weft.config import EngineConfig, parse_partition
-from weft.core.plan import Capacity
+from weft.core.plan import Capacity, Partition, Regime, Sharing
 from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices import open_device
 from weft.devices.base import Device
 from weft.ipc.messages import Phase, Ready
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
-from weft.phases.controller import Controller
+from weft.phases.controller import Controller, FixedPolicy
 from weft.phases.forecast import Device as Forecast
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
@@ -50,11 +50,15 @@ def _open(config: EngineConfig, folder: Path, phases: Phases) -> tuple[Engine, R
 
 
 def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
-    """What --partition auto and paper go by; None for shares that stay as they are."""
+    """What two lanes go by; None for one mixed lane. A lane alone has the whole device, but with `paper`, whose caps
+    hold always."""
     shares = parse_partition(config.partition)
     targets = Targets(config.slo_ttft or DEFAULT_TARGETS.ttft, config.slo_tpot or DEFAULT_TARGETS.tpot)
-    if shares is None or shares.policy == "fixed":
+    if shares is None:
         return None
+    if shares.policy == "fixed":
+        split = Sharing(Regime.SPLIT, Partition(*shares.of(capacity.shares)))
+        return Controller(FixedPolicy(split), lone=True)
     if shares.policy == "paper":
         paper = PaperPolicy(targets, capacity.shares)
         return Controller(paper, record=_recorder(config, paper))
