@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and look for the tensor-core instructions in their PTX.
 
-    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90
+    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90 100
 
 --quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
 each form: of 8-bit integers for W4A8, of 16-bit floats for W4A16 and attention; `wgmma` on capability 9 where the tile
@@ -24,88 +24,212 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from weft.kernels.triton_attention import combine_kernel, decode_kernel, prefill_kernel
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
+from weft.kernels.triton_norm import gate_kernel, norm_kernel
 from weft.kernels.triton_quantise import rows_kernel
+from weft.kernels.triton_rotary import rotary_kernel
 from weft.kernels.triton_rows import TILE
+from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
+from weft.kernels.triton_tiles import ACTIVATION, ATTENTION, ATTENTION_QUANTISED, NORM, ROTARY, SAMPLE
 from weft.kernels.triton_w4ax import tile
 
 INTEGERS, FLOATS = r"\bs8\.s8|\.s32\.s8\.s8", r"\.f32\.bf16\.bf16"
 WGMMA_ROWS = 64  # the least height of a tile for wgmma
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+SPILLS = 216  # of attention: what is held beside the loop
 # Pointers are 16-byte aligned and row lengths multiples of 16, as torch's are.
 ALIGNED = [["tt.divisibility", 16]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel in one form: the types of its arguments (None: absent), and its compile-time constants."""
+    """One kernel in one form: the types of its arguments (None: absent), and its compile-time constants.
+
+    exact: no fused multiply-adds. rows: kernels of one such name must compute a row in the same way, so that its bits
+    are the same. spills: bytes of registers that may be.
+    """
 
     name: str
     kernel: Any
     types: Mapping[str, str | None]
     constants: dict[str, Any]
-    product: str | None
+    product: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     exact: bool = True
+    rows: str | None = None
+    spills: int = 0
 
 
 def main(arguments: Sequence[str]) -> int:
     quick = "--quick" in arguments
-    targets = [int(word) for word in arguments if word != "--quick"] or [80, 90]
+    targets = [int(word) for word in arguments if word != "--quick"] or [80, 90, 100]
     problems = []
-    print(f"{'kernel':36} {'sm':>4} {'mma':>5} {'wgmma':>6} {'fma':>5} {'regs':>5} {'spills':>6} {'shared':>7}")
-    for case in cases(quick):
-        for capability in targets:
+    print(f"{'kernel':36} {'sm':>4} {'mma':>5} {'wgmma':>6} {'tcgen':>6} {'fma':>5} {'regs':>5}", end=" ")
+    print(f"{'spills':>6} {'shared':>7}")
+    for capability in targets:
+        layouts: dict[str, set[str]] = {}  # by what computes the same rows
+        for case in cases(quick, capability):
             made = compiled(case, capability)
-            ptx = made.asm["ptx"]
-            found = [line for line in ptx.splitlines() if case.product and re.search(case.product, line)]
-            mma = sum("mma.sync" in line for line in found)
-            wgmma = sum("wgmma.mma_async" in line for line in found)
-            fused = len(re.findall(r"\bfma\.rn\.f32", ptx))
-            registers, spilled = resources(made)
-            print(
-                f"{case.name:36} {capability:4} {mma:5} {wgmma:6} {fused:5} {registers:5} {spilled:6} "
-                f"{made.metadata.shared:7}"
-            )
-            if case.product and not (mma or wgmma):
-                problems.append(f"{case.name} for {capability}: no tensor-core product of its types")
-            if case.product and capability // 10 == 9 and case.constants.get("M", 0) >= WGMMA_ROWS and not wgmma:
-                problems.append(f"{case.name} for {capability}: no wgmma")
-            if case.exact and fused:
-                problems.append(f"{case.name} for {capability}: {fused} fused multiply-adds")
+            problems += _problems(case, capability, made)
+            if case.rows is not None:
+                layouts.setdefault(case.rows, set()).add(layout_of(made))
+        for name, found in layouts.items():
+            if len(found) != 1:
+                problems.append(f"{name} for {capability}: rows are computed in {len(found)} ways: {sorted(found)}")
     for problem in problems:
         print(f"FAILED: {problem}")
     return 1 if problems else 0
 
 
-def cases(quick: bool) -> list[Case]:
+def _problems(case: Case, capability: int, made: Any) -> list[str]:
+    """What is wrong with a compiled kernel, whose line of the table is printed."""
+    ptx = made.asm["ptx"]
+    found = [line for line in ptx.splitlines() if case.product and re.search(case.product, line)]
+    mma, wgmma = (sum(word in line for line in found) for word in ("mma.sync", "wgmma.mma_async"))
+    tcgen = ptx.count("tcgen05.mma.") if case.product else 0  # its types are numbers in a descriptor
+    fused = len(re.findall(r"\bfma\.rn\.f(?:32|64)", ptx))
+    registers, spilled = resources(made)
+    print(
+        f"{case.name:36} {capability:4} {mma:5} {wgmma:6} {tcgen:6} {fused:5} {registers:5} {spilled:6} "
+        f"{made.metadata.shared:7}",
+        flush=True,
+    )
+    problems = []
+    if case.product and not (mma or wgmma or tcgen):
+        problems.append(f"{case.name} for {capability}: no tensor-core product of its types")
+    if case.product and capability // 10 == 9 and case.constants.get("M", 0) >= WGMMA_ROWS and not wgmma:
+        problems.append(f"{case.name} for {capability}: no wgmma")
+    if case.exact and fused:
+        problems.append(f"{case.name} for {capability}: {fused} fused multiply-adds")
+    if made.metadata.shared > SHARED[capability]:
+        problems.append(f"{case.name} for {capability}: {made.metadata.shared} bytes of shared memory")
+    if spilled > case.spills:
+        problems.append(f"{case.name} for {capability}: {spilled} bytes of registers spilled, {case.spills} were")
+    return problems
+
+
+def layout_of(made: Any) -> str:
+    """How a kernel's products lay out a row: the instruction, and that no row is cut between warps."""
+    text = made.asm["ttgir"]
+    shapes = re.findall(
+        r"nvidia_mma<\{(versionMajor = \d+).*?warpsPerCTA = \[\d+, (\d+)\], (instrShape = [^}]*)\}", text
+    )
+    memory = re.findall(r"tensor_memory_encoding<blockM = (\d+)", text)
+    return ", ".join(sorted({" ".join(shape) for shape in shapes} | {f"blockM = {rows}" for rows in memory}))
+
+
+def cases(quick: bool, capability: int) -> list[Case]:
+    return _row_cases() + _product_cases(quick) + _attention_cases(quick, capability) + _sample_cases(capability)
+
+
+def _row_cases() -> list[Case]:
     floats = dict.fromkeys(("x", "residual", "weight", "kept", "summed"), "*bf16")
     sizes = dict.fromkeys(("channels", "outliers", "eight"), "i32") | {"eps": "fp32"}
     rows = floats | sizes | {"permutation": "*i32", "values": "*i8", "scales": "*fp32", "totals": "*i32"}
     bare = rows | dict.fromkeys(("residual", "weight", "kept", "summed", "permutation")) | {"values": "*u8"}
+    gated = rows | dict.fromkeys(("residual", "weight", "kept", "summed"))
     form = {"HADAMARD": True, "QUANTISE": True, "NIBBLES": False, "GATED": False, "BLOCKS": TILE}
-    made = [
-        Case("norm + permute + Hadamard + quantise", rows_kernel, rows, form, None),
-        Case("quantise to nibbles", rows_kernel, bare, form | {"NIBBLES": True}, None),
+    norm = {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "rows": "i32", "eps": "fp32"}
+    gate = {"gate_up": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
+    high, warps = NORM[90]
+    tall, wide, gate_warps = ACTIVATION[90]
+    return [
+        Case("norm + permute + Hadamard + quantise", rows_kernel, rows, form),
+        Case("quantise to nibbles", rows_kernel, bare, form | {"NIBBLES": True}),
+        Case("activation + permute + quantise", rows_kernel, gated, form | {"GATED": True}),
+        Case(
+            "residual + norm",
+            norm_kernel,
+            norm,
+            {"D": 4096, "SIZE": 4096, "ROWS": high},
+            None,
+            {"num_warps": warps},
+            exact=False,
+        ),
+        Case(
+            "gated activation",
+            gate_kernel,
+            gate,
+            {"ROWS": tall, "COLUMNS": wide},
+            None,
+            {"num_warps": gate_warps},
+            exact=False,
+        ),
     ]
+
+
+def _product_cases(quick: bool) -> list[Case]:
     weight = {"wide": "*i8", "weight": "*i8", "scales": "*bf16", "zeros": "*i8", "bias": "*fp32", "y": "*bf16"}
     weight |= dict.fromkeys(("rows", "outputs", "blocks", "wide_blocks"), "i32")
     plain: dict[str, str | None] = dict.fromkeys(("wide", "zeros", "bias"))
     integers = weight | {"x": "*i8", "row_scales": "*fp32", "row_totals": "*i32"}
+    made = []
     for count in (1, 1024) if quick else (1, 32, 64, 1024):
         shape, options = _tiled(tile(count))
-        made.append(Case(f"W4A8, {count} rows", w4a8_kernel, integers | plain, shape, INTEGERS, options))
+        made.append(Case(f"W4A8, {count} rows", w4a8_kernel, integers | plain, shape, INTEGERS, options, spills=32))
         if not quick:
             name = f"W4A8, {count} rows, wide, zeros, bias"
-            made.append(Case(name, w4a8_kernel, integers, shape, INTEGERS, options))
+            made.append(Case(name, w4a8_kernel, integers, shape, INTEGERS, options, spills=32))
     for count in (1024,) if quick else (1, 32, 64, 1024):
         shape, options = _tiled(tile(count, floats=True))
         types = weight | plain | {"x": "*bf16"}
-        made.append(
-            Case(
-                f"W4A16, {count} rows", w4a16_kernel, types, shape | {"KIND": tl.bfloat16}, FLOATS, options, exact=False
-            )
-        )
+        constants = shape | {"KIND": tl.bfloat16}
+        made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, constants, FLOATS, options, exact=False))
     return made
+
+
+def _attention_cases(quick: bool, capability: int) -> list[Case]:
+    types: dict[str, str | None] = dict.fromkeys(("q", "qkv", "out", "q_norm", "k_norm"), "*bf16")
+    types |= dict.fromkeys(("cos", "sin", "sums_out", "marks_out", "sums", "marks"), "*fp32")
+    types |= dict.fromkeys(("starts", "contexts", "tables", "positions"), "*i32") | {"slots": "*i64"}
+    types |= dict.fromkeys(("slices", "width", "splits", "window", "tokens", "heads", "kv_heads", "block_size"), "i32")
+    types |= {"scale": "fp32", "eps": "fp32"}
+    high, warps = ROTARY[capability]
+    made = []
+    for bits, name in ((16, "BF16"), (4, "KV4")) if quick else ((16, "BF16"), (8, "KV8"), (4, "KV4")):
+        given = types | _kv_types(bits)
+        chosen = (ATTENTION if bits == 16 else ATTENTION_QUANTISED)[capability]
+        head = {"D": 128, "HALF": 64, "LOG": 7, "BITS": bits}
+        shape = {**head, "GROUP": 4, "BLOCK_SIZE": 16, "KV_HEADS": 8, "SLICES": 64, "TOKENS": chosen.tokens}
+        shape |= {"SPLIT": chosen.split, "KIND": tl.bfloat16, "WINDOWED": False}
+        for kind, kernel in (("prefill", prefill_kernel), ("decode", decode_kernel)):
+            rows, *sizes = getattr(chosen, kind)
+            options = dict(zip(("num_warps", "num_stages"), sizes, strict=True))
+            constants = shape | {"ROWS": rows}
+            words = f"attention, {kind}, {name}"
+            made.append(
+                Case(words, kernel, given, constants, FLOATS, options, rows=f"attention on {name}", spills=SPILLS)
+            )
+        combine = {**head, "HEADS": 4, "GROUP": 4, "SPLIT": chosen.split, "WINDOWED": False}
+        made.append(Case(f"attention, combine, {name}", combine_kernel, given, combine, None, {"num_warps": 1}))
+        rotary = {**head, "ROWS": high}
+        made.append(Case(f"norm + rotate + write {name}", rotary_kernel, given, rotary, None, {"num_warps": warps}))
+    return made
+
+
+def _kv_types(bits: int) -> dict[str, str | None]:
+    quantised = bits < 16
+    types: dict[str, str | None] = {"signs": "*fp32" if quantised else None}
+    for part in ("key", "value"):
+        types[f"{part}_codes"] = "*u8" if quantised else "*bf16"
+        types[f"{part}_scales"] = "*i16" if quantised else None
+        types[f"{part}_zeros"] = "*u8" if quantised else None
+    return types
+
+
+def _sample_cases(capability: int) -> list[Case]:
+    chunk, digits, warps = SAMPLE[capability]
+    types = dict.fromkeys(("logits", "temperatures", "min_ps", "peaks", "biases", "logprobs", "top_logprobs"), "*fp32")
+    types |= dict.fromkeys(("repetition", "frequency", "presence"), "*fp32") | {"top_ps": "*fp64"}
+    types |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64") | {"vocabulary": "i32", "k": "i32"}
+    types |= dict.fromkeys(("top_ks", "starts", "ids", "counts", "ranks", "top_tokens"), "*i32")
+    shape, options = {"CHUNK": chunk, "DIGITS": digits}, {"num_warps": warps}
+    return [
+        Case("draw", draw_kernel, types, shape, None, options),
+        Case("penalties", edit_kernel, types, {"EDITS": 256}, None, {"num_warps": 4}),
+        Case("scores", score_kernel, types, {"CHUNK": chunk}, None, options, exact=False),
+    ]
 
 
 def _tiled(shape: tuple[int, int, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -115,7 +239,7 @@ def _tiled(shape: tuple[int, int, int, int]) -> tuple[dict[str, Any], dict[str, 
 
 def compiled(case: Case, capability: int) -> Any:
     """The kernel for a GPU that need not be here."""
-    signature, constants, attributes = {}, dict(case.constants), {}
+    signature, constants, attributes = {}, {k: v for k, v in case.constants.items() if k in case.kernel.arg_names}, {}
     for place, name in enumerate(case.kernel.arg_names):
         kind = case.types.get(name)
         if kind is None:

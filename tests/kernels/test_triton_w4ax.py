@@ -313,6 +313,6 @@ def test_wrong_inputs_are_refused() -> None:
 def test_compiled_ahead_of_time_the_kernels_use_the_tensor_cores(tmp_path: Path) -> None:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(tmp_path)
-    command = [sys.executable, str(TOOL), "--quick", "80", "90"]
+    command = [sys.executable, str(TOOL), "--quick"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -8,7 +8,6 @@ import torch
 
 from weft.kernels import triton_attention, triton_kv, triton_rotary
 from weft.kernels.base import Batch
-from weft.kernels.kv import bits_of
 
 
 class TritonAttention:
@@ -26,8 +25,7 @@ class TritonAttention:
         return triton_kv.make_kv(blocks, block_size, kv_heads, head_dim, dtype, cache, self._device)
 
     def token_bytes(self, kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str) -> int:
-        bits = bits_of(cache, dtype)
-        return kv_heads * (2 * head_dim * dtype.itemsize if bits is None else 2 * head_dim * bits // 8 + 6)
+        return triton_kv.token_bytes(kv_heads, head_dim, dtype, cache)
 
     def rotary_write(
         self,

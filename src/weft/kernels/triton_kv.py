@@ -152,11 +152,7 @@ def make_kv(
     """Empty storage for activations of `dtype`; cache as Kernels.make_kv. Raises TypeError, ValueError."""
     if dtype not in KINDS:
         raise TypeError(f"the KV is for {dtype}; the Triton kernels take float32, bfloat16 and float16")
-    bits = bits_of(cache, dtype)
-    if head_dim % 2 or not 2 <= head_dim <= 256:
-        raise ValueError(f"{head_dim = }; the Triton kernels take even numbers of channels up to 256")
-    if bits is not None and (head_dim < 32 or head_dim & (head_dim - 1)):
-        raise ValueError(f"{head_dim = }; with a KV cache of {cache} the Triton kernels take 32, 64, 128 and 256")
+    bits = _bits(head_dim, dtype, cache)
     shape = (blocks, kv_heads, block_size)
 
     def part() -> Part:
@@ -172,6 +168,17 @@ def make_kv(
 
 
 def token_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str) -> int:
-    """Bytes of one token's keys and values in one layer, as `make_kv` stores them."""
-    bits = bits_of(cache, dtype)
+    """Bytes of one token's keys and values in one layer, as `make_kv` stores them. Raises ValueError for what it
+    refuses."""
+    bits = _bits(head_dim, dtype, cache)
     return 2 * kv_heads * (head_dim * dtype.itemsize if bits is None else head_dim * bits // 8 + 3)
+
+
+def _bits(head_dim: int, dtype: torch.dtype, cache: str) -> int | None:
+    """As `bits_of`, for heads that the kernels take."""
+    bits = bits_of(cache, dtype)
+    if head_dim % 2 or not 2 <= head_dim <= 256:
+        raise ValueError(f"{head_dim = }; the Triton kernels take even numbers of channels up to 256")
+    if bits is not None and (head_dim < 32 or head_dim & (head_dim - 1)):
+        raise ValueError(f"{head_dim = }; with a KV cache of {cache} the Triton kernels take 32, 64, 128 and 256")
+    return bits

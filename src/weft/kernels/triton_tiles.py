@@ -1,7 +1,7 @@
 """Tiles of the Triton kernels by shape and architecture: data, so that nothing is tuned at start-up.
 
 Rows are keyed by architecture: 80 (also 86, 89 and 120), 90, 100, and 0 for the interpreter, which likes few and large
-programs. benchmarks/tune_gpu.py tries others on a GPU and prints the lines to put here.
+programs.
 
 What a row's bits depend on is never chosen by the number of rows: TOKENS and SPLIT of attention, the tile of a norm.
 """
@@ -35,7 +35,14 @@ ATTENTION = {
     INTERPRETER: AttentionTile(256, 512, (64, 4, 1), (64, 4, 1), 1),
     80: AttentionTile(64, 512, (128, 8, 2), (64, 4, 3), 2),
     90: AttentionTile(64, 512, (128, 8, 3), (64, 4, 3), 2),
-    100: AttentionTile(64, 512, (128, 8, 3), (64, 4, 3), 2),
+    100: AttentionTile(64, 512, (128, 8, 3), (128, 8, 3), 1),
+}
+# The same for 8 and 4 bits, whose scales and zeros want registers, too.
+ATTENTION_QUANTISED = {
+    INTERPRETER: ATTENTION[INTERPRETER],
+    80: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
+    90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
+    100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
 # (rows of a program, warps): rotation and KV write of one head.
 ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
@@ -44,7 +51,7 @@ NORM = {INTERPRETER: (64, 1), 80: (1, 8), 90: (1, 8), 100: (1, 8)}
 # (rows, columns, warps): the gated activation.
 ACTIVATION = {INTERPRETER: (64, 1024, 1), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8)}
 # (logits of a row that a program reads at once, bits of a threshold that a pass finds, warps): sampling.
-SAMPLE = {INTERPRETER: (4096, 5, 1), 80: (4096, 2, 16), 90: (4096, 2, 16), 100: (4096, 2, 16)}
+SAMPLE = {INTERPRETER: (4096, 5, 1), 80: (2048, 2, 16), 90: (2048, 2, 16), 100: (2048, 2, 16)}
 
 
 @cache
