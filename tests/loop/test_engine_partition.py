@@ -303,7 +303,7 @@ def test_a_request_that_would_wait_for_too_many_tokens_is_refused_and_a_short_on
         engine.submit(ask("b", range(32), 2))
     engine.submit(ask("c", range(8), 2))
     heard.drain(engine)
-    assert set(heard.ends) == {"a", "c"}
+    assert set(heard.ends) == {"a", "c"} and engine.stats().partition_refused == 1
 
 
 def test_a_request_that_would_wait_for_too_many_tokens_lets_others_pass_and_is_served() -> None:
@@ -315,6 +315,7 @@ def test_a_request_that_would_wait_for_too_many_tokens_lets_others_pass_and_is_s
     heard.drain(engine)
     firsts = {name: times[0] for name, times in heard.times.items()}
     assert sorted(firsts, key=lambda name: firsts[name]) == ["a", "b", "c", "late"]
+    assert engine.stats().partition_put_back == 1
 
 
 # -- lanes that fail -------------------------------------------------------------------------------------------------

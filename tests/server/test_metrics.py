@@ -97,6 +97,8 @@ async def test_the_controller_of_the_shares_is_told_of_where_there_is_one(metric
         partition_switches=4,
         partition_switch_seconds=0.5,
         partition_decide_seconds=0.25,
+        partition_put_back=7,
+        partition_refused=2,
     )
     found = await scrape(metrics)
     expected = {
@@ -104,6 +106,8 @@ async def test_the_controller_of_the_shares_is_told_of_where_there_is_one(metric
         "partition_switches_total": 4,
         "partition_switch_seconds_total": 0.5,
         "partition_decide_seconds_total": 0.25,
+        "partition_put_back_total": 7,
+        "partition_refused_total": 2,
         "partition_chunk": 128,
         "partition_regime|regime=mixed": 1,
         "partition_regime|regime=split": 0,

@@ -42,7 +42,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine; counters grow from start. Blocks: free + cached + held + pinned = total.
 
     iteration_tokens: computed by all lanes. partition_*: of the controller; regime is "" without one, chunk 0 without a
-    limit; seconds are those that the device took to be told of new shares, and that the decisions took.
+    limit; seconds are those that the device took to be told of new shares, and that the decisions took; put_back and
+    refused are requests that could not make the TTFT target when they came.
     """
 
     running: int
@@ -64,6 +65,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     partition_switches: int = 0
     partition_switch_seconds: float = 0.0
     partition_decide_seconds: float = 0.0
+    partition_put_back: int = 0
+    partition_refused: int = 0
 
 
 class Phase(msgspec.Struct, frozen=True):

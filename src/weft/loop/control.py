@@ -43,12 +43,15 @@ class Flying:
 
 class Control:
     """switches: changes of how the device is shared. switch_seconds: what the device took to be told of shares.
-    decide_seconds: what the policy took. decision: the one in force."""
+    decide_seconds: what the policy took. decision: the one in force. put_back, refused: requests that could not make
+    the TTFT target when they came."""
 
     def __init__(self, controller: Controller, device: Device, scheduler: Scheduler, now: float) -> None:
         self.switches = 0
         self.switch_seconds = 0.0
         self.decide_seconds = 0.0
+        self.put_back = 0
+        self.refused = 0
         self._controller = controller
         self._device = device
         self._scheduler = scheduler
@@ -75,7 +78,9 @@ class Control:
         if ahead + new * len(request.prompt) <= decision.hold:
             return 0.0
         if not decision.shed:
+            self.put_back += 1
             return decision.back
+        self.refused += 1
         raise QueueFull(
             f"{ahead:.0f} prompt tokens go first, and the device computes {decision.hold} within the target of "
             "--slo-ttft",
@@ -151,9 +156,10 @@ class Control:
         decision = self._controller.ask(self._queue(now), now)
         self.decide_seconds += time.perf_counter() - began
         if decision is not None:
-            self.switches += decision.sharing != self.decision.sharing
+            changed = decision.sharing != self.decision.sharing
+            self.switches += changed
             self.decision = decision
-            logger.info("partition: %s", decision.reason)
+            logger.log(logging.INFO if changed else logging.DEBUG, "partition: %s", decision.reason)
             self._adopt(decision)
 
     def _adopt(self, decision: Decision) -> None:

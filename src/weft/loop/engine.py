@@ -134,6 +134,8 @@ class Engine:
             partition_switches=0 if control is None else control.switches,
             partition_switch_seconds=0.0 if control is None else control.switch_seconds,
             partition_decide_seconds=0.0 if control is None else control.decide_seconds,
+            partition_put_back=0 if control is None else control.put_back,
+            partition_refused=0 if control is None else control.refused,
         )
 
     def close(self) -> None:

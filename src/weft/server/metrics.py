@@ -125,6 +125,8 @@ class Metrics:
             ("partition_switches", "changes of how the lanes share the device", stats.partition_switches),
             ("partition_switch_seconds", "time to tell the device of new shares", stats.partition_switch_seconds),
             ("partition_decide_seconds", "time to decide on shares", stats.partition_decide_seconds),
+            ("partition_put_back", "requests put back that could not be in time", stats.partition_put_back),
+            ("partition_refused", "requests refused that could not be in time", stats.partition_refused),
         ):
             family = CounterMetricFamily(PREFIX + name, words, labels=["model_name"])
             family.add_metric(list(self._labels.values()), count)
