@@ -136,7 +136,7 @@ def test_packed_weights_are_freed_with_the_object(backends: Any) -> None:
     packed = backends.two.pack_linear(weight)
     assert packed.bytes == weight.nbytes
     # Stored as zeros, but every page was written.
-    assert resident() - before > 30 * 2**20
+    assert resident() - before > 25 * 2**20  # of 32; others may give back some meanwhile
     del packed
     gc.collect()
     assert resident() - before < 5 * 2**20  # a huge page at either end may be shared with what comes next

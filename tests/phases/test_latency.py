@@ -124,7 +124,7 @@ def test_the_step_law_is_found_again(
     for share in (0.25, 0.5, 0.9):
         for rival in (0.0, 1.0):
             wanted = truth.predict(16, 8000, share, rival)
-            assert model.predict(16, 8000, share, rival) == pytest.approx(wanted, rel=0.08)
+            assert model.predict(16, 8000, share, rival) == pytest.approx(wanted, rel=0.15)
 
 
 def test_the_saturation_point_takes_three_shares_and_is_where_the_curve_bends() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -79,7 +80,8 @@ def test_a_run_of_the_papers_policy_is_replayed_too(tmp_path: Path) -> None:
 
 def test_a_full_file_ends_with_a_whole_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     recorder = Recorder(tmp_path / "run.jsonl", AUTO, most=20_000)
-    serve(AUTO, recorder, 5.0)
+    with caplog.at_level(logging.WARNING, "weft.partition"):
+        serve(AUTO, recorder, 5.0)
     text = (tmp_path / "run.jsonl").read_text()
     assert len(text) <= 20_000 and text.endswith("\n") and len(read(tmp_path / "run.jsonl").run) > 3
     assert [one.message for one in caplog.records if "recorded no more" in one.message] != []
