@@ -81,7 +81,7 @@ class Step:
             self._program.multiply(layer.native, 0, quantised, y, BFLOAT16)
 
     def __call__(self) -> None:
-        self._program.run(self._backend, self._slices, 1, [])
+        self._program.run(self._backend, self._slices, 1, [], 0, 2 * len(self._layers))
 
 
 def main() -> None:
