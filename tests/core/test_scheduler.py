@@ -390,6 +390,18 @@ def test_prompt_scores_come_once_in_order_and_take_no_hits(drive: Any) -> None:
     assert kinds == [type(event) for event in replay(drive, "r", range(20))]
 
 
+def test_prompt_scores_come_before_the_tokens_of_any_sequence(drive: Any) -> None:
+    driver = drive(enable_prefix_caching=False, blocks=32)
+    driver.submit("r", range(9), n=3, max_tokens=2, prompt_logprobs=1)
+    assert len(driver.plan().slices) == 1 and driver.scheduler.waiting == 2
+    driver.scheduler.preempt("r")  # the siblings would be first now, had they not waited
+    driver.land()
+    driver.drain()
+    assert driver.scores["r"].request == "r"
+    kinds = [type(event) for event in replay(drive, "r", range(9))]
+    assert kinds.index(PromptScores) == 0
+
+
 def replay(drive: Any, id: str, prompt: Any) -> list[Any]:
     driver, events = drive(), []
     driver.submit(id, prompt, max_tokens=2, prompt_logprobs=0, n=2)

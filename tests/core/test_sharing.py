@@ -196,6 +196,20 @@ def test_a_step_goes_on_for_those_who_still_want_it_and_keeps_the_blocks_of_the_
     assert driver.tokens["new", 0] == right(range(10), 3) and driver.pool.free == 64
 
 
+def test_a_lost_step_of_one_lane_ends_a_request_whose_other_half_waits_between_two_parts(drive: Any) -> None:
+    driver = drive(SPLIT, blocks=64, layers=4)
+    driver.scheduler.share(Sharing(Regime.TURNS, EVEN, chunk=1))
+    driver.submit("twins", range(20), max_tokens=20, n=2)
+    # The second finds 16 tokens in the cache; the rest is cut.
+    while not driver.scheduler.inflight.paused(Lane.PREFILL):
+        turn(driver)
+    plan = driver.plan(Lane.DECODE)
+    driver.hear(driver.scheduler.lose(plan.step, "it hangs", driver.now))
+    assert driver.ends["twins"].error == "it hangs" and not driver.scheduler.inflight.paused(Lane.PREFILL)
+    driver.land(Lane.DECODE)
+    assert (driver.pool.held, driver.pool.pinned) == (0, 0)
+
+
 @pytest.mark.parametrize("fault", ["failed", "one failed", "lost"])
 def test_a_part_that_fails_ends_its_requests_and_the_other_lane_goes_on(drive: Any, fault: str) -> None:
     driver = cut(drive, range(10))

@@ -102,12 +102,12 @@ class Scheduler:
         """A step does not end: end the requests in it with an error. Its ticket stays in flight, so its blocks are not
         reused and its lane gets no other plan until a late result comes."""
         events: list[Event] = []
-        for flight in self.inflight:
-            if flight.plan.step == step and not flight.paused:
-                flight.lost = True
-                for sequence in flight.members:
-                    if sequence.flight is flight:
-                        self._end_request(sequence.live, Finish.ERROR, now, events, message, STEP_FAILED)
+        flight = next((one for one in self.inflight if one.plan.step == step and not one.paused), None)
+        if flight is not None:
+            flight.lost = True
+            for sequence in flight.members:
+                if sequence.flight is flight:
+                    self._end_request(sequence.live, Finish.ERROR, now, events, message, STEP_FAILED)
         return events
 
     def fail_all(self, message: str, code: str, now: float) -> list[Event]:
@@ -154,8 +154,9 @@ class Scheduler:
             live.scheduled = now
             live.cached_tokens = sequence.computed
             self.admission.leave(sequence.prompt_len, now)
-        if not self.running.caching or sequence.prompt_len <= self.capacity.block_size:
-            self._unpark(live)  # there is no block that the siblings could share, so nothing to wait for
+        shared = self.running.caching and sequence.prompt_len > self.capacity.block_size
+        if not shared and not sequence.scores_due:
+            self._unpark(live)  # the siblings wait for no block to share, nor for scores, which come before any token
 
     # -- results -------------------------------------------------------------------------------------------------
 
