@@ -25,6 +25,7 @@ from weft.devices import cuda_lane
 from weft.devices.base import Description
 from weft.devices.cuda import CudaDevice
 from weft.devices.cuda_lane import CudaLane
+from weft.devices.cuda_streams import SharedStream
 from weft.devices.oracle import Executor, Faults, continuation
 from weft.errors import DeviceError
 from weft.loop.engine import Engine
@@ -86,11 +87,18 @@ class LazyStream:
     def check(self) -> None:
         Later(self, len(self.work)).wait()
 
+    def move(self, share: int) -> None:
+        assert share == 4, "a mixed lane does not move"
+
+    @property
+    def now(self) -> LazyStream:
+        return self
+
 
 class LazyForward:
     """Computes on the executor's slots; `launched` has what was asked of it, and whether its tokens were fed."""
 
-    def __init__(self, stream: LazyStream, executor: Executor) -> None:
+    def __init__(self, stream: Any, executor: Executor) -> None:
         self.stream, self.executor = stream, executor
         self.drawn: list[int] = []
         self.launched: list[tuple[tuple[int, ...], bool]] = []
@@ -111,7 +119,7 @@ class LazyForward:
             outcome.extend(tokens[piece.sequence] for piece in slices if piece.sample is not None)
             self.drawn = [token for token in outcome if isinstance(token, int)]
 
-        self.stream.work.append(work)
+        self.stream.now.work.append(work)
         return outcome
 
     def hidden(self) -> torch.Tensor:
@@ -136,10 +144,14 @@ class Lazy:
         self.forwards: dict[Lane, LazyForward] = {}
         self.lanes: dict[Lane, CudaLane] = {}
         for lane in lanes:
-            stream = LazyStream(lock, streams, random.Random(seed))
+
+            def make(_share: int) -> Any:
+                return LazyStream(lock, streams, random.Random(seed))
+
+            stream: Any = make(0) if lane is Lane.MIXED else SharedStream(make, 4)
             self.forwards[lane] = LazyForward(stream, executor)
             forward: Any = self.forwards[lane]
-            self.lanes[lane] = CudaLane(gpu, stream, decoder, forward, BLOCK)  # type: ignore[arg-type]
+            self.lanes[lane] = CudaLane(gpu, stream, decoder, forward, BLOCK)
         self.streams = streams
         self.device = CudaDevice(
             capacity,
@@ -292,7 +304,8 @@ def test_a_launch_waits_for_the_other_lanes_guess_only_where_both_write(monkeypa
 @pytest.mark.parametrize("lanes", [(Lane.MIXED,), (Lane.PREFILL, Lane.DECODE)], ids=["mixed", "two lanes"])
 @pytest.mark.parametrize("seed", range(6))
 def test_everybody_gets_the_oracles_tokens_in_a_pool_that_is_too_small(lanes: tuple[Lane, ...], seed: int) -> None:
-    """Preemption, aborts, stop ids and prefix hits: blocks change hands all the time, guesses in flight or not."""
+    """Preemption, aborts, stop ids and prefix hits: blocks change hands all the time, guesses in flight or not. Lanes
+    move between streams, each of which gets on as it likes."""
     chance = random.Random(seed)
     lazy = Lazy(14, lanes, seed=seed)
     scheduler = Scheduler(lazy.device.capacity(), lanes, SchedulerSettings(max_num_seqs=6, max_num_batched_tokens=16))
@@ -319,6 +332,8 @@ def test_everybody_gets_the_oracles_tokens_in_a_pool_that_is_too_small(lanes: tu
                 engine.abort(str(chance.randrange(40)))
             if chance.random() < 0.1:
                 scheduler.preempt(str(chance.randrange(40)))
+            if len(lanes) == 2 and chance.random() < 0.3:
+                lazy.device.set_partition(Partition(chance.randint(1, 8), chance.randint(1, 8)))
         launched = [entry for forward in lazy.forwards.values() for entry in forward.launched]
         assert sum(fed for _, fed in launched) > 20
     finally:

@@ -2,8 +2,8 @@
 
     engine ── submit ─▶ a lane's plans ─▶ its first thread: launches ─▶ its second: waits, results ── poll ─▶ engine
 
-Lanes share weights and KV. A lane's share of the device is not enforced: each stream may use all of it (green contexts,
-one for each share, would be made where the streams are).
+Lanes share weights and KV. Each lane's stream has the SMs of its share (cuda_green.py), and moves to another share at
+its own next step. Where the driver cannot divide the SMs, each lane may use all of them: the start-up table says so.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.loader import Weights, compute_dtype, load_weights, move, stored_dtype, weight_bytes
 
-SHARED = "the lanes' shares are not enforced on a GPU yet: each lane may use all of it"
+SHARED = "the lanes' shares are not enforced, each lane may use the whole GPU: "
 
 
 def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CudaDevice:
@@ -71,11 +71,12 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         vocabulary=model.vocabulary,
         ahead=1,
     )
-    notes = (dtype_note, *weights.notes, *pool.notes, SHARED if partition is not None else None)
+    shared = None if partition is None or gpu.undivided is None else SHARED + gpu.undivided
+    notes = (dtype_note, *weights.notes, *pool.notes, shared)
     return CudaDevice(
         capacity,
         gpu,
-        {lane: _open_lane(gpu, decoder, kv, capacity, kernels) for lane in lanes},
+        {lane: _open_lane(gpu, lane, partition, decoder, kv, capacity, kernels) for lane in lanes},
         description=Description(
             device=f"cuda, {gpu.name}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
@@ -102,8 +103,17 @@ def _token_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, k
         raise ConfigError(f"--kv-cache-dtype is {cache}: {error}") from error
 
 
-def _open_lane(gpu: Gpu, decoder: Decoder, kv: list[Any], capacity: Capacity, kernels: TritonKernels) -> CudaLane:
-    stream = gpu.stream()
+def _open_lane(
+    gpu: Gpu,
+    lane: Lane,
+    partition: Partition | None,
+    decoder: Decoder,
+    kv: list[Any],
+    capacity: Capacity,
+    kernels: TritonKernels,
+) -> CudaLane:
+    share = _share(partition, lane)
+    stream = gpu.stream() if share is None else gpu.lane_stream(lane, share)
     forward = CudaForward(
         gpu,
         stream,
@@ -157,6 +167,13 @@ def _measure(
         activations=lanes * gpu.peak(prefill),
         graphs=lanes * graphs if kernels.attend.capturable else 0,
     )
+
+
+def _share(partition: Partition | None, lane: Lane) -> int | None:
+    """The lane's units; None for one mixed lane."""
+    if partition is None:
+        return None
+    return partition.prefill if lane is Lane.PREFILL else partition.decode
 
 
 class CudaDevice:
@@ -241,7 +258,8 @@ class CudaDevice:
             if self._queues.closing:
                 launched.put(Pending(plan, error=CLOSED))
             else:
-                launched.put(lane.start(plan, others, ahead=not self._queues.waiting(name)))
+                ahead, share = not self._queues.waiting(name), _share(self._partition, name)
+                launched.put(lane.start(plan, others, ahead=ahead, share=share))
         launched.put(None)
 
     def _collect(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:

@@ -93,12 +93,17 @@ class CudaLane:
         self._guess: Launch | None = None
         self._guesses: tuple[tuple[frozenset[int], Event], ...] = ()  # that may still write, oldest first
 
-    def start(self, plan: Plan, others: Iterable[CudaLane] = (), *, ahead: bool = True) -> Pending:
+    def start(
+        self, plan: Plan, others: Iterable[CudaLane] = (), *, ahead: bool = True, share: int | None = None
+    ) -> Pending:
         """Launch a plan, or what of it was not launched already. An exception fails the step, not the lane.
 
-        others: the lanes whose guesses it must not run into. ahead: whether to guess what comes next.
+        others: the lanes whose guesses it must not run into. ahead: whether to guess what comes next. share: of the
+        device, from now on; None for the same as before.
         """
         try:
+            if share is not None:
+                self._stream.move(share)
             with self._stream.use(), torch.inference_mode():
                 return self._start(plan, others, ahead)
         except Exception as error:

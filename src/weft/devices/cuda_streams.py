@@ -16,6 +16,8 @@ from typing import Any, Protocol
 
 import torch
 
+from weft.core.plan import Lane
+from weft.devices.cuda_green import GreenSms, load_driver
 from weft.devices.memory import free_memory
 from weft.errors import DeviceError
 
@@ -62,21 +64,33 @@ class Stream(Protocol):
         The recordings of a stream share their memory, so the largest should be made first."""
         ...
 
+    def move(self, share: int) -> None:
+        """Have so many of the GPU's units from the next `use` on; nothing where it cannot be divided. Raises
+        DeviceError, with nothing changed."""
+        ...
+
 
 class Gpu(Protocol):
-    """device: where tensors go. shares: units that a partition divides. captures: whether graphs are worth their
-    memory."""
+    """device: where tensors go. shares: units that a partition divides. undivided: why lanes have all of the device
+    whatever their shares; None where they have no more than those. captures: whether graphs are worth their memory."""
 
     name: str
     device: torch.device
     shares: int
+    undivided: str | None
     captures: bool
 
     def adopt(self) -> None:
         """To be called by each thread before it works for this GPU."""
         ...
 
-    def stream(self) -> Stream: ...
+    def stream(self) -> Stream:
+        """One that has all of the device."""
+        ...
+
+    def lane_stream(self, lane: Lane, share: int, /) -> Stream:
+        """One for a lane that has a share."""
+        ...
 
     def staging(self, size: int) -> torch.Tensor:
         """uint8 [size] in host memory that copies to and from the device need not wait for."""
@@ -110,6 +124,58 @@ def open_gpu() -> Gpu:
     return TorchGpu(0)
 
 
+class SharedStream:
+    """A stream that moves between shares. One thread uses it.
+
+    make: a stream for a share. What was launched before a move is done before what is launched after it, so whoever
+    launches need not know of moves. Graphs are recorded anew for each share on which they are replayed: a graph's
+    kernels stay on the SMs that they were recorded on.
+    """
+
+    def __init__(self, make: Callable[[int], Stream], share: int) -> None:
+        self._make = make
+        self._streams: dict[int, Stream] = {share: make(share)}
+        self._share = share
+
+    @property
+    def now(self) -> Stream:
+        """The one that is used now."""
+        return self._streams[self._share]
+
+    def move(self, share: int) -> None:
+        """Have another share from the next `use` on. Raises DeviceError, with nothing changed."""
+        if share == self._share:
+            return
+        if share not in self._streams:
+            self._streams[share] = self._make(share)
+        done = self.now.mark()
+        self._share = share
+        self.now.follow(done)
+
+    def use(self) -> AbstractContextManager[None]:
+        return self.now.use()
+
+    def mark(self) -> Event:
+        return self.now.mark()
+
+    def follow(self, event: Any) -> None:
+        self.now.follow(event)
+
+    def check(self) -> None:
+        for stream in self._streams.values():
+            stream.check()
+
+    def capture(self, work: Work) -> Work:
+        graphs = {self._share: self.now.capture(work)}
+
+        def replay() -> None:
+            if self._share not in graphs:
+                graphs[self._share] = self.now.capture(work)
+            graphs[self._share]()
+
+        return replay
+
+
 # -- torch.cuda --------------------------------------------------------------------------------------------------------
 
 
@@ -141,10 +207,11 @@ class TorchEvent:
 class TorchStream:
     """capturing: held while a graph is recorded, which torch does for one thread at a time."""
 
-    def __init__(self, device: torch.device, capturing: threading.Lock) -> None:
-        self._stream = cuda.Stream(device)
+    def __init__(self, stream: Any, capturing: threading.Lock, pool: Any) -> None:
+        """pool: where the memory of graphs comes from; for streams that are never used at the same time."""
+        self._stream = stream
         self._capturing = capturing
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
 
     def use(self) -> AbstractContextManager[None]:
         used: AbstractContextManager[None] = cuda.stream(self._stream)
@@ -169,6 +236,9 @@ class TorchStream:
                 work()
         return graph.replay
 
+    def move(self, share: int) -> None:
+        pass
+
 
 class TorchGpu:
     captures = True
@@ -177,14 +247,32 @@ class TorchGpu:
         properties = torch.cuda.get_device_properties(index)
         self.name = properties.name
         self.device = torch.device("cuda", index)
-        self.shares = properties.multi_processor_count
+        torch.zeros(1, device=self.device)  # the primary context is there from now on
+        self.undivided = None
+        try:
+            self._green = GreenSms(index, load_driver(), torch.cuda.get_device_capability(index))
+            self.shares = self._green.units
+        except DeviceError as error:
+            self.undivided = error.message
+            self.shares = properties.multi_processor_count
         self._capturing = threading.Lock()
 
     def adopt(self) -> None:
         torch.cuda.set_device(self.device)
 
     def stream(self) -> Stream:
-        return TorchStream(self.device, self._capturing)
+        return TorchStream(cuda.Stream(self.device), self._capturing, torch.cuda.graph_pool_handle())
+
+    def lane_stream(self, lane: Lane, share: int) -> Stream:
+        if self.undivided is not None:
+            return self.stream()
+        pool = torch.cuda.graph_pool_handle()
+
+        def make(share: int) -> Stream:
+            inner = cuda.ExternalStream(self._green.stream(lane, share), device=self.device)
+            return TorchStream(inner, self._capturing, pool)
+
+        return SharedStream(make, share)
 
     def staging(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
@@ -246,9 +334,13 @@ class Immediate:
     def capture(self, work: Work) -> Work:
         return work
 
+    def move(self, share: int) -> None:
+        pass
+
 
 class Interpreted:
     captures = True  # the same path as on a GPU
+    undivided: str | None = "nothing is divided where kernels are interpreted"
 
     def __init__(self) -> None:
         self.name = "interpreted on this CPU"
@@ -261,6 +353,9 @@ class Interpreted:
 
     def stream(self) -> Stream:
         return Immediate(self._interpreting)
+
+    def lane_stream(self, _lane: Lane, share: int) -> Stream:
+        return SharedStream(lambda _share: self.stream(), share)
 
     def staging(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.uint8)
