@@ -189,17 +189,30 @@ def report(
         print(note)
     for name, value in claims.items():
         print(f"{name} = {value:.3f}")
-    if arguments.json is not None:
-        content = {
-            "claims": dict(claims),
-            "rows": list(rows),
-            "notes": list(notes),
-            "quick": arguments.quick,
-            "machine": machine(),
-            "commit": commit(),
-            "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        }
-        arguments.json.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    write_json(arguments, claims, rows, notes)
+
+
+def write_json(
+    arguments: argparse.Namespace,
+    claims: Mapping[str, float],
+    rows: Sequence[Mapping[str, Any]],
+    notes: Sequence[str] = (),
+) -> None:
+    """Write the JSON where it was asked for: all of it or, when killed, none. Also for what a long run has so far."""
+    if arguments.json is None:
+        return
+    content = {
+        "claims": dict(claims),
+        "rows": list(rows),
+        "notes": list(notes),
+        "quick": arguments.quick,
+        "machine": machine(),
+        "commit": commit(),
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+    }
+    unfinished = arguments.json.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")
+    unfinished.replace(arguments.json)
 
 
 def _plain(content: Any) -> Any:
