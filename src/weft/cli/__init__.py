@@ -16,7 +16,7 @@ from weft.errors import ConfigError, WeftError
 COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible HTTP API",
     "chat": "talk to a model in the terminal, in this process or on a server",
-    "bench": "measure a running server",
+    "bench": "measure a running server, or this machine's kernels",
     "quantize": "make a 4-bit checkpoint from a model",
     "doctor": "tell what this machine can do and what is missing",
 }

@@ -1,4 +1,4 @@
-"""`weft bench NAME`: the measuring tools of weft.bench, each with flags of its own."""
+"""`weft bench NAME`: the measuring tools, each with flags of its own."""
 
 from __future__ import annotations
 
@@ -8,7 +8,11 @@ from collections.abc import Sequence
 from weft.cli.flags import Parser, nearest
 from weft.errors import ConfigError
 
-BENCHES = {"serve": "drive an OpenAI-compatible server with a load, and report its latencies"}
+BENCHES = {
+    "serve": "drive an OpenAI-compatible server with a load, and report its latencies",
+    "kernels": "time the kernels of a model on this machine, by shape and by share of the device",
+}
+MODULES = {"serve": "weft.bench.serve", "kernels": "weft.cli.bench_kernels"}
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -21,7 +25,7 @@ def main(arguments: Sequence[str]) -> int:
         raise ConfigError(
             f"unknown benchmark {name or '(none given)'}{nearest(name, BENCHES)}\nthere are: {', '.join(BENCHES)}"
         )
-    module = importlib.import_module(f"weft.bench.{name}")
+    module = importlib.import_module(MODULES[name])
     parser = Parser(f"weft bench {name}", BENCHES[name].capitalize() + ".")
     module.add_arguments(parser)
     code: int = module.run(parser.read(arguments[1:]))
