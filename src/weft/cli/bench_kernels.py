@@ -150,7 +150,7 @@ def _progress(hidden: bool) -> Progress:
 def _table(found: Sequence[Timed]) -> Table:
     table = Table(box=None)
     table.add_column("operation", no_wrap=True)
-    for head in ("precision", "m", "n", "k", "share", "us", "spread", "GFLOP/s"):
+    for head in ("precision", "shape", "share", "us", "spread", "GFLOP/s"):
         table.add_column(head, justify="right", no_wrap=True)
     for one in found:
         case = one.case
@@ -158,9 +158,7 @@ def _table(found: Sequence[Timed]) -> Table:
         table.add_row(
             case.name if case.operation == case.name else f"{case.operation} {case.name}",
             case.precision,
-            str(case.m),
-            str(case.n),
-            str(case.k),
+            f"{case.m} x {case.n} x {case.k}",
             f"{one.share}/{one.shares}",
             f"{one.seconds * 1e6:.1f}",
             f"{one.least * 1e6:.1f}..{one.greatest * 1e6:.1f}",
