@@ -228,7 +228,7 @@ def test_close_with_work_in_flight_loses_no_result(open_tiny: Open, monkeypatch:
     assert started.wait(60)
     closing = threading.Thread(target=device.close)
     closing.start()
-    while not device._closing:  # type: ignore[attr-defined]
+    while not device._queues.closing:  # type: ignore[attr-defined]
         pass
     go_on.set()
     closing.join(60)

@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from queue import Empty, SimpleQueue
 
 import torch
 
@@ -23,6 +22,7 @@ from weft.config import EngineConfig, parse_cores, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
 from weft.devices.memory import free_memory, size_pool
+from weft.devices.queues import CLOSED, Queues
 from weft.devices.step import compute
 from weft.errors import ConfigError, DeviceError
 from weft.kernels import REFERENCE, open_kernels, resolve
@@ -34,7 +34,6 @@ from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
 
 Cores = tuple[int, ...]
-CLOSED = "the device is closed"
 
 
 def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CpuDevice:
@@ -171,9 +170,7 @@ class CpuDevice:
         self._partition = partition
         self._names = tuple(lanes)
         self._shares = {name: lane.cores for name, lane in lanes.items()}
-        self._plans: dict[Lane, SimpleQueue[Plan | None]] = {name: SimpleQueue() for name in lanes}
-        self._results: SimpleQueue[Result | None] = SimpleQueue()  # None: somebody called wake()
-        self._closing = False
+        self._queues = Queues(lanes)
         self._threads = [
             threading.Thread(target=self._work, args=(name, lane), name=f"weft-{name.value}", daemon=True)
             for name, lane in lanes.items()
@@ -191,28 +188,13 @@ class CpuDevice:
         return self._names
 
     def submit(self, plan: Plan) -> Ticket:
-        if plan.lane not in self._plans:
-            raise DeviceError(f"a plan for lane {plan.lane.value}; this device has {', '.join(self._names)}")
-        if self._closing:
-            raise DeviceError(CLOSED)
-        self._plans[plan.lane].put(plan)
-        return Ticket(plan.step, plan.lane)
+        return self._queues.submit(plan)
 
     def poll(self, timeout: float | None) -> list[Result]:
-        if self._closing:
-            timeout = 0.0  # the lanes have ended, so what is there is all
-        found: list[Result] = []
-        try:
-            result = self._results.get(timeout=timeout)
-            while True:
-                if result is not None:
-                    found.append(result)
-                result = self._results.get_nowait()
-        except Empty:
-            return found
+        return self._queues.poll(timeout)
 
     def wake(self) -> None:
-        self._results.put(None)
+        self._queues.wake()
 
     def partition(self) -> Partition | None:
         return self._partition
@@ -232,24 +214,22 @@ class CpuDevice:
         return self._memory
 
     def close(self) -> None:
-        if self._closing:
+        if self._queues.closing:
             return
-        self._closing = True
-        for plans in self._plans.values():
-            plans.put(None)
+        self._queues.close()
         for thread in self._threads:
             thread.join()
 
     def _work(self, name: Lane, lane: CpuLane) -> None:
         """A lane's thread: its plans in order, until close(). Everything it uses goes with it."""
         try:
-            while (plan := self._plans[name].get()) is not None:
-                self._results.put(self._step(name, lane, plan))
+            while (plan := self._queues.next(name)) is not None:
+                self._queues.post(self._step(name, lane, plan))
         finally:
             lane.kernels.close()
 
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
-        if self._closing:
+        if self._queues.closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
         if (cores := self._shares[name]) != lane.pinned:
             try:
