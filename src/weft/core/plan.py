@@ -123,6 +123,7 @@ class Result:
     failed: (sequence, message) for slices that failed alone, such as NaN logits; the others are good.
     error: set when the whole step failed; nothing else is then to be trusted.
     seconds: device time of the step.
+    gone: the lane carries out no plan any more, and nothing of this one is under way.
     """
 
     ticket: Ticket
@@ -131,6 +132,7 @@ class Result:
     failed: tuple[tuple[int, str], ...] = ()
     error: str | None = None
     seconds: float = 0.0
+    gone: bool = False
 
 
 @dataclass(frozen=True, slots=True)

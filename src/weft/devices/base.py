@@ -21,7 +21,8 @@ class Description:
 class Device(Protocol):
     """Executes plans. One thread (the engine loop) calls everything but `wake`.
 
-    Every submitted plan ends in exactly one Result, also when the step fails or the device dies (`error` is set).
+    Every submitted plan ends in exactly one Result, also when the step fails or the device dies (`error` is set). Those
+    of a lane whose thread has ended say so, too (`gone`).
     """
 
     def capacity(self) -> Capacity:

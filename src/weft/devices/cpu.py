@@ -223,8 +223,7 @@ class CpuDevice:
     def _work(self, name: Lane, lane: CpuLane) -> None:
         """A lane's thread: its plans in order, until close(). Everything it uses goes with it."""
         try:
-            while (plan := self._queues.next(name)) is not None:
-                self._queues.post(self._step(name, lane, plan))
+            self._queues.serve(name, lambda plan: self._step(name, lane, plan))
         finally:
             lane.kernels.close()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 
 from weft.core.plan import Lane, Plan, Result, Ticket
@@ -12,12 +12,13 @@ CLOSED = "the device is closed"
 
 
 class Queues:
-    """The engine's thread calls submit, poll and close; each lane has a thread that calls `next`; `post` and `wake` may
-    come from any thread."""
+    """The engine's thread calls submit, poll and close; each lane has a thread that calls `serve` or `next`; `post` and
+    `wake` may come from any thread."""
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self._plans: dict[Lane, SimpleQueue[Plan | None]] = {lane: SimpleQueue() for lane in lanes}
         self._results: SimpleQueue[Result | None] = SimpleQueue()  # None: somebody called wake()
+        self._ended: dict[Lane, str] = {}  # lanes whose threads have ended before their time, and why
         self.closing = False
 
     def submit(self, plan: Plan) -> Ticket:
@@ -27,7 +28,36 @@ class Queues:
         if self.closing:
             raise DeviceError(CLOSED)
         self._plans[plan.lane].put(plan)
+        if plan.lane in self._ended:  # nobody else is going to
+            self._refuse(plan.lane)
         return Ticket(plan.step, plan.lane)
+
+    def serve(self, lane: Lane, run: Callable[[Plan], Result]) -> None:
+        """A lane's thread: carries out its plans in order until `close`.
+
+        `run` answers for what can go wrong in a step. What it raises ends the thread, but no plan without a result: the
+        one under way, those in line and those that are still to come fail, and say that the lane is gone.
+        """
+        while (plan := self.next(lane)) is not None:
+            try:
+                result = run(plan)
+            except BaseException as error:
+                self._ended[lane] = f"the thread of lane {lane.value} has ended: {type(error).__name__}: {error}"
+                self.post(self._refusal(plan))
+                self._refuse(lane)
+                raise
+            self.post(result)
+
+    def _refuse(self, lane: Lane) -> None:
+        """All that is in line. Both the lane's thread and the engine's may be here: each plan goes to one of them."""
+        try:
+            while (plan := self._plans[lane].get_nowait()) is not None:
+                self.post(self._refusal(plan))
+        except Empty:
+            return
+
+    def _refusal(self, plan: Plan) -> Result:
+        return Result(Ticket(plan.step, plan.lane), error=self._ended[plan.lane], gone=True)
 
     def next(self, lane: Lane) -> Plan | None:
         """The lane's next plan, when there is one; None when the lane should end."""

@@ -43,7 +43,8 @@ class Engine:
     """One thread owns it; only `wake` may be called from another.
 
     step_timeout: seconds after which the requests in a step that does not end get an error; after as much again its
-    lane counts as gone, and the other lane, if there is one, does the work of both; without any the device is dead.
+    lane counts as gone, and the other lane, if there is one, does the work of both; without any the device is dead. A
+    lane that says itself that it is gone counts so at once.
     None: never. controller: says how two lanes share the device; None: as the device has it.
     dead: why the engine takes no requests any more, or None.
     """
@@ -206,6 +207,8 @@ class Engine:
         meter.plan = None
         if result.error is not None:
             logger.error("step %d of lane %s failed: %s", result.ticket.step, lane.value, result.error)
+        if result.gone:
+            self._retire(meter, lane, result.error or f"lane {lane.value} is gone")
         if not self._scheduler.pool.conserved:
             self._recover(RuntimeError("the block pool does not add up"))
 
@@ -253,16 +256,18 @@ class Engine:
             lane = meter.plan.lane
             message = f"step {meter.plan.step} of lane {lane.value} did not end within {self._step_timeout:g} s"
             if meter.warned:
-                message += ", nor within as much again"
-                meter.retired = self._scheduler.retire(lane)
-                if not meter.retired:
-                    self._die(message)
-                    return
-                logger.error("%s; the other lane does its work", message)
+                self._retire(meter, lane, message + ", nor within as much again")
                 continue
             meter.warned = True
             logger.error("%s; its requests end. The threads are at:\n%s", message, _stacks())
             self._note(self._scheduler.lose(meter.plan.step, message, self._clock()))
+
+    def _retire(self, meter: LaneMeter, lane: Lane, message: str) -> None:
+        meter.retired = self._scheduler.retire(lane)
+        if meter.retired:
+            logger.error("%s; the other lane does its work", message)
+        else:
+            self._die(message)
 
     def _lane_stats(self, lane: Lane, meter: LaneMeter) -> LaneStats:
         partition = self._device.partition()
