@@ -144,7 +144,8 @@ class Control:
             output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
             context = sum(piece.end for piece in plan.slices)
             prompt = plan.tokens - output
-            self._controller.tell(Stepped(now, lane, flying.parts, prompt, output, context, flying.share, rival))
+            seen = Stepped(now, lane, flying.parts, prompt, output, context, flying.share, rival, plan.parts)
+            self._controller.tell(seen)
 
     # -- what follows ----------------------------------------------------------------------------------------------
 

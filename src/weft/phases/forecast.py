@@ -1,7 +1,7 @@
 """What a way of sharing the device would do to the requests: predicted TTFT, TPOT and misses. Pure functions.
 
 Two parts: the requests that wait now, one after the other at the speed at which prompts would be computed; and those
-that are likely to arrive within the horizon, by queueing theory (M/M/1's tail, with the mean of the TTFT model where
+that are likely to arrive within the horizon, by queueing theory (an exponential tail, with the TTFT model's mean where
 there is one, so that burstiness enters through what was observed).
 """
 
@@ -22,6 +22,8 @@ HORIZON = 10.0
 # Moments within the horizon at which those who arrive are looked at, and sizes of prompts that stand for all.
 MOMENTS = (0.02, 0.08, 0.2, 0.5, 0.9)
 SIZES = 8
+# A turn has the work of such a part of the largest step.
+TURNS_A_STEP = 8
 # The part of a lane's speed that serves those in time, when more comes in than it can do and the rest is put back.
 FITS = 0.9
 
@@ -66,11 +68,13 @@ class Outlook:
 
 @dataclass(frozen=True, slots=True)
 class Device:
-    """What the forecast knows of the device. shares: units. chunk: most tokens in a step. seats: most sequences."""
+    """What the forecast knows of the device. shares: units. chunk: most tokens in a step. seats: most sequences.
+    layers: most parts of a step."""
 
     shares: int
     chunk: int
     seats: int
+    layers: int = 1
 
 
 def outlook(
@@ -174,8 +178,10 @@ def _pace(
         return step, alone, chunk / step
     x, y = sharing.partition.prefill / device.shares, sharing.partition.decode / device.shares
     if sharing.regime is Regime.TURNS:
-        part = x / (x + y)
-        return alone / (1.0 - part), alone, chunk / steps.predict(chunk, prompt, 1.0) * part
+        # A turn has the work of a chunk: of a larger step, where the device can cut it (see Planner).
+        part, tokens = x / (x + y), min(device.chunk, chunk * device.layers)
+        seconds = steps.predict(tokens, prompt, 1.0, parts=math.ceil(tokens / chunk))
+        return alone / (1.0 - part), alone, tokens / seconds * part
     over = max(1.0, x + y)
     return steps.predict(batch, slots, y / over, 1.0), alone, chunk / steps.predict(chunk, prompt, x / over, 1.0)
 
@@ -204,7 +210,7 @@ def _arriving(
     """(part of those to come that will be late, their mean TTFT).
 
     They find what is left of those that wait now and can make it, which others go before only if they cannot; and
-    what else has arrived by then: that is the M/M/1 queue's part.
+    what else has arrived by then: that is queueing theory's part.
     """
     if not load.prompts or load.rate <= 0:
         return 0.0, 0.0
@@ -213,7 +219,9 @@ def _arriving(
     if used >= 0.98:
         return 1.0 - FITS / used, math.inf
     service = load.prompt / speed
-    mean = service / (1.0 - used)
+    # Pollaczek and Khinchine's mean wait, with the spread of the prompts that were seen.
+    spread = sum(tokens * tokens for tokens in load.prompts) / len(load.prompts) / load.prompt**2
+    mean = service * (1.0 + 0.5 * spread * used / (1.0 - used))
     if ttft is not None:
         whole = device.chunk / steps.predict(device.chunk, load.prompt, 1.0)
         # However it is shared, what counts is the part of the whole device's speed that prompts get.
@@ -229,7 +237,7 @@ def _arriving(
 
 
 def _waits_longer(seconds: float, used: float, mean: float) -> float:
-    """The M/M/1 queue: nobody waits with probability 1 - used; those who do wait an exponential time."""
+    """As in the M/M/1 queue: nobody waits with probability 1 - used; those who do wait an exponential time."""
     return 1.0 if seconds <= 0 else used * math.exp(-used * seconds / mean)
 
 
@@ -251,7 +259,7 @@ def candidates(
     found = [
         Sharing(Regime.MIXED, whole, chunk, weight) for chunk in _chunks(steps, targets, batch, slots, load, device)
     ]
-    turn = max(1, device.chunk // 2)
+    turn = max(1, device.chunk // (TURNS_A_STEP if device.layers > 1 else 2))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
     if device.shares > 1:

@@ -1,13 +1,14 @@
 """Latency models, fitted online from what was observed. Pure functions; standard library and numpy.
 
     TTFT = a / (x - load) + b                                               semi-PD, equations 1 to 3
-    step = (b + token * T / share + (a + slot * C) / min(share, saturation)) * (1 + contention * rival)
+    step = (b * parts + token * T / share + (a + slot * C) / min(share, saturation)) * (1 + contention * rival)
 
 The first is the paper's: x is the prefill lane's share, load the work that arrives (seconds of the whole device for
 each second). The second contains the paper's TPOT = a / y + b as the case of one batch and no rival, and adds what the
 paper leaves out: memory is read no faster from the saturation point on (decode fills its bandwidth with part of the
 cores), and a lane that computes beside another takes longer, whatever its share. It holds for a step of any lane: T
-tokens of prompts or of output, C slots of context, so that steps of every regime teach the same law.
+tokens of prompts or of output, C slots of context, so that steps of every regime teach the same law. What a step costs
+whatever is in it is paid by each of the parts that it is cut into.
 
 A fit never extrapolates from one share: that would be the model's word, not the data's. Newer samples count more
 (`half_life`), so that the fit follows a device or a load that drifts, and samples of a share that was left long ago
@@ -94,9 +95,11 @@ class StepModel:
     shares: tuple[float, ...] = ()
     error: float = 0.0
 
-    def predict(self, tokens: float, context: float, share: float = 1.0, rival: float = 0.0) -> float:
+    def predict(
+        self, tokens: float, context: float, share: float = 1.0, rival: float = 0.0, parts: float = 1.0
+    ) -> float:
         memory = (self.base + self.slot * context) / min(share, self.saturation or 1.0)
-        alone = self.fixed + self.token * tokens / share + memory
+        alone = self.fixed * parts + self.token * tokens / share + memory
         return alone * (1.0 + (self.contention or 0.0) * rival)
 
 
@@ -142,12 +145,13 @@ def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: 
     share = np.array([one.share for one in good])
     tokens = np.array([float(one.prompt + one.output) for one in good])
     context = np.array([float(one.context) for one in good])
+    parts = np.array([float(one.parts) for one in good])
     # Fewer than three shares cannot tell a saturation point from a slope.
     points = [one for one in SATURATIONS if one > shares[0] * 1.01] if len(shares) > 2 else [1.0]
     contention = _contention_start(rival)
 
     def at(point: float) -> tuple[float, StepModel]:
-        return _fit_at(point, y, share, tokens, context, rival, contention, weights, fixed)
+        return _fit_at(point, y, share, tokens, context, rival, contention, weights, parts if fixed else None)
 
     best = min(map(at, points), key=lambda one: one[0])
     if len(points) > 1:
@@ -157,7 +161,8 @@ def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: 
     model = best[1]
     # A point at or beyond the greatest share seen is not a point: nothing was seen to saturate.
     told = len(shares) > 2 and model.saturation is not None and model.saturation < shares[-1] * 0.999
-    predicted = np.array([model.predict(t, c, s, r) for t, c, s, r in zip(tokens, context, share, rival, strict=True)])
+    rows = zip(tokens, context, share, rival, parts, strict=True)
+    predicted = np.array([model.predict(*row) for row in rows])
     return StepModel(
         model.fixed,
         model.base,
@@ -180,13 +185,16 @@ def _fit_at(
     rival: Array,
     contention: float | None,
     weights: Array,
-    fixed: bool,
+    parts: Array | None,
 ) -> tuple[float, StepModel]:
-    """(loss, model) for one saturation point. Contention multiplies, so it and the rest take turns to be fitted."""
+    """(loss, model) for one saturation point. Contention multiplies, so it and the rest take turns to be fitted.
+
+    parts: None where no cost is to be found that does not depend on the share.
+    """
     inverse = 1.0 / np.minimum(share, point)
     columns = {"base": inverse}
-    if fixed:
-        columns = {"fixed": np.ones_like(y), **columns}
+    if parts is not None:
+        columns = {"fixed": parts, **columns}
     for name, values, scale in (("token", tokens, 1.0 / share), ("slot", context, inverse)):
         if np.ptp(values) > VARIES * max(float(np.max(values)), 1e-12):
             columns[name] = values * scale

@@ -24,7 +24,7 @@ class Stepped:
 
     prompt, output: tokens of prompts, and tokens that follow a sequence's last one, which the step computed.
     context: KV slots that it read. share: of the device, when it began. rival: the part of its time in which the other
-    lane computed, too, 0 to 1.
+    lane computed, too, 0 to 1. parts: turns that it took.
     """
 
     at: float
@@ -35,6 +35,7 @@ class Stepped:
     context: int
     share: float
     rival: float = 0.0
+    parts: int = 1
 
 
 @dataclass(frozen=True, slots=True)

@@ -167,7 +167,8 @@ def _policy_row(policy: AutoPolicy | PaperPolicy) -> dict[str, Any]:
     targets = {"ttft": policy.targets.ttft, "tpot": policy.targets.tpot}
     if isinstance(policy, PaperPolicy):
         return {"name": "paper", "targets": targets, "shares": policy.shares}
-    device = {"shares": policy.device.shares, "chunk": policy.device.chunk, "seats": policy.device.seats}
+    names = ("shares", "chunk", "seats", "layers")
+    device = {name: getattr(policy.device, name) for name in names}
     return {"name": "auto", "targets": targets, "device": device, "shed": policy.shed}
 
 

@@ -81,7 +81,12 @@ def _steps(before: AutoState, seen: list[Stepped]) -> list[Pair]:
     if before.model is None:
         return []
     return [
-        Pair(_what(one), one.share, before.model.predict(tokens, one.context, one.share, one.rival), one.seconds)
+        Pair(
+            _what(one),
+            one.share,
+            before.model.predict(tokens, one.context, one.share, one.rival, one.parts),
+            one.seconds,
+        )
         for one in seen
         if one.seconds > 0 and (tokens := one.prompt + one.output)
     ]
