@@ -1,4 +1,6 @@
 // Attention, rotation, norms and gates.
+#include <nanobind/stl/vector.h>
+
 #include "attention_plan.h"
 #include "bind.h"
 #include "elementwise.h"
@@ -49,6 +51,7 @@ void bind_attention(nb::module_& module, BackendClass& backend) {
            arg("block_size"), arg("kv_heads"), arg("head_dim"), arg("type"), arg("bits"), unlocked())
       .def_prop_ro("address", &LayerKv::address)
       .def_prop_ro("bytes", &LayerKv::bytes)
+      .def("copy", &LayerKv::copy, arg("source"), arg("target"), unlocked())
       .def("release", &LayerKv::release);
 
   nb::class_<BatchView>(module, "BatchView")

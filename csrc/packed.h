@@ -5,6 +5,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "attention.h"
 #include "backend.h"
@@ -151,14 +152,14 @@ class LayerKv {
       throw std::invalid_argument("head_dim is " + std::to_string(head_dim) +
                                   "; the kernels take multiples of 8 up to " + std::to_string(MAX_HEAD_DIM));
     const int64_t slots = blocks * block_size * kv_heads;
-    const int64_t keys = slots * view_.channel_bytes(type_, head_dim);
-    const int64_t values = slots * view_.channel_bytes(type_, view_.width());
-    const int64_t numbers = bits == 0 ? 0 : slots / NUMBERS * int64_t(sizeof(KvNumbers));
-    memory_ = Memory(size_t(keys + values + numbers));
+    keys_ = slots * view_.channel_bytes(type_, head_dim);
+    values_ = slots * view_.channel_bytes(type_, view_.width());
+    numbers_ = bits == 0 ? 0 : slots / NUMBERS * int64_t(sizeof(KvNumbers));
+    memory_ = Memory(size_t(keys_ + values_ + numbers_));
     memory_.touch(backend.pool());
     view_.keys = memory_.data();
-    view_.values = view_.keys + keys;
-    view_.numbers = reinterpret_cast<KvNumbers*>(view_.values + values);
+    view_.values = view_.keys + keys_;
+    view_.numbers = reinterpret_cast<KvNumbers*>(view_.values + values_);
   }
 
   const KvView& view() const {
@@ -166,12 +167,27 @@ class LayerKv {
     return view_;
   }
   Type type() const { return type_; }
+  // Copies whole blocks to others, none of which is read or written meanwhile.
+  void copy(const std::vector<int64_t>& source, const std::vector<int64_t>& target) const {
+    if (source.size() != target.size()) throw std::invalid_argument("as many blocks to copy to as to copy from are needed");
+    const KvView& kv = view();
+    for (const auto& list : {source, target})
+      for (int64_t block : list)
+        if (block < 0 || block >= kv.blocks) throw std::invalid_argument("there is no block " + std::to_string(block));
+    char* area = memory_.data();
+    for (int64_t size : {keys_, values_, numbers_}) {
+      const int64_t each = size / kv.blocks;
+      for (size_t i = 0; i < source.size(); i++) memcpy(area + target[i] * each, area + source[i] * each, size_t(each));
+      area += size;
+    }
+  }
   size_t bytes() const { return memory_.bytes(); }
   uintptr_t address() const { return reinterpret_cast<uintptr_t>(memory_.data()); }
   void release() { memory_.release(); }
 
  private:
   Type type_;
+  int64_t keys_, values_, numbers_;  // bytes of each
   KvView view_;
   Memory memory_;
 };

@@ -24,9 +24,10 @@ def setting(default: Any = None, *, help: str, **metadata: Any) -> Any:  # a dat
 
 @dataclass(frozen=True, slots=True)
 class Shares:
-    """What --partition asks for: two lanes. policy: "fixed", "paper" or "auto".
+    """What --partition asks for: two lanes. policy: "fixed", "turns", "pd", "paper" or "auto".
 
     prefill, decode: shares to begin with, in parts of `whole`; they may add up to more than that (lanes that overlap).
+    "turns": parts of the time instead, of the whole device.
     """
 
     policy: str
@@ -37,6 +38,8 @@ class Shares:
     def of(self, units: int) -> tuple[int, int]:
         """(prefill, decode) in units of a device that has so many; at least one each. Raises ValueError when lanes that
         do not overlap cannot have one each."""
+        if self.policy == "turns":
+            return units, units
         wanted = [round(units * part / self.whole) for part in (self.prefill, self.decode)]
         if self.prefill + self.decode > self.whole:
             return max(1, wanted[0]), max(1, wanted[1])
@@ -53,18 +56,30 @@ def parse_partition(text: str) -> Shares | None:
         return None
     if text in ("auto", "paper"):
         return Shares(text, 100, 100, 100)
+    policy, found, numbers = text.partition(":")
+    if policy in ("turns", "pd") and found:
+        text = numbers
+    else:
+        policy = "fixed"
     prefill, _, decode = text.partition(":")
-    if text.count("%") == 2 and prefill[-1:] == decode[-1:] == "%":
+    if policy == "fixed" and text.count("%") == 2 and prefill[-1:] == decode[-1:] == "%":
         prefill, decode, whole = prefill[:-1], decode[:-1], 100
     else:
         whole = 0
     if not (prefill.isdecimal() and decode.isdecimal() and int(prefill) > 0 and int(decode) > 0):
         raise ValueError(
-            "it must be off, auto, paper, two positive numbers P:D such as 1:1, or two percentages such as 80%:100%"
+            "it must be off, auto, paper, two positive numbers P:D such as 1:1, turns:P:D, pd:P:D, or two percentages "
+            "such as 80%:100%"
         )
     if whole and max(int(prefill), int(decode)) > whole:
         raise ValueError("a lane cannot have more than 100% of the device")
-    return Shares("fixed", int(prefill), int(decode), whole or int(prefill) + int(decode))
+    return Shares(policy, int(prefill), int(decode), whole or int(prefill) + int(decode))
+
+
+def disaggregated(partition: str) -> bool:
+    """Whether --partition asks for phases with weights and KV pools of their own. Raises ValueError."""
+    shares = parse_partition(partition)
+    return shares is not None and shares.policy == "pd"
 
 
 def parse_cores(text: str) -> tuple[int, ...]:
@@ -122,9 +137,10 @@ class EngineConfig:
     partition: str = setting(
         "off",
         help="off: one mixed lane. P:D: prefill and decode lanes side by side on P and D parts of the device. P%:D%: "
-        "on shares that may overlap. auto: whatever meets the targets of --slo-ttft and --slo-tpot best. paper: "
-        "semi-PD's controller",
-        metavar="off|P:D|P%:D%|auto|paper",
+        "on shares that may overlap. turns:P:D: one after the other, on P and D parts of the time. pd:P:D: as P:D, but "
+        "each with weights and a KV pool of its own, for comparison. auto: whatever meets the targets of --slo-ttft "
+        "and --slo-tpot best. paper: semi-PD's controller",
+        metavar="off|P:D|P%:D%|turns:P:D|pd:P:D|auto|paper",
         parse=parse_partition,
     )
     slo_ttft: float | None = setting(

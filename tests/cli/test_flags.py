@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from weft.cli.flags import Parser, add_settings, load, settings_of
-from weft.config import EngineConfig, ServerConfig, Shares, parse_cores, parse_partition
+from weft.config import EngineConfig, ServerConfig, Shares, disaggregated, parse_cores, parse_partition
 from weft.errors import ConfigError
 
 BOTH = (EngineConfig, ServerConfig)
@@ -172,8 +172,8 @@ def test_every_problem_is_named_at_once_with_its_place(tmp_path: Path) -> None:
         f"{path}, line 5 has 2 values; dtype takes one",
         "--max-model-len is 0; it must be at least 1",
         f"--block-size is 7; it must be one of 16, 32, 64, 128 (set by {path}, line 6)",
-        "--partition is '1:0'; it must be off, auto, paper, two positive numbers P:D such as 1:1, or two percentages "
-        "such as 80%:100%",
+        "--partition is '1:0'; it must be off, auto, paper, two positive numbers P:D such as 1:1, turns:P:D, pd:P:D, or "
+        "two percentages such as 80%:100%",
         "--kernels is 'sse'; it must be one of auto, avx512, avx2, portable, reference (set by WEFT_KERNELS)",
         "--port is 70000; it must be between 0 and 65535",
     ]
@@ -234,8 +234,29 @@ def test_partition_and_cores() -> None:
     assert parse_partition("1:3") == Shares("fixed", 1, 3, 4)
     assert parse_partition("80%:100%") == Shares("fixed", 80, 100, 100)
     assert parse_partition("auto") == Shares("auto", 100, 100, 100)
+    assert parse_partition("turns:3:1") == Shares("turns", 3, 1, 4) and parse_partition("pd:1:2") == Shares(
+        "pd", 1, 2, 3
+    )
+    assert disaggregated("pd:1:2") and not any(map(disaggregated, ("off", "1:1", "auto", "turns:1:1")))
     assert parse_cores("8,0-2,1") == (0, 1, 2, 8)
-    for text in ("", "1", "1:", "0:1", "1:1:1", "-1:2", "Auto", "1%:1", "%:%", "80%100%"):
+    for text in (
+        "",
+        "1",
+        "1:",
+        "0:1",
+        "1:1:1",
+        "-1:2",
+        "Auto",
+        "1%:1",
+        "%:%",
+        "80%100%",
+        "turns",
+        "turns:",
+        "pd:1",
+        "pd:0:1",
+        "turns:50%:50%",
+        "off:1:1",
+    ):
         with pytest.raises(ValueError, match="it must be off, auto"):
             parse_partition(text)
     with pytest.raises(ValueError, match="more than 100%"):
@@ -257,6 +278,7 @@ def test_shares_of_a_device_are_at_least_one_unit_and_overlap_only_if_asked(text
         with pytest.raises(ValueError, match="need two"):
             shares.of(units)
         return
+    assert Shares("turns", 1, 3, 4).of(units) == (units, units), "parts of the time"
     prefill, decode = shares.of(units)
     assert 1 <= prefill <= units and 1 <= decode <= units
     assert overlap or prefill + decode <= units

@@ -28,6 +28,7 @@ class Driver:
             "max_slices": 16,
             "max_model_len": 200,
             "layers": 1,
+            "decode_blocks": 0,
         }
         settings = {"max_num_seqs": 8, "max_num_batched_tokens": 32}
         for name, value in given.items():

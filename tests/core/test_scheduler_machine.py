@@ -23,7 +23,7 @@ from hypothesis.stateful import (
 )
 
 from weft.core.inflight import UnknownTicket
-from weft.core.plan import Capacity, Lane, Partition, Plan, Regime, Result, Sharing, TokenScore
+from weft.core.plan import Capacity, Lane, Partition, Plan, Regime, Result, Sharing, Slice, TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
@@ -114,28 +114,44 @@ class Auditor:
             assert not shared - self.dropped, "a sequence is computed by two lanes at once"
         self.steps.add(plan.step)
         size = self.capacity.block_size
-        claim = Claim(plan, [set(piece.blocks) for piece in plan.slices])
+        claim = Claim(plan, [{*piece.blocks, *piece.source} for piece in plan.slices])
         for index, piece in enumerate(plan.slices):
             assert piece.tokens, "an empty slice"
-            assert len(claim.named[index]) == len(piece.blocks), "a block is twice in a table"
-            assert all(0 <= block < self.capacity.blocks for block in piece.blocks)
+            table = (*piece.blocks, *piece.source)
+            assert len(claim.named[index]) == len(table), "a block is twice in a table"
+            assert all(0 <= block < self.capacity.blocks for block in table)
             assert piece.end <= len(piece.blocks) * size, "the block table is too short"
             if plan.lane is Lane.DECODE and self.strict:
                 assert len(piece.tokens) == 1 and piece.sample is not None
             if piece.sample is not None:
                 assert piece.sample.position == piece.end
             written = {piece.blocks[position // size] for position in range(piece.start, piece.end)}
+            self._copied(plan, piece)
             others = [named for i, named in enumerate(claim.named) if i != index]
             others += [named for other in self.claims.values() for named in other.named]
             for named in others:
                 assert not written & named, "a block is written that another slice in flight names"
             for position in range(piece.start):
-                slot = (piece.blocks[position // size], position % size)
+                slot = ((piece.source or piece.blocks)[position // size], position % size)
                 assert self.writer.get(slot) in self.good, "a slot is read whose writing ticket is not complete"
         for piece in plan.slices:
-            for position in range(piece.start, piece.end):
+            for position in range(0 if piece.source else piece.start, piece.end):
                 self.writer[piece.blocks[position // size], position % size] = plan.step
         self.claims[plan.lane] = claim
+
+    def _copied(self, plan: Plan, piece: Slice) -> None:
+        """Where each phase has a pool: prompts are computed in the one, decode in the other, and a slice that begins to
+        decode copies what is there from the one to the other."""
+        border = self.capacity.blocks - self.capacity.decode_blocks
+        decoding = len(piece.tokens) == 1 and self.capacity.decode_blocks > 0 and piece.blocks[0] >= border
+        assert len({block < border for block in piece.blocks}) == 1, "a table is in both pools"
+        if self.capacity.decode_blocks and plan.lane is Lane.PREFILL and self.strict:
+            assert not decoding
+        if self.capacity.decode_blocks and plan.lane is Lane.DECODE and self.strict:
+            assert decoding
+        if piece.source:
+            assert decoding and all(block < border for block in piece.source)
+            assert len(piece.source) == -(-piece.start // self.capacity.block_size)
 
     def _untouched(self, plan: Plan) -> None:
         """Nobody has written to the blocks of a step between two of its parts."""
@@ -184,7 +200,7 @@ def expected(request: Request, blocks: int, block_size: int) -> tuple[list[int],
 class SchedulerMachine(RuleBasedStateMachine):
     break_it: Callable[[Scheduler], None] | None = None
     # What every run of a broken scheduler begins with, for those that are rarely noticed otherwise.
-    cut, cached = False, False
+    cut, cached, handed = False, False, False
 
     @initialize(
         lanes=st.sampled_from([MIXED, SPLIT]),
@@ -196,6 +212,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         slow=st.integers(1, 4),
         layers=st.sampled_from([1, 2, 5]),
         turns=st.booleans(),
+        apart=st.booleans(),
     )
     def open(
         self,
@@ -208,12 +225,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         slow: int,
         layers: int,
         turns: bool,
+        apart: bool,
     ) -> None:
         if self.cut:
             lanes, layers, turns = SPLIT, 5, True
         if self.cached:
             lanes, caching, blocks, turns = MIXED, True, 8, False
-        capacity = Capacity(blocks, block_size, 64, 64, 2, LONGEST, VOCABULARY, layers)
+        if self.handed:
+            lanes, apart = SPLIT, True
+        decode = 0
+        if apart and lanes == SPLIT and (self.handed or self.break_it is None):
+            least = -(-LONGEST // block_size)
+            decode = least + blocks % 5
+            blocks = decode + least + blocks // 5
+        capacity = Capacity(blocks, block_size, 64, 64, 2, LONGEST, VOCABULARY, layers, decode_blocks=decode)
         self.lanes, self.blocks, self.block_size, self.slow = lanes, blocks, block_size, slow
         self.rounds = 0
         given = SchedulerSettings(seats, budget, max_num_queued_reqs=QUEUE, enable_prefix_caching=caching)
@@ -378,7 +403,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert all(story.end is not None for story in self.stories.values()), "a request never ends"
         pool = self.scheduler.pool
         pool.check()
-        assert (pool.held, pool.pinned, pool.available) == (0, 0, self.blocks)
+        assert (pool.held, pool.pinned, pool.available + pool.decode_available) == (0, 0, self.blocks)
         assert self.scheduler.waiting == 0 and self.scheduler.admission.queued == 0
         assert self.scheduler.admission.queued_tokens == 0
 
@@ -622,6 +647,33 @@ def frees_between_parts(scheduler: Scheduler) -> None:
     inflight.leave = careless  # type: ignore[method-assign]
 
 
+def hands_over_and_forgets(scheduler: Scheduler) -> None:
+    """Rule 2 broken: the blocks that a step copies from are nobody's before it has copied them."""
+    inflight = scheduler.inflight
+    launch = inflight.launch
+
+    def careless(plan: Plan, members: Any, left: Any = None) -> None:
+        for table in left or ():
+            scheduler.pool.unpin(table)
+        launch(plan, members)
+
+    inflight.launch = careless  # type: ignore[method-assign]
+
+
+def hands_over_what_is_not_there(scheduler: Scheduler) -> None:
+    """A step reads from the decode phase's pool what nobody has copied there."""
+    hand_over = scheduler.running.hand_over
+
+    def silent(sequence: Any) -> Any:
+        old = hand_over(sequence)
+        if old is None:
+            return None
+        scheduler.pool.unpin(old)
+        return ()
+
+    scheduler.running.hand_over = silent  # type: ignore[method-assign]
+
+
 def leaks_on_abort(scheduler: Scheduler) -> None:
     """What is left to a ticket never comes back."""
     scheduler.pool.unpin = lambda blocks: None  # type: ignore[method-assign]
@@ -638,12 +690,16 @@ def leaks_on_abort(scheduler: Scheduler) -> None:
         hits_the_last_token,
         takes_a_part_for_the_whole,
         frees_between_parts,
+        hands_over_and_forgets,
+        hands_over_what_is_not_there,
         leaks_on_abort,
     ],
 )
 def test_the_machine_notices_a_scheduler_that(wrong: Callable[[Scheduler], None]) -> None:
     cut, cached = wrong in (takes_a_part_for_the_whole, frees_between_parts), wrong is publishes_before_completion
-    machine = type("Broken", (SchedulerMachine,), {"break_it": staticmethod(wrong), "cut": cut, "cached": cached})
+    handed = wrong in (hands_over_and_forgets, hands_over_what_is_not_there)
+    given = {"break_it": staticmethod(wrong), "cut": cut, "cached": cached, "handed": handed}
+    machine = type("Broken", (SchedulerMachine,), given)
     quick = settings(
         max_examples=5000,  # it stops at the first failure; the rarest of these shows in one of some 300 runs
         stateful_step_count=40,

@@ -366,3 +366,25 @@ def test_without_the_lease_decode_stands_still(drive: Any, monkeypatch: pytest.M
     driver = drive(SPLIT, blocks=30, block_size=2, enable_prefix_caching=False)
     monkeypatch.setattr(driver.scheduler.planner.pace, "decode_steps", lambda tokens: 1)
     assert decode_steps_during_a_prefill(driver) < 14
+
+
+def test_decode_does_not_wait_for_blocks_that_a_lost_step_keeps(drive: Any) -> None:
+    """What a step in flight names comes back soon, and decode waits for it; what a lost one names may never come."""
+    driver = drive(SPLIT, blocks=10, enable_prefix_caching=False)
+    for name in ("a", "b"):
+        driver.submit(name, [ord(name) % 50] * 6, max_tokens=12)
+    driver.round()
+    driver.submit("hangs", range(8), max_tokens=2)
+    plan = driver.plan(Lane.PREFILL)
+    assert plan is not None and driver.pool.held == 6
+    driver.hear(driver.scheduler.lose(plan.step, "it hangs", driver.now))
+    driver.scheduler.retire(Lane.PREFILL)
+    assert driver.pool.pinned == 2
+    for _ in range(40):
+        if driver.scheduler.live:
+            assert driver.plan(Lane.DECODE) is not None, "the pool is full, and somebody can be preempted"
+            driver.land(Lane.DECODE)
+    assert driver.tokens["a", 0] == right([ord("a") % 50] * 6, 12) and driver.tokens["b", 0] == right(
+        [ord("b") % 50] * 6, 12
+    )
+    assert driver.scheduler.running.preemptions >= 1

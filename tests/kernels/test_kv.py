@@ -258,6 +258,31 @@ def test_attention_is_that_over_the_dequantised_keys_and_values(backends: Any, c
     assert (error <= allowed).all(), float((error / allowed).max())
 
 
+@pytest.mark.parametrize("cache", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("plain", [False, True], ids=["native", "reference"])
+def test_a_copied_block_is_read_like_the_one_it_was_copied_from(backends: Any, cache: str, plain: bool) -> None:
+    case = Case(2, 3, 72, 16, 40, torch.bfloat16, cache, 0)
+    kernels = reference if plain else backends.one
+    store = kernels.make_kv(9, 16, 2, 72, torch.bfloat16, cache)
+    qkv = torch.randn(40, 10 * 72, generator=torch.Generator().manual_seed(0)).bfloat16()
+    q = case.write(kernels, store, qkv)
+    before = case.attend(kernels, store, q)
+    old, new = [int(block) for block in case.batch().tables[0]], [5, 8, 6]
+    store.copy(old, new)
+    moved = make_batch([Slice(0, 0, (0,) * 40, tuple(new), None)], 16)
+    assert torch.equal(kernels.attention(q, store, moved, case.heads, 2, 72**-0.5, None), before)
+    assert torch.equal(case.attend(kernels, store, q), before), "the old ones stay as they are"
+
+
+def test_a_copy_to_a_block_that_is_not_there_is_refused(backends: Any) -> None:
+    store = backends.one.make_kv(4, 16, 2, 64, torch.bfloat16, "auto")
+    for source, target in (([0], [4]), ([-1], [0])):
+        with pytest.raises(ValueError, match="there is no block"):
+            store.copy(source, target)
+    with pytest.raises(ValueError, match="as many blocks"):
+        store.copy([0, 1], [2])
+
+
 @pytest.mark.parametrize(("cache", "head_dim", "most"), [("int4", 64, 0.28), ("int4", 128, 0.27), ("int8", 64, 0.53)])
 def test_the_pool_takes_this_part_of_bfloat16s(backends: Any, cache: str, head_dim: int, most: float) -> None:
     """kv_bytes_ratio, of the memory that is really taken; and what the pool is planned with is what it takes."""

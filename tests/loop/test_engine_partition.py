@@ -24,6 +24,7 @@ from weft.loop.build import controller
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
+from weft.phases.forecast import Device as Forecast
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped
 from weft.phases.paper import PaperPolicy
 
@@ -446,11 +447,16 @@ def test_the_flags_choose_the_policy() -> None:
         made = controller(EngineConfig(partition=partition), CAPACITY)
         assert made is not None and made.lone, "a lane alone is not held to its share"
         assert made.first(0.0).sharing == Sharing(Regime.SPLIT, Partition(*shares))
+    made = controller(EngineConfig(partition="pd:3:1"), CAPACITY)
+    assert made is not None and not made.lone, "two devices: a lane alone has no more than its own"
+    assert made.first(0.0).sharing == Sharing(Regime.SPLIT, Partition(6, 2))
+    made = controller(EngineConfig(partition="turns:3:1", max_num_batched_tokens=16), CAPACITY)
+    assert made is not None and made.first(0.0).sharing == Sharing(Regime.TURNS, Partition(3, 1), 2)
     made = controller(EngineConfig(partition="auto", slo_ttft=2.0), CAPACITY)
     assert made is not None and made.lone
     policy: Any = made._policy
     assert isinstance(policy, AutoPolicy) and (policy.targets.ttft, policy.targets.tpot) == (2.0, 0.1) and policy.shed
-    assert (policy.device.shares, policy.device.chunk, policy.device.seats) == (8, 32, 8)
+    assert policy.device == Forecast(shares=8, chunk=32, seats=8, layers=4)
     made = controller(EngineConfig(partition="auto"), CAPACITY)
     assert made is not None and not made._policy.shed  # type: ignore[attr-defined]
     made = controller(EngineConfig(partition="paper", slo_tpot=0.2), CAPACITY)

@@ -61,8 +61,9 @@ class InFlight:
         """Whether the lane is in the middle of a step, and waits for its next part."""
         return lane in self._lanes and self._lanes[lane].paused
 
-    def launch(self, plan: Plan, members: tuple[Sequence, ...]) -> None:
-        flight = self._lanes[plan.lane] = Flight(plan, members)
+    def launch(self, plan: Plan, members: tuple[Sequence, ...], left: list[tuple[int, ...]] | None = None) -> None:
+        """left: tables, pinned already, that only this step reads from now on."""
+        flight = self._lanes[plan.lane] = Flight(plan, members, left or [])
         for sequence in members:
             sequence.flight = flight
 
@@ -74,6 +75,10 @@ class InFlight:
             flight.orphans.append(sequence.table)
             if flight.paused and not flight.wanted:
                 self._end(flight)
+
+    def returning(self) -> Iterator[tuple[int, ...]]:
+        """Tables that come back when their ticket lands; of a step that is lost nobody knows when, if ever."""
+        return (table for flight in self if not flight.lost for table in flight.orphans)
 
     def flight(self, ticket: Ticket) -> Flight:
         """The flight of a ticket. Raises UnknownTicket."""
@@ -114,7 +119,7 @@ class InFlight:
             if not flight.paused and (landed is None or landed.lane is not lane)
         }
         for flight in self:
-            flight.orphans = [piece.blocks for piece in flight.plan.slices]
+            flight.orphans = [table for piece in flight.plan.slices for table in (piece.blocks, piece.source) if table]
             for sequence in flight.members:
                 sequence.flight = None
 

@@ -47,6 +47,8 @@ class Slice:
     prompt_logprobs: k to score the prompt: each row scores the token that follows it, with the k most probable ones.
     next_token: the token at position start + len(tokens) while the prompt goes on (chunked prefill), so that the last
     row has something to score; None at the prompt's end.
+    source: blocks of the prefill pool that are copied into the first of `blocks` before the step; empty where both
+    phases have one pool, and after the hand-over.
     """
 
     sequence: int
@@ -56,6 +58,7 @@ class Slice:
     sample: Sampling | None = None
     prompt_logprobs: int | None = None
     next_token: int | None = None
+    source: tuple[int, ...] = ()
 
     @property
     def end(self) -> int:
@@ -175,7 +178,8 @@ class Capacity:
     blocks x block_size KV slots; max_tokens and max_slices bound one plan; shares: units that a Partition divides;
     max_model_len: longest sequence in tokens; vocabulary: number of token ids; layers: parts that a step can be cut
     into at most, 1 where it cannot be cut; ahead: slots behind the token of a decode slice that its table had better
-    have, for a device that computes the step after it before it is asked to.
+    have, for a device that computes the step after it before it is asked to; decode_blocks: the last so many of the
+    blocks are a pool of their own, the decode phase's (PD disaggregation), 0 where there is one pool for both phases.
     """
 
     blocks: int
@@ -187,3 +191,4 @@ class Capacity:
     vocabulary: int
     layers: int = 1
     ahead: int = 0
+    decode_blocks: int = 0

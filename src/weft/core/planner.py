@@ -110,24 +110,39 @@ class Planner:
             return None
         pieces: list[Slice] = []
         members: list[Sequence] = []
+        copied: list[tuple[int, ...]] = []
         if lane is not Lane.PREFILL or self._both is lane:
-            self._plan_decode(pieces, members)
+            copied = self._plan_decode(pieces, members)
         if lane is not Lane.DECODE or self._both is lane:
             self._plan_prefill(pieces, members, now)
         if not pieces:
             return None
         plan = Plan(next(self._steps), lane, tuple(pieces), parts=self._parts(lane, pieces))
-        self._inflight.launch(plan, tuple(members))
+        self._inflight.launch(plan, tuple(members), copied)
         return plan
 
-    def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> None:
-        for sequence in list(self._running.decoding):
+    def _plan_decode(self, pieces: list[Slice], members: list[Sequence]) -> list[tuple[int, ...]]:
+        """The tables that the step copies to the decode phase's pool, where there is one."""
+        copied: list[tuple[int, ...]] = []
+        running, room = self._running, True
+        for sequence in list(running.decoding):
             if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
                 continue
             # A more urgent one may have taken its blocks a moment ago.
-            if sequence.state is State.DECODE and self._running.grow(sequence):
-                pieces.append(decode_slice(sequence))
-                members.append(sequence)
+            if sequence.state is not State.DECODE:
+                continue
+            source: tuple[int, ...] | None = ()
+            if running.apart and not running.pool.in_decode(sequence.table):
+                source = running.hand_over(sequence) if room else None
+                room = source is not None  # nobody passes the one that waits for blocks
+                if source is None:
+                    continue
+                copied.append(source)
+            elif not running.grow(sequence):
+                continue
+            pieces.append(decode_slice(sequence, source))
+            members.append(sequence)
+        return copied
 
     def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
         budget = self._prompt_budget(len(pieces))

@@ -17,16 +17,26 @@ from weft.core.sequence import Line, Sequence, State
 class Running:
     """Moves sequences between the lines, and blocks with them. most: sequences that may run (not wait) at one time.
 
-    caching: whether blocks enter the prefix cache, whose secret key is `key`. ahead: see `Capacity`.
+    caching: whether blocks enter the prefix cache, whose secret key is `key`. ahead, decode_blocks: see `Capacity`.
     """
 
-    def __init__(self, blocks: int, block_size: int, most: int, caching: bool, key: bytes, ahead: int = 0) -> None:
+    def __init__(
+        self,
+        blocks: int,
+        block_size: int,
+        most: int,
+        caching: bool,
+        key: bytes,
+        ahead: int = 0,
+        decode_blocks: int = 0,
+    ) -> None:
         self.block_size = block_size
         self.ahead = ahead
+        self.apart = decode_blocks > 0
         self.most = most
         self.caching = caching
         self.prefix = PrefixCache(block_size, key)
-        self.pool = BlockPool(blocks, self.prefix.forget)
+        self.pool = BlockPool(blocks, self.prefix.forget, decode_blocks)
         self.inflight = InFlight(self.pool)
         self.waiting, self.prefilling, self.decoding = Line(), Line(), Line()
         self.preemptions = 0
@@ -47,7 +57,8 @@ class Running:
             return False
         hits = self._match(sequence)
         needed = -(-len(sequence.tokens) // self.block_size) - len(hits)
-        reserve = self._growth(steps) + 1 if len(self) else 0
+        # Where decode has a pool of its own, nobody who runs grows in this one.
+        reserve = self._growth(steps) + 1 if len(self) and not self.apart else 0
         if self.pool.available - self.pool.idle(hits) < needed + reserve:
             return False
         self.pool.share(hits)
@@ -61,8 +72,24 @@ class Running:
         return True
 
     def decode(self, sequence: Sequence) -> None:
-        """PREFILL to DECODE: another list, the same blocks."""
+        """PREFILL to DECODE: another list, the same blocks. Where decode has a pool of its own, they are handed over
+        when that has room."""
         self._move(sequence, State.DECODE)
+
+    def hand_over(self, sequence: Sequence) -> tuple[int, ...] | None:
+        """Give a sequence that is to decode blocks of the decode phase's pool. Its old table, pinned for the ticket
+        that copies it; None, and nothing done, when there is no room.
+
+        As in `start`, those who run there keep a block for their next growth. When nobody does, the pool is empty, and
+        holds any sequence.
+        """
+        needed = -(-len(sequence.tokens) // self.block_size)
+        if self.pool.decode_available < needed + self._growth(1):
+            return None
+        old, sequence.table = sequence.table, self.pool.take_decode(needed)
+        self.pool.pin(old)
+        self.pool.release(old)
+        return old
 
     def grow(self, sequence: Sequence) -> bool:
         """Make room for its last token, at the cost of less urgent sequences; False when it cannot be computed now.
@@ -75,14 +102,15 @@ class Running:
         if len(sequence.tokens) <= room:
             self._grow_ahead(sequence, room)
             return True
-        while not self.pool.available:
-            if self.pool.pinned:  # blocks are on their way back: the other lane's ticket brings them
+        while not (self.pool.decode_available if self.apart else self.pool.available):
+            # Blocks may be on their way back: the other lane's ticket brings them.
+            if any(self.pool.in_decode(table) is self.apart for table in self.inflight.returning()):
                 return False
             victim = self._least_urgent()
             self.preempt(victim)
             if victim is sequence:
                 return False
-        sequence.table += self.pool.take(1)
+        sequence.table += self.pool.take_decode(1) if self.apart else self.pool.take(1)
         return True
 
     def _grow_ahead(self, sequence: Sequence, room: int) -> None:
@@ -112,7 +140,7 @@ class Running:
     def publish(self, sequence: Sequence) -> None:
         """Offer what complete tickets have written, block by full block, to the prefix cache (rule 1)."""
         full = sequence.computed // self.block_size
-        if not self.caching or full == sequence.published:
+        if not self.caching or full == sequence.published or self.pool.in_decode(sequence.table):
             return
         self.prefix.extend(sequence.digests, sequence.tokens, sequence.live.request.cache_salt)
         for index in range(sequence.published, full):
@@ -145,12 +173,16 @@ class Running:
         total = 0
         for line in (self.prefilling, self.decoding):
             for sequence in line:
+                if self.apart and not self.pool.in_decode(sequence.table):
+                    continue
                 end = min(len(sequence.tokens) + steps, sequence.live.max_len)
                 total += max(1, -(-end // self.block_size) - len(sequence.table))
         return total
 
     def _least_urgent(self) -> Sequence:
-        """Of those that run. Asked for on behalf of one that decodes, so there is one."""
+        """Of those that run, where the asker grows. Asked for on behalf of one that decodes, so there is one."""
+        if self.apart:
+            return max((one for one in self.decoding if self.pool.in_decode(one.table)), key=lambda one: one.rank)
         lasts = [line.last for line in (self.prefilling, self.decoding)]
         return max((last for last in lasts if last is not None), key=lambda last: last.rank)
 

@@ -39,7 +39,10 @@ class Scheduler:
         most = min(settings.max_num_seqs, capacity.max_slices, budget)
         secret = os.urandom(32) if key is None else key
         caching, ahead = settings.enable_prefix_caching, capacity.ahead
-        self.running = Running(capacity.blocks, capacity.block_size, most, caching, secret, ahead)
+        apart = capacity.decode_blocks
+        if apart and min(apart, capacity.blocks - apart) * capacity.block_size < capacity.max_model_len:
+            raise ValueError(f"a pool of each phase has to hold {capacity.max_model_len} tokens: {capacity}")
+        self.running = Running(capacity.blocks, capacity.block_size, most, caching, secret, ahead, apart)
         self.pool = self.running.pool
         self.inflight = self.running.inflight
         self.admission = Admission(capacity, settings)

@@ -6,10 +6,10 @@ from weft.core.plan import Sampled, Sampling, Slice, TokenScore
 from weft.core.sequence import Sequence
 
 
-def decode_slice(sequence: Sequence) -> Slice:
-    """The last token, which was drawn and not computed yet."""
+def decode_slice(sequence: Sequence, source: tuple[int, ...] = ()) -> Slice:
+    """The last token, which was drawn and not computed yet. source: see `Slice`."""
     start = len(sequence.tokens) - 1
-    return Slice(sequence.id, start, (sequence.tokens[start],), sequence.table, sampling(sequence))
+    return Slice(sequence.id, start, (sequence.tokens[start],), sequence.table, sampling(sequence), source=source)
 
 
 def prefill_slice(sequence: Sequence, budget: int) -> Slice:

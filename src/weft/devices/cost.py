@@ -14,7 +14,8 @@ class CostModel:
     fixed: whatever the share (launches, sampling). per_token: arithmetic, for each token that is computed; takes 1 /
     share as long on a share. weights, per_context: memory, to read the weights once and each KV slot; a share of
     `saturation` has all of the memory's bandwidth, a smaller one its part of it. contention: how much longer memory
-    takes beside a rival with the whole device, in proportion to the rival's share.
+    takes beside a rival with the whole device, in proportion to the rival's share. per_copied: a link, for each KV slot
+    that goes from the prefill to the decode phase's pool.
 
     Shares that add up to more than the device (lanes on the same cores) shrink in proportion while both compute.
     """
@@ -25,6 +26,7 @@ class CostModel:
     weights: float = 0.0
     saturation: float = 1.0
     contention: float = 0.0
+    per_copied: float = 0.0
 
     def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
         """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0.
@@ -33,7 +35,8 @@ class CostModel:
         own = share / max(1.0, share + rival)
         memory = (self.weights + self.per_context * context) / min(1.0, own / self.saturation)
         work = self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
-        return self.fixed + work / plan.parts
+        copied = sum(piece.start for piece in plan.slices if piece.source)
+        return self.fixed + self.per_copied * copied + work / plan.parts
 
 
 FREE = CostModel()

@@ -13,15 +13,16 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from weft.comet.checkpoint import METHOD
 from weft.comet.linear import QuantisedReferenceKernels
-from weft.config import EngineConfig, parse_cores, parse_partition
-from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
+from weft.config import EngineConfig, disaggregated, parse_cores, parse_partition
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
 from weft.devices.base import Description
-from weft.devices.memory import free_memory, size_pool
+from weft.devices.memory import decode_blocks, free_memory, size_pool
 from weft.devices.queues import CLOSED, Queues
 from weft.devices.step import compute
 from weft.errors import ConfigError, DeviceError
@@ -55,9 +56,16 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         first = next(iter(kernels.values()))
         seed = config.seed if dummy else None
         weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say)
+        apart, second = disaggregated(config.partition), weights
+        if apart:  # loaded twice: what disaggregation takes elsewhere, it takes here
+            second = load_weights(folder, model, kernels[Lane.DECODE], dtype, dummy_seed=seed, say=say)
         pool = size_pool(config, model.context, kept, free_memory())
+        decode = decode_blocks(config, pool.blocks, pool.max_model_len)
         say("KV pool")
-        decoders = {lane: Decoder(model, weights, own, pool.max_model_len) for lane, own in kernels.items()}
+        decoders = {
+            lane: Decoder(model, second if lane is Lane.DECODE else weights, own, pool.max_model_len)
+            for lane, own in kernels.items()
+        }
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
         forwards = {
             lane: open_forward(
@@ -83,17 +91,18 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         max_model_len=pool.max_model_len,
         vocabulary=model.vocabulary,
         layers=model.layers,
+        decode_blocks=decode,
     )
     return CpuDevice(
         capacity,
-        {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane]) for lane in shares},
+        {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane], kv) for lane in shares},
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
             kernels=name,
             notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
         ),
-        memory=memory_rows(capacity, model, weights.size, kept, dtype),
+        memory=memory_rows(capacity, model, weights.size + (second.size if apart else 0), kept, dtype),
         cores=cores,
         partition=partition,
     )
@@ -117,13 +126,17 @@ def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
 
 
 class CpuLane:
-    """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any."""
+    """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any.
+    kv: each layer's keys and values, the forward's."""
 
-    def __init__(self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores) -> None:
+    def __init__(
+        self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores, kv: Sequence[Any] = ()
+    ) -> None:
         self.kernels = kernels
         self.decoder = decoder
         self.forward = forward
         self.cores = cores
+        self.kv = kv
         self.pinned: Cores | None = None
 
     def move(self, cores: Cores) -> None:
@@ -144,10 +157,17 @@ class CpuLane:
         """Carry out a plan. An exception fails the step, not the lane."""
         ticket, begun = Ticket(plan.step, plan.lane), time.perf_counter()
         try:
+            for piece in plan.slices:
+                if piece.source:
+                    self._copy(piece)
             done = compute(plan, self.decoder, self.forward)
         except Exception as error:
             return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
         return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)
+
+    def _copy(self, piece: Slice) -> None:
+        for layer in self.kv:
+            layer.copy(piece.source, piece.blocks[: len(piece.source)])
 
 
 class CpuDevice:

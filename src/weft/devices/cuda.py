@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from weft.config import EngineConfig
+from weft.config import EngineConfig, disaggregated
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
 from weft.devices.base import Description
 from weft.devices.cpu import check_exact_a4, kv_words, share_out
@@ -90,6 +90,8 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
 
 def _check(config: EngineConfig) -> None:
     """Raises ConfigError for the flags that are the CPU's."""
+    if disaggregated(config.partition):
+        raise ConfigError(f"--partition {config.partition} is for --device cpu and simulated; P:D is what cuda has")
     for flag, value, unset in (("--cores", config.cores, None), ("--kernels", config.kernels, "auto")):
         if value != unset:
             raise ConfigError(f"{flag} is {value}, and it is for --device cpu; leave it out")

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from weft.config import EngineConfig
+from weft.config import EngineConfig, parse_partition
 from weft.errors import ConfigError
 
 # The default pool takes no more than this part of free memory: the machine is not ours alone.
@@ -75,6 +75,26 @@ def _blocks(config: EngineConfig, whole: int, block_bytes: int, free: int, share
             f"{_mib(free)} of free memory; free some, or set --kv-cache-memory-bytes"
         )
     return blocks
+
+
+def decode_blocks(config: EngineConfig, blocks: int, length: int) -> int:
+    """How many of the blocks are the decode phase's own: in proportion, under --partition pd:P:D; 0 for one pool.
+
+    Raises ConfigError when a pool would not hold a sequence of `length` tokens.
+    """
+    shares = parse_partition(config.partition)
+    if shares is None or shares.policy != "pd":
+        return 0
+    decode = round(blocks * shares.decode / shares.whole)
+    least, whole = min(decode, blocks - decode), -(-length // config.block_size)
+    if least < whole:
+        fits = -(-whole * shares.whole // min(shares.prefill, shares.decode)) + 1
+        raise ConfigError(
+            f"--partition is {config.partition}: it divides {blocks} KV blocks into {blocks - decode} and {decode}, "
+            f"and each pool has to hold a sequence of {length} tokens; --num-blocks {fits} would work, or "
+            f"--max-model-len {least * config.block_size}"
+        )
+    return decode
 
 
 def _mib(size: int) -> str:

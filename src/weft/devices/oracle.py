@@ -87,6 +87,13 @@ class Slots:
             self._tokens[slot] = token
             self._positions[slot] = position if whole else -1
 
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Whole blocks, as many as the source has."""
+        size = self.block_size
+        for old, new in zip(source, target, strict=False):
+            for values in (self._tokens, self._positions):
+                values[new * size : (new + 1) * size] = values[old * size : (old + 1) * size]
+
     def prefix(self, blocks: Sequence[int], length: int) -> blake2b:
         """A hash over the first `length` slots of a block table: the oracle's, where each holds what it should."""
         tokens, positions = self._read(self._tokens, blocks, length), self._read(self._positions, blocks, length)
@@ -124,6 +131,7 @@ class Executor:
         if plan.part and (before is None or plan != replace(before, step=plan.step, part=before.part + 1)):
             return Result(ticket, error=f"part {plan.part} of {plan.parts} does not follow the one before it")
         for piece in plan.slices:
+            self.slots.copy(piece.source, piece.blocks)
             self.slots.write(piece, whole=plan.last)
         if plan.step in self.faults.failed:
             return Result(ticket, error=f"step {plan.step} failed: simulated fault", seconds=seconds)

@@ -17,6 +17,7 @@ from pathlib import Path
 from weft.config import EngineConfig, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.cost import FREE, SMALL, CostModel
+from weft.devices.memory import decode_blocks
 from weft.devices.modelless import Modelless
 from weft.devices.oracle import SLOT_BYTES, Faults, continuation, oracle
 from weft.errors import CheckpointError, ConfigError, DeviceError
@@ -152,7 +153,8 @@ class SimulatedDevice(Modelless):
         """How long the step takes."""
         with self._lock:
             share = self._share(plan.lane)
-            rival = sum(self._computing.values())
+            # Phases with pools of their own have devices of their own.
+            rival = 0.0 if self.capacity().decode_blocks else sum(self._computing.values())
             self._computing[plan.lane] = share
         return self._cost.seconds(plan, share, rival)
 
@@ -207,4 +209,5 @@ def _capacity(config: EngineConfig, folder: Path) -> Capacity:
         max_model_len=max_model_len,
         vocabulary=vocabulary,
         layers=layers,
+        decode_blocks=decode_blocks(config, blocks, max_model_len),
     )

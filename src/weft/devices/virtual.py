@@ -91,5 +91,7 @@ class VirtualDevice(Modelless):
 
     def _seconds(self, lane: Lane, job: Job) -> float:
         """Of the whole step, at the pace of this moment."""
-        rival = sum(other.share for name, other in self._jobs.items() if name is not lane)
+        # Phases with pools of their own have devices of their own.
+        alone = self.capacity().decode_blocks > 0
+        rival = 0.0 if alone else sum(other.share for name, other in self._jobs.items() if name is not lane)
         return self._cost.seconds(job.plan, job.share, rival)

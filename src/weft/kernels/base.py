@@ -119,6 +119,7 @@ class Kernels(Protocol):
 
         cache: auto (they keep the dtype), bf16 (the same, and an error where that is another), int8 or int4 (see
         kernels/kv.py). Queries belong to the KV they were made for: `rotary_write` may transform them as it does keys.
+        The CPU's have copy(source, target): whole blocks, by their numbers, to others.
         """
         ...
 

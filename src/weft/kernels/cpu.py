@@ -6,6 +6,7 @@ C++ side relies on (type, contiguity, shape) is checked here.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +62,10 @@ class PagedKv:
     @property
     def bytes(self) -> int:
         return self.native.bytes
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Whole blocks to others. ValueError for one that is not there."""
+        self.native.copy(list(source), list(target))
 
 
 class CpuKernels:

@@ -23,6 +23,7 @@ be under 2^-100 is all zeros.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -136,6 +137,12 @@ class QuantisedKv:
         for part, x in ((self.keys, keys), (self.values, values)):
             codes, scale, zero = quantise(spread(x), self.bits)
             part.codes[at], part.scales[at], part.zeros[at] = codes, scale, zero
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Whole blocks to others."""
+        for part in (self.keys, self.values):
+            for numbers in (part.codes, part.scales, part.zeros):
+                numbers[list(target)] = numbers[list(source)]
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of these blocks as they were spread, float32 [slots, kv_heads, head_dim] each."""

@@ -5,6 +5,7 @@ All arithmetic is float32 and is rounded once, to the dtype of the activations, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,11 @@ class PlainKv:
         """float32 [T, kv_heads, head_dim] each, into slots [T]."""
         at = (slots // self.block_size, slots % self.block_size)
         self.keys[at], self.values[at] = keys.to(self.keys.dtype), values.to(self.values.dtype)
+
+    def copy(self, source: Sequence[int], target: Sequence[int]) -> None:
+        """Whole blocks to others."""
+        for part in (self.keys, self.values):
+            part[list(target)] = part[list(source)]
 
     def read(self, blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(keys, values) of these blocks, float32 [slots, kv_heads, head_dim] each."""

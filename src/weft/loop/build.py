@@ -15,6 +15,7 @@ from weft.ipc.messages import Phase, Ready
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
+from weft.phases.forecast import TURNS_A_STEP
 from weft.phases.forecast import Device as Forecast
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
@@ -51,7 +52,7 @@ def _open(config: EngineConfig, folder: Path, phases: Phases) -> tuple[Engine, R
 
 def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
     """What two lanes go by; None for one mixed lane. A lane alone has the whole device, but with `paper`, whose caps
-    hold always."""
+    hold always, and with `pd`."""
     shares = parse_partition(config.partition)
     targets = Targets(config.slo_ttft or DEFAULT_TARGETS.ttft, config.slo_tpot or DEFAULT_TARGETS.tpot)
     if shares is None:
@@ -59,13 +60,20 @@ def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
     if shares.policy == "fixed":
         split = Sharing(Regime.SPLIT, Partition(*shares.of(capacity.shares)))
         return Controller(FixedPolicy(split), lone=True)
+    if shares.policy == "pd":  # two devices: neither has anything of the other's
+        return Controller(FixedPolicy(Sharing(Regime.SPLIT, Partition(*shares.of(capacity.shares)))))
+    if shares.policy == "turns":
+        turn = max(1, min(config.max_num_batched_tokens, capacity.max_tokens) // TURNS_A_STEP)
+        return Controller(FixedPolicy(Sharing(Regime.TURNS, Partition(shares.prefill, shares.decode), turn)))
     if shares.policy == "paper":
         paper = PaperPolicy(targets, capacity.shares)
         return Controller(paper, record=_recorder(config, paper))
     chunk = min(config.max_num_batched_tokens, capacity.max_tokens)
     seats = min(config.max_num_seqs, capacity.max_slices)
     # Only who has named a target has asked for requests to be refused in its name.
-    policy = AutoPolicy(targets, Forecast(capacity.shares, chunk, seats), shed=config.slo_ttft is not None)
+    policy = AutoPolicy(
+        targets, Forecast(capacity.shares, chunk, seats, capacity.layers), shed=config.slo_ttft is not None
+    )
     return Controller(policy, lone=True, record=_recorder(config, policy))
 
 
