@@ -1,4 +1,4 @@
-"""How prefill and decode should share one device: chunked prefill, static splits, overlap, semi-PD's controller, auto.
+"""How prefill and decode should share a device: chunks, splits, overlap, turns, PD disaggregation, semi-PD's way, auto.
 
     python benchmarks/phases.py [TRACE ...] [--quick] [--part report] [--json FILE] [--plot FILE]
     python benchmarks/phases.py [TRACE ...] --cpu builtin|llama-1.1b [--minutes 15] [--json FILE] [--plot FILE]
@@ -65,15 +65,20 @@ def run(arguments: argparse.Namespace, part: str) -> list[Row]:
         if arguments.loads and load.name not in arguments.loads:
             continue
         for rate in rates:
-            shots = load.make(part, rate, seconds, simulated.CAPACITY.vocabulary)
+            vocabulary = simulated.CAPACITY.vocabulary
+            entrants = simulated.contestants()
+            if arguments.only:
+                entrants = [one for one in entrants if {one.name, one.kind} & set(arguments.only)]
+            many = {1} | {one.devices for one in entrants}
+            shots = {devices: load.make(part, devices * rate, seconds, vocabulary) for devices in many}
             here = []
-            for one in simulated.contestants():
-                if arguments.only and not {one.name, one.kind} & set(arguments.only):
-                    continue
-                records, switches = simulated.serve(one, shots, load.caching)
-                here.append(row(DEVICE, load.name, rate, one.name, one.kind, summarise(records, slo), switches))
+            for one in entrants:
+                records, switches = simulated.serve(one, shots[one.devices], load.caching)
+                made = row(DEVICE, load.name, rate, one.name, one.kind, summarise(records, slo), switches)
+                here.append(made | {"goodput": made["goodput"] / one.devices, "devices": one.devices})
             print(
-                f"\n{load.name} ({part}), {rate:g} times its rate: {len(shots)} requests in {seconds:g} s (simulated)"
+                f"\n{load.name} ({part}), {rate:g} times its rate: {len(shots[1])} requests in {seconds:g} s, goodput "
+                "of each device (simulated)"
             )
             print(show(here), flush=True)
             rows += here

@@ -204,6 +204,8 @@ def _ours(model: Path, context: int) -> list[Contestant]:
         *(made(f"chunk {chunk}", "chunk", "off", chunk) for chunk in (64, 128, 256, 512)),
         *(made(f"split {p}:{common.cores() - p}", "split", f"{p}:{common.cores() - p}") for p in _units()),
         made("overlap", "overlap", "100%:100%"),
+        made("turns 1:1", "turns", "turns:1:1"),
+        *([made("pd 1:1", "pd", "pd:1:1")] if common.cores() > 1 else []),
         made("paper", "paper", "paper", targets=True),
         made("auto", "auto", "auto", targets=True),
     ]

@@ -6,7 +6,7 @@ Every figure made here is SIMULATED: it compares policies under one cost model, 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from phases_loads import Mix, Scale
@@ -23,6 +23,7 @@ from weft.errors import QueueFull
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy
+from weft.phases.forecast import TURNS_A_STEP
 from weft.phases.forecast import Device as Forecast
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
@@ -30,9 +31,18 @@ from weft.phases.paper import PaperPolicy
 # A model of 8 billion 16-bit weights on an accelerator of 2 TB/s and some 190 usable TFLOP/s; half of its cores fill
 # the memory's bandwidth.
 COST = CostModel(fixed=1e-3, per_token=85e-6, per_context=65e-9, weights=8e-3, saturation=0.5, contention=0.2)
+# A slot of KV, 131 kB, goes from one device to another at 300 GB/s.
+LINK = 0.44e-6
 SHARES = 12
 CAPACITY = Capacity(
-    blocks=4096, block_size=64, max_tokens=2048, max_slices=256, shares=SHARES, max_model_len=8192, vocabulary=512
+    blocks=4096,
+    block_size=64,
+    max_tokens=2048,
+    max_slices=256,
+    shares=SHARES,
+    max_model_len=8192,
+    vocabulary=512,
+    layers=32,
 )
 # Of one request alone: some 8 times its TTFT, and twice its TPOT. Tighter than the paper's 10 times for TPOT.
 TARGETS = Targets(ttft=1.0, tpot=0.025)
@@ -50,12 +60,15 @@ MIXES = (Mix(4.0, 2000, 40), Mix(8.0, 150, 300), Mix(4.0, 2000, 40))
 @dataclass(frozen=True, slots=True)
 class Contestant:
     """policy: makes the policy anew for each run. lone: whether a lane alone gets the whole device.
-    kind: chunk, split, overlap, paper or auto; fixed ones that go beyond the paper's are `lone` and `ordered`."""
+    kind: chunk, split, overlap, pd, paper or auto; fixed ones that go beyond the paper's are `turns`, `lone` and
+    `ordered`. devices: two for PD disaggregation, a whole one for each phase, so that twice as many requests are its
+    share."""
 
     name: str
     kind: str
     policy: Callable[[], Policy]
     lone: bool = False
+    devices: int = 1
 
 
 def contestants() -> list[Contestant]:
@@ -67,12 +80,17 @@ def contestants() -> list[Contestant]:
     found = [Contestant(name, name.split()[0], partial(FixedPolicy, way)) for name, way in ways.items()]
     # A split that lets a lane alone have the whole device, which the paper's caps do not.
     found += [Contestant(f"{name} lone", "lone", partial(FixedPolicy, ways[name]), lone=True) for name in LONE]
+    found.append(Contestant("pd 1:1", "pd", partial(FixedPolicy, ways["overlap"]), devices=2))
+    turn = CAPACITY.max_tokens // TURNS_A_STEP
+    for parts in (Partition(1, 1), Partition(2, 1), Partition(3, 1)):
+        way = Sharing(Regime.TURNS, parts, turn)
+        found.append(Contestant(f"turns {parts.prefill}:{parts.decode}", "turns", partial(FixedPolicy, way)))
     weight = ORDER * COST.per_token
     for name in ("chunk 128", "chunk 256", "chunk 512", *LONE, "overlap"):
         way = Sharing(ways[name].regime, ways[name].partition, ways[name].chunk, weight)
         found.append(Contestant(f"{name} shortest first", "ordered", partial(FixedPolicy, way), lone=True))
     found.append(Contestant("paper", "paper", partial(PaperPolicy, TARGETS, SHARES)))
-    device = Forecast(SHARES, CAPACITY.max_tokens, CAPACITY.max_slices)
+    device = Forecast(SHARES, CAPACITY.max_tokens, CAPACITY.max_slices, CAPACITY.layers)
     found.append(Contestant("auto", "auto", partial(AutoPolicy, TARGETS, device), lone=True))
     return found
 
@@ -81,11 +99,15 @@ def serve(
     one: Contestant, shots: Sequence[Shot], caching: bool, record: Callable[[Asked], None] | None = None
 ) -> tuple[list[Record], int]:
     """One record for each request, and how often the shares changed. In virtual time."""
-    device = VirtualDevice(CAPACITY, Partition(SHARES, SHARES), cost=COST)
+    capacity, cost = CAPACITY, COST
+    if one.devices == 2:  # the same memory on each, and one copy of the weights, as without disaggregation
+        capacity = replace(capacity, blocks=2 * capacity.blocks, decode_blocks=capacity.blocks)
+        cost = replace(cost, per_copied=LINK)
+    device = VirtualDevice(capacity, Partition(SHARES, SHARES), cost=cost)
     given = SchedulerSettings(
-        CAPACITY.max_slices, CAPACITY.max_tokens, max_num_queued_reqs=10**6, enable_prefix_caching=caching
+        capacity.max_slices, capacity.max_tokens, max_num_queued_reqs=10**6, enable_prefix_caching=caching
     )
-    scheduler = Scheduler(CAPACITY, device.lanes(), given, key=b"phases")
+    scheduler = Scheduler(capacity, device.lanes(), given, key=b"phases")
     controller = Controller(one.policy(), lone=one.lone, record=record)
     engine = Engine(device, scheduler, device.clock, step_timeout=None, controller=controller)
     times: dict[str, list[float]] = {}

@@ -12,9 +12,9 @@ from phases_loads import CHANGING
 from weft.bench.stats import Summary
 
 Row = dict[str, Any]
-# Fixed policies of the paper and its baselines; `lone` and `ordered` go beyond them, and are compared with apart.
+# Fixed policies of the paper and its baselines; others go beyond them, and are compared with apart.
 FIXED = ("chunk", "split", "overlap")
-BEYOND = (*FIXED, "lone", "ordered")
+BEYOND = (*FIXED, "turns", "lone", "ordered")
 LEAST = 1e-9
 
 
@@ -74,12 +74,14 @@ def _attained(one: Row) -> float:
 
 def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
     """The least over all cells. *_fixed: best chunk, every static split, overlap, chosen in hindsight cell by cell;
-    *_ordered: those that order the queue and let a lane alone have the device, too, which no rival does."""
+    *_ordered: those that take turns, order the queue, or let a lane alone have the device, too, which no rival does.
+    *_pd: disaggregation, for each of its devices."""
     kinds: Mapping[str, Callable[[Row], bool]] = {
         "auto_vs_best_fixed": lambda one: one["kind"] in FIXED,
         "auto_vs_best_chunk": lambda one: one["kind"] == "chunk",
         "auto_vs_best_ordered": lambda one: one["kind"] in BEYOND,
         "auto_vs_paper": lambda one: one["kind"] == "paper",
+        "auto_vs_pd": lambda one: one["kind"] == "pd",
     }
     found = {}
     for name, against in kinds.items():
