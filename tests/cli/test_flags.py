@@ -172,8 +172,8 @@ def test_every_problem_is_named_at_once_with_its_place(tmp_path: Path) -> None:
         f"{path}, line 5 has 2 values; dtype takes one",
         "--max-model-len is 0; it must be at least 1",
         f"--block-size is 7; it must be one of 16, 32, 64, 128 (set by {path}, line 6)",
-        "--partition is '1:0'; it must be off, auto, paper, two positive numbers P:D such as 1:1, turns:P:D, pd:P:D, or "
-        "two percentages such as 80%:100%",
+        "--partition is '1:0'; it must be off, auto, paper, two positive numbers P:D such as 1:1, turns:P:D, pd:P:D, "
+        "or two percentages such as 80%:100%",
         "--kernels is 'sse'; it must be one of auto, avx512, avx2, portable, reference (set by WEFT_KERNELS)",
         "--port is 70000; it must be between 0 and 65535",
     ]

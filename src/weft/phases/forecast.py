@@ -98,14 +98,13 @@ def outlook(
         # Of the time in which an answer is generated, the part beside prefill.
         life = min(HORIZON, max(load.output * (tpot or busy), 0.2))
         pressed = min(1.0, incoming / speed + backlog / (speed * life))
-        # So many tokens fall into either part of the time, which is why this is a harmonic mean.
-        tpot = 1.0 / (pressed / busy + (1.0 - pressed) / idle)
+        tpot = _mean_tpot(busy, idle, pressed, load.output, load.prompt / speed)
         # Who begins to decode: no more than arrive and wait, and no faster than prompts are computed.
         begin = min(load.rate + len(queue.waiting) / life, speed / max(load.prompt, 1.0))
         settled = min(float(device.seats), begin * load.output * tpot)
         batch = max(1.0, 0.5 * (queue.decoding + settled))
     used = min(1.0, incoming / speed)
-    pace = Pace(busy, idle, used, 1.0 / (used / busy + (1.0 - used) / idle), speed)
+    pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed)
     known, waits = _known(queue, speed, targets.ttft, now)
     late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, device)
     coming = load.rate * HORIZON
@@ -138,6 +137,20 @@ class Pace:
         """Of so many tokens; in the first `pressed` seconds, prompts that wait are computed beside them."""
         beside = min(tokens, pressed / self.busy)
         return (beside * self.busy + (tokens - beside) * self.settled) / tokens
+
+
+def _harmonic(busy: float, idle: float, used: float) -> float:
+    """TPOT of a long answer: so many of its tokens fall into either part of the time."""
+    return 1.0 / (used / busy + (1.0 - used) / idle)
+
+
+def _mean_tpot(busy: float, idle: float, used: float, output: float, service: float) -> float:
+    """TPOT over all answers. One that is shorter than a time in which prompts are computed sees the one or the other,
+    and their mean is larger. service: seconds that a prompt is computed."""
+    long = _harmonic(busy, idle, used)
+    life, period = output * long, service / max(1.0 - used, 0.05)
+    part = life / (life + period) if life + period > 0 else 1.0
+    return part * long + (1.0 - part) * (used * busy + (1.0 - used) * idle)
 
 
 def _slow_known(queue: Queue, load: Load, pace: Pace, drain: float, target: float) -> tuple[list[float], float]:
