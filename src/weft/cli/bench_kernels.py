@@ -150,18 +150,21 @@ def _progress(hidden: bool) -> Progress:
 def _table(found: Sequence[Timed]) -> Table:
     table = Table(box=None)
     table.add_column("operation", no_wrap=True)
-    for head in ("precision", "shape", "share", "us", "spread", "GFLOP/s"):
+    for head in ("shape", "share", "us", "spread", "GFLOP/s"):
         table.add_column(head, justify="right", no_wrap=True)
     for one in found:
         case = one.case
         flops = 2.0 * case.m * case.n * case.k / one.seconds / 1e9
         table.add_row(
-            case.name if case.operation == case.name else f"{case.operation} {case.name}",
-            case.precision,
+            f"{case.name} {case.precision}",
             f"{case.m} x {case.n} x {case.k}",
             f"{one.share}/{one.shares}",
-            f"{one.seconds * 1e6:.1f}",
-            f"{one.least * 1e6:.1f}..{one.greatest * 1e6:.1f}",
+            _microseconds(one.seconds),
+            f"{_microseconds(one.least)}..{_microseconds(one.greatest)}",
             f"{flops:.0f}" if case.operation == "gemm" else "",
         )
     return table
+
+
+def _microseconds(seconds: float) -> str:
+    return f"{seconds * 1e6:.{1 if seconds < 1e-4 else 0}f}"
