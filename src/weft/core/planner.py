@@ -131,12 +131,13 @@ class Planner:
             # A more urgent one may have taken its blocks a moment ago.
             if sequence.state is not State.DECODE:
                 continue
-            source: tuple[int, ...] | None = ()
+            source: tuple[int, ...] = ()
             if running.apart and not running.pool.in_decode(sequence.table):
-                source = running.hand_over(sequence) if room else None
-                room = source is not None  # nobody passes the one that waits for blocks
-                if source is None:
+                handed = running.hand_over(sequence) if room else None
+                room = handed is not None  # nobody passes the one that waits for blocks
+                if handed is None:
                     continue
+                source = handed
                 copied.append(source)
             elif not running.grow(sequence):
                 continue
