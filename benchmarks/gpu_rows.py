@@ -1,0 +1,377 @@
+"""What gpu.py measures, one function for each kind of row: a dictionary of plain numbers, with its physical limit."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import common
+import torch
+from gpu_model import (
+    BLOCK_SIZE,
+    DoesNotFit,
+    Model,
+    Sizes,
+    answer,
+    check_room,
+    collect,
+    fill,
+    free,
+    opened,
+    plain_model,
+    quantised_model,
+    quantised_weights,
+    settle,
+)
+from gpu_peer import Peer
+
+from weft.core.plan import Lane, Plan, Sampling, Slice
+from weft.core.sampling import SamplingParams
+from weft.devices.base import Device
+from weft.devices.cuda_inputs import layout_of, send
+from weft.devices.cuda_streams import Gpu
+from weft.kernels.triton import TritonKernels
+from weft.models.batch import make_batch
+from weft.models.families import parse_config
+from weft.models.loader import Weights
+
+Row = dict[str, Any]
+GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+CALLS = 10  # of a kernel in a row
+
+
+@dataclass
+class Bench:
+    """limits: bytes or operations a second, by name, as far as they were measured. budget: seconds that a row may take
+    once it is warm. One model at a time is in memory; `peer` is for BF16, or the reason why there is none."""
+
+    gpu: Gpu
+    sizes: Sizes
+    budget: float
+    limits: dict[str, float] = field(default_factory=dict)
+    _models: dict[str, Model] = field(default_factory=dict)
+    _quantised: Weights | None = None
+    _peer: Peer | str | None = None
+
+    def model(self, name: str) -> Model:
+        if name in self._models:
+            return self._models[name]
+        raw = self.sizes.raw
+        if name == "BF16":
+            self._models, self._quantised = {}, None
+            collect(self.gpu)
+            self._models = {name: plain_model(self.gpu, raw)}
+        else:
+            self._models.pop("BF16", None)
+            self._peer = self._peer if isinstance(self._peer, str) else None
+            collect(self.gpu)
+            if self._quantised is None:
+                self._quantised = quantised_weights(self.gpu, raw)
+            self._models[name] = quantised_model(self.gpu, raw, self._quantised, sixteen=name == "W4A16")
+        return self._models[name]
+
+    def peer(self, model: Model) -> Peer | str:
+        if model.name != "BF16":
+            return "transformers computes BF16 only here"
+        if self._peer is None:
+            try:
+                self._peer = Peer(self.gpu, model, self.sizes.raw)
+            except Exception as error:  # whatever is wrong with it, weft's own rows are to be had
+                self._peer = f"{type(error).__name__}: {error}"
+        return self._peer
+
+    def limit(self, moved: float, operations: float, units: str, others: float = 0.0) -> Row:
+        """The least seconds for so many bytes and operations on these units; others: operations on BF16 units."""
+        if not {"copy", "bf16", units} <= self.limits.keys():
+            return {"limit": "not measured"}
+        memory = moved / self.limits["copy"]
+        arithmetic = operations / self.limits[units] + others / self.limits["bf16"]
+        return {
+            "bytes": moved,
+            "operations": operations + others,
+            "limit": "bandwidth" if memory >= arithmetic else "arithmetic",
+            "limit_seconds": max(memory, arithmetic),
+        }
+
+    def timed(self, work: Callable[[], Any], count: int) -> list[float]:
+        """Seconds of each of `count` runs on the device, after one that does not count."""
+        stream, found = self.gpu.stream(), []
+        with stream.use(), torch.inference_mode():
+            work()
+            for _ in range(count):
+                began = stream.mark()
+                work()
+                found.append((began, stream.mark()))
+        stream.check()
+        return [done.seconds_since(began) for began, done in found]
+
+
+# -- the device's own limits -------------------------------------------------------------------------------------------
+
+
+def copy_row(bench: Bench) -> Row:
+    """Bytes read and written each second by a copy within the device."""
+    source = torch.randint(0, 255, (bench.sizes.copied,), dtype=torch.uint8, device=bench.gpu.device)
+    target = torch.empty_like(source)
+    settle(bench.gpu)
+    rates = [2 * len(source) / max(seconds, 1e-9) for seconds in bench.timed(lambda: target.copy_(source), CALLS)]
+    return {"rate": max(rates), "spread": common.Figure.of(rates).as_json()}
+
+
+def product_row(bench: Bench, units: str) -> Row:
+    """Operations each second of a large square product."""
+    size, device = bench.sizes.matmul, bench.gpu.device
+    if units == "bf16":
+        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+        work = partial(torch.matmul, a, b.T)
+    else:
+        a, b = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
+        work = partial(torch._int_mm, a, b.T)
+    settle(bench.gpu)
+    rates = [2.0 * size**3 / max(seconds, 1e-9) for seconds in bench.timed(work, 2 * CALLS)]
+    return {"rate": max(rates), "spread": common.Figure.of(rates).as_json()}
+
+
+# -- the model ---------------------------------------------------------------------------------------------------------
+
+
+class Decoding:
+    """Sequences that go on, a token each a step, as an engine drives them: the next plan is made from the last result.
+
+    Each has blocks of its own, in no order.
+    """
+
+    def __init__(self, device: Device, blocks: int, batch: int, start: int) -> None:
+        order = list(range(blocks))
+        random.Random(1).shuffle(order)
+        each = blocks // batch
+        self._device = device
+        self._tables = [tuple(order[i * each : (i + 1) * each]) for i in range(batch)]
+        self._tokens = [1] * batch
+        self._position = start
+        self._steps = 0
+
+    def step(self) -> float:
+        """Seconds on the device."""
+        at = self._position
+        slices = tuple(
+            Slice(i, at, (token,), table, Sampling(GREEDY, 0, at + 1))
+            for i, (token, table) in enumerate(zip(self._tokens, self._tables, strict=True))
+        )
+        self._steps += 1
+        result = answer(self._device, Plan(self._steps, Lane.MIXED, slices))
+        self._tokens = [sampled.token for sampled in result.sampled]
+        self._position += 1
+        return result.seconds
+
+    def steps(self, count: int) -> tuple[float, float]:
+        """(seconds, seconds on the device) of so many steps. One before them finds the device at rest: when the clock
+        starts, and when it stops, one step is under way that was not asked for yet."""
+        self.step()
+        began, busy = time.perf_counter(), 0.0
+        for _ in range(count):
+            busy += self.step()
+        return time.perf_counter() - began, busy
+
+
+def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool = True) -> Row:
+    """Tokens each second of so many sequences at `context` tokens. Raises DoesNotFit."""
+    sizes, model = bench.sizes, bench.model(name)
+    each = -(-(context + sizes.room // 2) // BLOCK_SIZE)
+    length = each * BLOCK_SIZE
+    try:
+        check_room(bench.gpu, model, batch * each * BLOCK_SIZE + bench.sizes.reserve // model.token_bytes)
+    except DoesNotFit as error:
+        raise DoesNotFit(f"{error}; {largest_batch(bench, model, context)} sequences would fit") from error
+    rival = _rival(bench, model, batch, context) if peer else "not asked for"
+    with opened(bench.gpu, model, batch=batch, length=length, blocks=batch * each) as device:
+        decoding = Decoding(device, batch * each, batch, context - sizes.room // 2)
+        warm = [decoding.step() for _ in range(sizes.warmup)]  # the first of them compiles and records
+        count = _count(sizes, bench.budget, warm[-1])
+        ours, theirs = _rounds(bench, decoding, rival, count)
+    seconds = [whole / count for whole, _ in ours]
+    row = {
+        "kind": "decode",
+        "model": name,
+        "batch": batch,
+        "context": context,
+        "steps": count,
+        "seconds": common.Figure.of(seconds).as_json(),
+        "device_seconds": statistics.median(busy / count for _, busy in ours),
+        "host_gap": statistics.median(whole / max(busy, 1e-9) - 1 for whole, busy in ours),
+        "tokens_per_second": batch / statistics.median(seconds),
+        **bench.limit(
+            model.streamed + batch * context * model.token_bytes,
+            batch * (model.layer_operations + model.head_operations),
+            model.units,
+            model.attention_operations(batch * context),
+        ),
+    }
+    return _beside(row, rival, theirs, seconds)
+
+
+def largest_row(bench: Bench, name: str, context: int) -> Row:
+    """Decode of as many sequences as the device holds."""
+    model = bench.model(name)
+    batch = largest_batch(bench, model, context)
+    if batch < 1:
+        raise DoesNotFit("not one sequence fits")
+    return decode_row(bench, name, batch, context, peer=False)
+
+
+def largest_batch(bench: Bench, model: Model, context: int) -> int:
+    collect(bench.gpu)
+    each = -(-(context + bench.sizes.room // 2) // BLOCK_SIZE) * BLOCK_SIZE * model.token_bytes
+    return max(0, min(bench.sizes.largest, (free(bench.gpu) - bench.sizes.reserve) // each))
+
+
+def prefill_row(bench: Bench, name: str, tokens: int) -> Row:
+    """Seconds from a plan with a whole prompt to its first token."""
+    model, vocabulary = bench.model(name), bench.model(name).config.vocabulary
+    blocks = tuple(range(-(-tokens // BLOCK_SIZE)))
+    chance, rival = random.Random(tokens), bench.peer(model)
+    ours, busy, theirs = [], [], []
+    with opened(bench.gpu, model, batch=1, length=tokens, blocks=len(blocks), tokens=tokens) as device:
+        deadline = None
+        for step in range(bench.sizes.rounds + 1):
+            prompt = [chance.randrange(vocabulary) for _ in range(tokens)]
+            piece = Slice(step, 0, tuple(prompt), blocks, Sampling(GREEDY, 0, tokens))
+            settle(bench.gpu)
+            began = time.perf_counter()
+            result = answer(device, Plan(step, Lane.MIXED, (piece,)))
+            whole = time.perf_counter() - began
+            other, rival = _guarded(bench, rival, lambda peer, prompt=prompt: peer.prefill(prompt))
+            if step:  # the first one compiles
+                ours.append(whole)
+                busy.append(result.seconds)
+                theirs += [] if other is None else [other]
+            deadline = deadline or time.monotonic() + bench.budget
+            if ours and time.monotonic() > deadline:
+                break
+    row = {
+        "kind": "prefill",
+        "model": name,
+        "tokens": tokens,
+        "seconds": common.Figure.of(ours).as_json(),
+        "device_seconds": statistics.median(busy),
+        "tokens_per_second": tokens / statistics.median(ours),
+        **bench.limit(
+            model.streamed + tokens * model.token_bytes,
+            tokens * model.layer_operations + model.head_operations,
+            model.units,
+            model.attention_operations(tokens * (tokens + 1) / 2),
+        ),
+    }
+    return _beside(row, rival, theirs, ours)
+
+
+def attention_row(bench: Bench, cache: str, batch: int, context: int) -> Row:
+    """One layer's decode attention by itself, call after call from a graph."""
+    gpu, config = bench.gpu, parse_config(bench.sizes.raw)
+    kernels = TritonKernels(gpu.device)
+    each = -(-context // BLOCK_SIZE)
+    token = kernels.attend.token_bytes(config.kv_heads, config.head_dim, torch.bfloat16, cache)
+    needed = batch * each * BLOCK_SIZE * token + bench.sizes.reserve // 4
+    if needed > free(gpu):
+        raise DoesNotFit(f"it takes {needed / 2**30:.1f} GiB, and {free(gpu) / 2**30:.1f} are free")
+    kv = kernels.make_kv(batch * each, BLOCK_SIZE, config.kv_heads, config.head_dim, torch.bfloat16, cache)
+    fill(kv)
+    order = list(range(batch * each))
+    random.Random(2).shuffle(order)
+    slices = [Slice(i, context - 1, (0,), tuple(order[i * each : (i + 1) * each])) for i in range(batch)]
+    on_host = make_batch(slices, BLOCK_SIZE)
+    inputs = layout_of(on_host).inputs(send(gpu, on_host, None), BLOCK_SIZE, whole=True).batch
+    q = torch.randn(batch, config.heads * config.head_dim, device=gpu.device).bfloat16()
+    settle(gpu)
+
+    @torch.inference_mode()
+    def calls() -> None:
+        for _ in range(CALLS):
+            kernels.attention(q, kv, inputs, config.heads, config.kv_heads, config.head_dim**-0.5)
+
+    replay = gpu.stream().capture(calls)
+    seconds = [whole / CALLS for whole in bench.timed(replay, bench.sizes.rounds)]
+    moved = batch * context * token
+    operations = 4.0 * config.heads * config.head_dim * batch * context
+    row = {
+        "kind": "attention",
+        "cache": cache,
+        "batch": batch,
+        "context": context,
+        "seconds": common.Figure.of(seconds).as_json(),
+        **bench.limit(moved, operations, "bf16"),
+    }
+    return _share(row)
+
+
+# -- transformers, and what a row is beside ----------------------------------------------------------------------------
+
+
+def _rival(bench: Bench, model: Model, batch: int, context: int) -> Any:
+    """transformers' sequences, or why there are none."""
+    peer = bench.peer(model)
+    if isinstance(peer, str):
+        return peer
+    length = context + bench.sizes.room // 2
+    needed = (2 * batch * length + 4 * batch * length // model.config.layers) * model.token_bytes  # both caches, copies
+    room = free(bench.gpu)
+    if needed + bench.sizes.reserve > room:
+        return f"no room beside weft's keys and values: {needed / 2**30:.1f} GiB for both, {room / 2**30:.1f} are free"
+    found, reason = _guarded(bench, peer, lambda one: one.decoding(batch, context - bench.sizes.room // 2))
+    return reason if found is None else found
+
+
+def _guarded(bench: Bench, peer: Any, work: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """(what `work` gives, the peer); or (None, why the peer is out), where it fails for want of memory."""
+    if isinstance(peer, str):
+        return None, peer
+    try:
+        return work(peer), peer
+    except torch.OutOfMemoryError as error:
+        reason = f"out of memory: {str(error).splitlines()[0]}"
+    collect(bench.gpu)
+    return None, reason
+
+
+def _count(sizes: Sizes, budget: float, seconds: float) -> int:
+    """Steps of a round: as many as fit in the row's time, and in the room of the sequences."""
+    room = (sizes.room - sizes.warmup) // sizes.rounds - 1
+    return max(1, min(room, sizes.steps, int(budget / 4 / sizes.rounds / max(seconds, 1e-6))))
+
+
+def _rounds(bench: Bench, decoding: Decoding, rival: Any, count: int) -> tuple[list[tuple[float, float]], list[float]]:
+    """Each takes its turn, as often as the row's time allows: (our seconds, of which on the device), theirs a step."""
+    ours, theirs = [], []
+    if not isinstance(rival, str):
+        _, rival = _guarded(bench, rival, lambda one: one.steps(1))
+    deadline = time.monotonic() + bench.budget
+    for _ in range(bench.sizes.rounds):
+        settle(bench.gpu)
+        ours.append(decoding.steps(count))
+        few = max(1, count // 4)
+        other, rival = _guarded(bench, rival, lambda one, few=few: one.steps(few) / few)
+        theirs += [] if other is None else [other]
+        if time.monotonic() > deadline:
+            break
+    return ours, theirs
+
+
+def _beside(row: Row, rival: Any, theirs: Sequence[float], ours: Sequence[float]) -> Row:
+    """The row with what its time is of the limit's, and with transformers' time."""
+    if theirs:
+        row["transformers_seconds"] = common.Figure.of(theirs).as_json()
+        row["times_transformers"] = statistics.median(their / our for our, their in zip(ours, theirs, strict=False))
+    elif isinstance(rival, str):
+        row["transformers"] = rival
+    return _share(row)
+
+
+def _share(row: Row) -> Row:
+    if "limit_seconds" in row:
+        row["of_limit"] = row["limit_seconds"] / max(row["seconds"]["median"], 1e-9)
+    return row
