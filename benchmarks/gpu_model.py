@@ -43,8 +43,9 @@ class Stuck(Exception):
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. raw: the model's config.json. room: positions that a decode row goes through, half of them
-    before its context. warmup: steps before any that counts. steps: most decode steps in a round. copied: bytes of the copy that is called bandwidth. matmul:
-    rows, columns and depth of the product that is called the peak. reserve: bytes left for activations and graphs."""
+    before its context. warmup: steps before any that counts. steps: most decode steps in a round. copied: bytes of the
+    copy that is called bandwidth. matmul: rows, columns and depth of the product that is called the peak. reserve:
+    bytes left for activations and graphs. largest: no batch has more sequences."""
 
     raw: dict[str, Any]
     prompts: tuple[int, ...]
