@@ -99,7 +99,7 @@ REAL = Sizes(
     largest=1024,
 )
 TINY = Sizes(
-    raw=_raw(128, 1, 4, 1, 32, 128, 256),
+    raw=_raw(128, 1, 4, 1, 32, 128, 128),
     prompts=(3, 5, 9),
     batches=(1, 2, 3, 4),
     contexts=(20, 40),

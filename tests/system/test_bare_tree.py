@@ -47,7 +47,7 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices import open_device
 
 name, folder = sys.argv[2:]
-config = EngineConfig(device=name, num_blocks=16, max_model_len=64, max_num_seqs=4, cores="0" if name == "cpu" else None)
+config = EngineConfig(device=name, num_blocks=16, max_model_len=64, max_num_seqs=4)
 device = open_device(config, Path(folder), lambda phase: None)
 scheduler = Scheduler(device.capacity(), device.lanes(), SchedulerSettings(max_num_seqs=4))
 params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True)

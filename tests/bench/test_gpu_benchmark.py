@@ -1,0 +1,193 @@
+"""The benchmark of a GPU, interpreted on a tiny shape: every kind of row, and what becomes of a run that goes wrong."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+CLAIMS = {
+    "decode_of_bandwidth",
+    "prefill_of_matmul_peak",
+    "attention_decode_of_bandwidth",
+    "host_gap_percent",
+    "throughput_vs_transformers",
+    "w4a8kv4_vs_bf16_throughput",
+}
+pytestmark = [
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"),
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here, and the interpreter is off"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of the interpreter
+    pytest.mark.filterwarnings("ignore::FutureWarning"),  # of transformers
+]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    threads = torch.get_num_threads()
+    yield importlib.import_module("gpu")
+    torch.set_num_threads(threads)
+
+
+def results(gpu: Any, path: Path, planned: list[str], sizes: Any) -> Any:
+    module = importlib.import_module("gpu_results")
+    about = {"device": "some GPU", "commit": "1" * 40}
+    return module.Results(path, planned, about, lambda rows: gpu.claims(rows, sizes))
+
+
+def test_a_killed_run_leaves_its_rows_and_goes_on(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All kinds of rows but W4A16's, and all claims."""
+    out = tmp_path / "gpu.json"
+    arguments = ["--dry-run", "--quick", "--json", str(out), "--commit", "abc"]
+    process = subprocess.Popen([sys.executable, str(FOLDER / "gpu.py"), *arguments], stderr=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not out.exists() or len(json.loads(out.read_text())["rows"]) < 4:
+        assert process.poll() is None and time.monotonic() < end
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    killed = json.loads(out.read_text())
+    names = [row["name"] for row in killed["rows"]]
+    assert names[:4] == ["copy", "product BF16", "product INT8", "attention bf16, 3 at 40"]
+    assert "BF16 decode, 1 at 20" in killed["missing"] and set(killed["claims"]) == {"attention_decode_of_bandwidth"}
+
+    monkeypatch.setattr("sys.argv", ["gpu.py", *arguments, "--resume"])
+    gpu.main()
+    whole = json.loads(out.read_text())
+    assert whole["missing"] == [] and not any("error" in row for row in whole["rows"])
+    assert whole["rows"][: len(names)] == killed["rows"]
+    assert [row["name"] for row in whole["rows"]] == names + killed["missing"]
+    assert set(whole["claims"]) == CLAIMS
+    assert (whole["commit"], whole["device"]) == ("abc", "interpreted on this CPU")
+    rows = {row["name"]: row for row in whole["rows"]}
+    decode = rows["BF16 decode, 3 at 20"]
+    assert decode["tokens_per_second"] == pytest.approx(3 / decode["seconds"]["median"])
+    assert decode["of_limit"] == pytest.approx(decode["limit_seconds"] / decode["seconds"]["median"])
+    assert decode["times_transformers"] > 0 and "transformers" in rows["W4A8KV4 decode, 3 at 20"]
+    # Linear layers: q, k, v, o, gate, up, down and the output layer, two bytes a weight; and two norms and the last.
+    linears = 128 * (128 + 32 + 32 + 128 + 3 * 128 + 128)
+    kv = 3 * 20 * 2 * 32 * 2
+    assert decode["bytes"] == 2 * linears + kv
+    assert decode["operations"] == 3 * 2 * linears + 4 * 4 * 32 * 3 * 20
+    printed = capsys.readouterr().out
+    assert all(f"{name} = " in printed for name in CLAIMS) and "MISSING" not in printed
+
+
+def test_the_whole_run_has_every_row_of_the_issue(gpu: Any) -> None:
+    sizes = importlib.import_module("gpu_model").REAL
+    rows = list(gpu._rows(sizes, claims_only=False))
+    for name in ("BF16", "W4A16", "W4A8KV4"):
+        wanted = {f"{name} prefill, {tokens}" for tokens in (512, 4096, 16384)}
+        wanted |= {f"{name} decode, {b} at {c}" for b in (1, 8, 64, 256) for c in (1024, 8192)}
+        assert wanted <= set(rows)
+    quick = list(gpu._rows(sizes, claims_only=True))
+    assert [name for name in rows if name in quick] == quick  # what claims need comes first
+    assert max(map(rows.index, quick)) < rows.index("BF16 decode, 8 at 1024")
+
+
+def test_rows_that_fail_say_why_and_the_others_go_on(gpu: Any, tmp_path: Path) -> None:
+    model = importlib.import_module("gpu_model")
+
+    def no_memory(bench: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    def too_large(bench: Any) -> Any:
+        raise model.DoesNotFit("its keys and values take 64.0 GiB, and 50.0 are free for them")
+
+    rows = {
+        "copy": lambda bench: {"rate": 3e12},
+        "one": no_memory,
+        "two": too_large,
+        "three": lambda bench: {"rate": 1.0},
+    }
+    found = results(gpu, tmp_path / "out.json", list(rows), model.REAL)
+    bench = SimpleNamespace(gpu=SimpleNamespace(device=torch.device("cpu")), budget=1.0, limits={})
+    gpu._measure(bench, rows, found, time.monotonic() + 60)
+    content = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
+    assert content["one"]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert content["two"]["skipped"].startswith("its keys and values take 64.0 GiB")
+    assert content["three"]["rate"] == 1.0 and bench.limits == {"copy": 3e12}
+    assert found.failed() == ["one"] and found.missing() == []
+
+
+def test_no_row_begins_when_the_time_is_over(gpu: Any, tmp_path: Path) -> None:
+    sizes = importlib.import_module("gpu_model").REAL
+    found = results(gpu, tmp_path / "out.json", ["one"], sizes)
+    bench = SimpleNamespace(budget=5.0, limits={})
+    gpu._measure(bench, {"one": lambda bench: {"rate": 1.0}}, found, time.monotonic() + 4)
+    assert found.missing() == ["one"]
+
+
+def test_a_lost_device_ends_the_run_with_what_there_is(gpu: Any, tmp_path: Path) -> None:
+    """In a process of its own, which ends at once: its threads cannot be waited for."""
+    code = f"""
+import sys, time, types
+sys.path.insert(0, {str(FOLDER)!r})
+import gpu, gpu_model, gpu_results, pathlib
+def stuck(bench):
+    raise gpu_model.Stuck("a step gave no result within 120 s")
+results = gpu_results.Results(pathlib.Path(sys.argv[1]), ["one", "two"], {{}}, lambda rows: {{}})
+bench = types.SimpleNamespace(budget=1.0, limits={{}})
+gpu._measure(bench, {{"one": stuck, "two": stuck}}, results, time.monotonic() + 60)
+"""
+    out = tmp_path / "out.json"
+    done = subprocess.run([sys.executable, "-c", code, str(out)], env=os.environ, capture_output=True, text=True)
+    assert done.returncode == 3 and "--resume goes on" in done.stderr
+    content = json.loads(out.read_text())
+    assert [row["name"] for row in content["rows"]] == ["one"] and content["missing"] == ["two"]
+
+
+def test_what_another_device_measured_is_not_gone_on_with(gpu: Any, tmp_path: Path) -> None:
+    sizes = importlib.import_module("gpu_model").REAL
+    found = results(gpu, tmp_path / "out.json", ["one"], sizes)
+    found.add("one", {"rate": 1.0})
+    content = json.loads((tmp_path / "out.json").read_text())
+    (tmp_path / "out.json").write_text(json.dumps({**content, "device": "another GPU"}))
+    with pytest.raises(ValueError, match="rows of device 'another GPU', and this is 'some GPU'"):
+        results(gpu, tmp_path / "out.json", ["one"], sizes).resume()
+
+
+def test_without_transformers_rows_say_so(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    model, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_rows"))
+    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
+    row = rows.decode_row(bench, "BF16", 1, 20)
+    assert row["transformers"].startswith("ModuleNotFoundError") and row["seconds"]["median"] > 0
+    assert row["limit"] == "not measured" and "of_limit" not in row
+
+
+def test_a_peer_that_computes_another_model_is_left_out(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, peer, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_peer", "gpu_rows"))
+    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
+    plain = bench.model("BF16")
+    state = peer._state(plain)
+    wrong = {**state, "model.layers.0.mlp.gate_proj.weight": torch.randn_like(state["lm_head.weight"])}
+    wrong["lm_head.weight"] = state["lm_head.weight"].roll(1, 0)
+    monkeypatch.setattr(peer, "_state", lambda model: wrong)
+    assert "it computes another model" in bench.peer(plain)
+
+
+def test_what_does_not_fit_names_what_would(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_rows"))
+    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
+    plain = bench.model("BF16")
+    slots = 32  # of one sequence at 20 tokens and half the room, in whole blocks
+    monkeypatch.setattr(bench.gpu, "memory", lambda: (3 * slots * plain.token_bytes, 10**9))
+    with pytest.raises(model.DoesNotFit, match="3 sequences would fit"):
+        rows.decode_row(bench, "BF16", 4, 20)
