@@ -197,8 +197,11 @@ def write_json(
     claims: Mapping[str, float],
     rows: Sequence[Mapping[str, Any]],
     notes: Sequence[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the JSON where it was asked for: all of it or, when killed, none. Also for what a long run has so far."""
+    """Write the JSON where it was asked for: all of it or, when killed, none. Also for what a long run has so far.
+
+    more: further keys, or other values for these."""
     if arguments.json is None:
         return
     content = {
@@ -209,6 +212,7 @@ def write_json(
         "machine": machine(),
         "commit": commit(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **(more or {}),
     }
     unfinished = arguments.json.with_suffix(".unfinished")
     unfinished.write_text(json.dumps(_plain(content), indent=1, allow_nan=False) + "\n")

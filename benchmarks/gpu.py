@@ -63,7 +63,7 @@ def main() -> None:
     rows = _rows(sizes, claims_only=arguments.quick)
     if arguments.only is not None:
         rows = {name: row for name, row in rows.items() if name in LIMITS or arguments.only in name}
-    results = Results(arguments.json, list(rows), _about(arguments, gpu.name), lambda found: claims(found, sizes))
+    results = Results(arguments, list(rows), _about(arguments, gpu.name), lambda found: claims(found, sizes))
     if arguments.resume:
         try:
             results.resume()

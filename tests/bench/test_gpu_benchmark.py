@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import os
@@ -46,7 +47,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 def results(gpu: Any, path: Path, planned: list[str], sizes: Any) -> Any:
     module = importlib.import_module("gpu_results")
     about = {"device": "some GPU", "commit": "1" * 40}
-    return module.Results(path, planned, about, lambda rows: gpu.claims(rows, sizes))
+    arguments = argparse.Namespace(json=path, quick=False)
+    return module.Results(arguments, planned, about, lambda rows: gpu.claims(rows, sizes))
 
 
 def test_a_killed_run_leaves_its_rows_and_goes_on(
@@ -137,12 +139,13 @@ def test_no_row_begins_when_the_time_is_over(gpu: Any, tmp_path: Path) -> None:
 def test_a_lost_device_ends_the_run_with_what_there_is(gpu: Any, tmp_path: Path) -> None:
     """In a process of its own, which ends at once: its threads cannot be waited for."""
     code = f"""
-import sys, time, types
+import argparse, pathlib, sys, time, types
 sys.path.insert(0, {str(FOLDER)!r})
-import gpu, gpu_model, gpu_results, pathlib
+import gpu, gpu_model, gpu_results
 def stuck(bench):
     raise gpu_model.Stuck("a step gave no result within 120 s")
-results = gpu_results.Results(pathlib.Path(sys.argv[1]), ["one", "two"], {{}}, lambda rows: {{}})
+arguments = argparse.Namespace(json=pathlib.Path(sys.argv[1]), quick=False)
+results = gpu_results.Results(arguments, ["one", "two"], {{}}, lambda rows: {{}})
 bench = types.SimpleNamespace(budget=1.0, limits={{}})
 gpu._measure(bench, {{"one": stuck, "two": stuck}}, results, time.monotonic() + 60)
 """
@@ -159,7 +162,7 @@ def test_what_another_device_measured_is_not_gone_on_with(gpu: Any, tmp_path: Pa
     found.add("one", {"rate": 1.0})
     content = json.loads((tmp_path / "out.json").read_text())
     (tmp_path / "out.json").write_text(json.dumps({**content, "device": "another GPU"}))
-    with pytest.raises(ValueError, match="rows of device 'another GPU', and this is 'some GPU'"):
+    with pytest.raises(ValueError, match="device = 'another GPU', and now it is 'some GPU'"):
         results(gpu, tmp_path / "out.json", ["one"], sizes).resume()
 
 
