@@ -73,15 +73,19 @@ class Driver:
         self.device = device
         given = {"max_num_seqs": 8, "max_num_batched_tokens": 512} | settings
         self.scheduler = Scheduler(device.capacity(), device.lanes(), SchedulerSettings(**given))
-        self._now = 0.0
+        self._now = 0  # in steps
 
-    def answers(self, prompts: Sequence[tuple[int, ...]], params: SamplingParams) -> list[Answer]:
-        """All at once."""
+    def answers(
+        self, prompts: Sequence[tuple[int, ...]], params: SamplingParams, *, preempt: bool = False
+    ) -> list[Answer]:
+        """All at once. preempt: every third step sends somebody back to the queue."""
         found = [Answer() for _ in prompts]
         for number, prompt in enumerate(prompts):
             self.scheduler.submit(Request(str(number), prompt, params), self._now)
         while self.scheduler.live:
-            self._now += 1.0
+            self._now += 1
+            if preempt and self._now % 3 == 0:
+                self.scheduler.preempt(str(self._now // 3 % len(prompts)))
             for lane in self.scheduler.order():
                 plan = self.scheduler.schedule(lane, self._now)
                 if plan is not None:
@@ -174,14 +178,12 @@ def test_chunk_boundaries_change_nothing(case: Case, device: Device, expected: l
     same(case, driver.answers(PROMPTS, case.greedy), expected)
 
 
-def test_preemption_changes_nothing(case: Case, folder: Path, expected: list[Answer]) -> None:
-    order = [0, 1, 3, 4, 2, 0, 1, 3, 4]
-    longest = max(map(len, PROMPTS)) + LENGTH
-    with opened(case, folder, num_blocks=-(-longest // 16), max_model_len=longest) as device:
-        driver = Driver(device)
-        found = driver.answers([PROMPTS[i] for i in order], case.greedy)
-        same(case, found, [expected[i] for i in order])
-        assert driver.scheduler.running.preemptions > 0
+@pytest.mark.parametrize("caching", [False, True])
+def test_preemption_changes_nothing(case: Case, device: Device, expected: list[Answer], caching: bool) -> None:
+    """Who comes back has prefill compute again what decode computed before, or finds a part of it."""
+    driver = Driver(device, enable_prefix_caching=caching)
+    same(case, driver.answers(PROMPTS, case.greedy, preempt=True), expected)
+    assert driver.scheduler.running.preemptions > 2
 
 
 def test_two_lanes_change_nothing(case: Case, folder: Path, expected: list[Answer]) -> None:
