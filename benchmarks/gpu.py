@@ -26,6 +26,8 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,6 +51,8 @@ def main() -> None:
     if arguments.dry_run:
         os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it when it is imported, below
     started = time.monotonic()
+    if find_spec("triton") is None:
+        raise SystemExit("gpu.py: nothing measured: it needs the package triton, which is not installed")
     from gpu_model import REAL, TINY
 
     from weft.devices.cuda_streams import open_gpu
@@ -62,6 +66,10 @@ def main() -> None:
     sizes = sizes.quick() if arguments.quick else sizes
     rows = _rows(sizes, claims_only=arguments.quick)
     if arguments.only is not None:
+        if not any(arguments.only in name for name in rows):
+            raise SystemExit(
+                f"gpu.py: --only {arguments.only!r}: no row has that in its name; there are {'; '.join(rows)}"
+            )
         rows = {name: row for name, row in rows.items() if name in LIMITS or arguments.only in name}
     results = Results(arguments, list(rows), _about(arguments, gpu.name), lambda found: claims(found, sizes))
     if arguments.resume:
@@ -194,8 +202,6 @@ def claims(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, float]:
 
 def _about(arguments: argparse.Namespace, device: str) -> Row:
     """What the figures are of."""
-    from importlib.metadata import PackageNotFoundError, version
-
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "transformers", "numpy"):
         try:

@@ -183,7 +183,7 @@ def test_preemption_changes_nothing(case: Case, device: Device, expected: list[A
     """Who comes back has prefill compute again what decode computed before, or finds a part of it."""
     driver = Driver(device, enable_prefix_caching=caching)
     same(case, driver.answers(PROMPTS, case.greedy, preempt=True), expected)
-    assert driver.scheduler.running.preemptions > 2
+    assert driver.scheduler.running.preemptions > 1
 
 
 def test_two_lanes_change_nothing(case: Case, folder: Path, expected: list[Answer]) -> None:

@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
+pytest.importorskip("hypothesis", reason="hypothesis is not installed, which the tests of small shapes need")
 
 from tests.kernels.test_triton_attention import (
     Shape,
