@@ -4,6 +4,7 @@ WeftError                    500
 ├── ConfigError              (start-up) a flag, a variable or a file that cannot be honoured
 ├── CheckpointError          (start-up) a model folder that cannot be served
 ├── DeviceError              (start-up or run time) the device cannot do what was asked of it
+│   └── RankLost             500  a tensor-parallel rank has ended, hangs, or does something else than the others
 ├── StepFailed               500  a step died under the request
 ├── InvalidRequest           400  a field with a value that cannot be honoured
 │   ├── ContextTooLong       400  prompt and output do not fit the model's context
@@ -43,6 +44,10 @@ class CheckpointError(WeftError):
 
 class DeviceError(WeftError):
     code = "device_error"
+
+
+class RankLost(DeviceError):
+    code = "rank_lost"
 
 
 class StepFailed(WeftError):
