@@ -13,6 +13,7 @@ void bind_w4ax(nb::module_& module, BackendClass& backend) {
            nb::arg("hadamard"), nb::arg("exact_a4"), nb::arg("general"), unlocked())
       .def_prop_ro("address", &PackedW4Ax::address)
       .def_prop_ro("bytes", &PackedW4Ax::bytes)
+      .def_prop_ro("wire_bytes", [](const PackedW4Ax& self) { return self.weights().wire_bytes(); })
       .def("release", &PackedW4Ax::release);
 
   backend.def(

@@ -42,6 +42,7 @@ struct AttentionCall;
 struct W4AxWeights;  // w4ax.h
 struct W4AxSource;
 struct QuantisedRows;
+struct JoinCall;  // seam_rows.h
 
 struct Kernels {
   // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
@@ -57,6 +58,12 @@ struct Kernels {
   void (*silu_mul_quantise)(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to);
   // Their product y [x.rows, out].
   void (*multiply_w4ax)(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
+  // The rows of a seam. Quantised rows on their way are in one piece each (W4AxWeights::wire_bytes): made of
+  // x [rows, in], and back into rows [first, first + count) of a layer's input.
+  void (*join_rows)(Pool& pool, const JoinCall& call);
+  void (*encode_rows)(Pool& pool, const W4AxWeights& form, const void* x, Type type, int64_t rows, char* wire);
+  void (*decode_rows)(Pool& pool, const W4AxWeights& form, const char* wire, int64_t first, int64_t count,
+                      const QuantisedRows& to);
   // Limits of the machine: reads memory once; multiplies in registers and returns the floating-point operations.
   void (*probe_read)(Pool& pool, const void* memory, int64_t bytes);
   int64_t (*probe_multiply)(Pool& pool, Type type, int64_t steps);

@@ -29,6 +29,7 @@ NB_MODULE(_native, module) {
   bind_embedding(module, backend);
   bind_linear(module, backend);
   bind_w4ax(module, backend);
+  bind_seam(module, backend);
   bind_probe(backend);
   bind_program(module);
   bind_attention(module, backend);

@@ -29,6 +29,11 @@ struct W4AxWeights {
     return integer_bytes(wide) + PANEL * (general ? 5 : 2);
   }
   int64_t blocks() const { return in / BLOCK; }
+  bool four(int64_t block) const { return exact_a4 && block >= outlier_blocks; }  // bits of its activations
+  // A quantised row on its way between ranks: its integers, block after block, and one float32 scale for each block. What
+  // has 4 bits takes half a byte.
+  int64_t wire_integers() const { return in - (exact_a4 ? blocks() - outlier_blocks : 0) * (BLOCK / 2); }
+  int64_t wire_bytes() const { return wire_integers() + blocks() * 4; }
   int64_t panel_count() const { return (out + PANEL - 1) / PANEL; }
   int64_t panel_bytes() const {
     return wide_blocks * block_bytes(true, general) + (blocks() - wide_blocks) * block_bytes(false, general);

@@ -10,6 +10,10 @@ void quantise_w4ax(Pool& pool, const W4AxWeights& form, const void* x, Type type
 void norm_quantise(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to);
 void silu_mul_quantise(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to);
 void multiply_w4ax(Pool& pool, const W4AxWeights& weights, const QuantisedRows& x, void* y, Type type);
+void join_rows(Pool& pool, const JoinCall& call);
+void encode_rows(Pool& pool, const W4AxWeights& form, const void* x, Type type, int64_t rows, char* wire);
+void decode_rows(Pool& pool, const W4AxWeights& form, const char* wire, int64_t first, int64_t count,
+                 const QuantisedRows& to);
 void probe_read(Pool& pool, const void* memory, int64_t bytes);
 int64_t probe_multiply(Pool& pool, Type type, int64_t steps);
 int64_t probe_integers(Pool& pool, int64_t steps);
@@ -29,6 +33,9 @@ const Kernels kernels = {
     .norm_quantise = norm_quantise,
     .silu_mul_quantise = silu_mul_quantise,
     .multiply_w4ax = multiply_w4ax,
+    .join_rows = join_rows,
+    .encode_rows = encode_rows,
+    .decode_rows = decode_rows,
     .probe_read = probe_read,
     .probe_multiply = probe_multiply,
     .probe_integers = probe_integers,

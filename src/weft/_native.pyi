@@ -57,6 +57,9 @@ class PackedW4Ax:
     def address(self) -> int: ...
     @property
     def bytes(self) -> int: ...
+    @property
+    def wire_bytes(self) -> int:
+        """Of one quantised row on its way between ranks (csrc/w4ax.h)."""
     def release(self) -> None: ...
 
 class PackedEmbedding:
@@ -179,6 +182,40 @@ class Program:
     def seconds(self) -> list[float]:
         """Of each call, over all timed runs."""
 
+class SeamGroup:
+    """One rank of the processes that share the memory `path` (csrc/seam.h). One thread at a time.
+
+    ValueError: numbers that cannot be. RuntimeError: what the system or another rank refuses; a rank that did not come
+    within `timeout` seconds, has ended, or has another plan. Nothing works after that.
+    """
+
+    def __init__(self, path: str, rank: int, ranks: int, slot_bytes: int, timeout: float, spin: float) -> None: ...
+    def start(
+        self,
+        backend: Backend,
+        plan: int,
+        type: int,
+        part_type: int,
+        partial: int,
+        replicated: bool,
+        bounds: list[int],
+        residual: int,
+        fresh: bool,
+        weight: int,
+        eps: float,
+        size: int,
+        out: int,
+        packed: PackedW4Ax | None,
+    ) -> None:
+        """plan: a fingerprint, the same on all ranks. What the addresses point to is used until `finish` has returned.
+        out: hidden rows, or with `packed` quantised ones as `Backend.multiply_w4ax` takes them."""
+
+    def finish(self, backend: Backend) -> None: ...
+    def gather(self, backend: Backend, plan: int, rows: int, from_: int, bytes: int, out: int) -> None:
+        """out: [ranks][bytes]."""
+
+    def leave(self) -> None: ...
+
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].
 
@@ -199,6 +236,30 @@ class Backend:
         of the values int32, both [in / 128, rows]."""
 
     def multiply_w4ax(self, packed: PackedW4Ax, quantised: int, rows: int, y: int, type: int) -> None: ...
+    def join_rows(
+        self,
+        type: int,
+        part_type: int,
+        parts: list[int],
+        residual: int,
+        fresh: bool,
+        weight: int,
+        eps: float,
+        rows: int,
+        size: int,
+        out: int,
+        wire: int,
+        packed: PackedW4Ax | None,
+    ) -> None:
+        """residual += the sum of the parts in their order (with `fresh`: it is the sum); out = RMSNorm(residual). wire:
+        0, or where the rows are put as they travel: a copy of out, or with `packed` quantised for that."""
+
+    def encode_rows(self, packed: PackedW4Ax, x: int, rows: int, type: int, wire: int) -> None:
+        """wire: rows * packed.wire_bytes."""
+
+    def decode_rows(self, packed: PackedW4Ax, wire: int, rows: int, quantised: int) -> None:
+        """Back into what `quantise_w4ax` gives."""
+
     def probe_read(self, memory: Memory) -> None:
         """Reads all of it once."""
     def probe_multiply(self, type: int, steps: int) -> int:

@@ -17,7 +17,7 @@ from weft.errors import DeviceError
 from weft.kernels import quantised
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.kv import bits_of
-from weft.kernels.quantised import W4AxLinear
+from weft.kernels.quantised import PreparedRows, W4AxLinear
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3  # how an embedding may be stored, beside the types
@@ -138,7 +138,13 @@ class CpuKernels:
             exact_a4=self.exact_a4 if exact_a4 is None else exact_a4,
         )
 
-    def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    def linear(self, x: torch.Tensor | PreparedRows, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """x may be prepared already (kernels/wire.py), for this very weight."""
+        if isinstance(x, PreparedRows):
+            if x.packed is not packed:
+                raise ValueError("the rows were prepared for another weight")
+            y = torch.empty((x.rows, packed.outputs), dtype=dtype or x.dtype)
+            return quantised.multiply_into(self.native, x, y)
         return self.linear_into(x, packed, x.new_empty((x.shape[0], packed.outputs), dtype=dtype))
 
     def linear_into(self, x: torch.Tensor, packed: Linear | W4AxLinear, y: torch.Tensor) -> torch.Tensor:

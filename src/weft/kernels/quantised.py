@@ -31,6 +31,17 @@ class W4AxLinear:
         return self.native.bytes
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedRows:
+    """Rows [T, in], prepared and quantised for one packed linear, as `quantise_rows` leaves them: for
+    `CpuKernels.linear` in place of the rows themselves. dtype: theirs."""
+
+    data: torch.Tensor
+    rows: int
+    packed: W4AxLinear
+    dtype: torch.dtype
+
+
 def pack_w4ax(
     backend: _native.Backend,
     values: torch.Tensor,
@@ -72,13 +83,17 @@ def pack_w4ax(
 
 def linear_into(backend: _native.Backend, x: torch.Tensor, packed: W4AxLinear, y: torch.Tensor) -> torch.Tensor:
     """x [T, in] float32 or bfloat16 -> y [T, out] of x's type or float32, which is returned."""
-    quantised = quantise_rows(backend, x, packed)
-    rows = x.shape[0]
+    return multiply_into(backend, PreparedRows(quantise_rows(backend, x, packed), x.shape[0], packed, x.dtype), y)
+
+
+def multiply_into(backend: _native.Backend, x: PreparedRows, y: torch.Tensor) -> torch.Tensor:
+    """The same of rows that are quantised already."""
+    packed, rows = x.packed, x.rows
     if y.dtype not in (x.dtype, torch.float32):
         raise TypeError(f"x is {x.dtype} and y {y.dtype}; y must be that or float32")
     if y.shape != (rows, packed.outputs) or not y.is_contiguous():
         raise ValueError(f"y is {list(y.shape)} {y.stride()}; it must be contiguous {[rows, packed.outputs]}")
-    backend.multiply_w4ax(packed.native, quantised.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
+    backend.multiply_w4ax(packed.native, x.data.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
     return y
 
 

@@ -14,6 +14,7 @@ weave/distributed.py (torch.distributed). weave/background.py gives any of them 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Any, Protocol
 
 import torch
@@ -128,3 +129,24 @@ def check(join: Join, rank: int, ranks: int, owned: tuple[int, int]) -> None:
             f"residual is {list(residual.shape)} {residual.stride()}; rank {rank} keeps rows {owned[0]} to {owned[1]}: "
             f"contiguous {[own, size]}"
         )
+
+
+def plan_of(join: Join) -> tuple[Any, ...]:
+    """What must be the same on all ranks."""
+    partial, quantise = join.partial, join.quantise
+    return (
+        "join",
+        tuple(partial.shape),
+        str(partial.dtype),
+        str(join.weight.dtype),
+        join.bounds,
+        join.replicated,
+        join.residual is None,
+        join.eps,
+        None if quantise is None else quantise.row_bytes,
+    )
+
+
+def fingerprint(plan: tuple[Any, ...]) -> int:
+    """63 bits of a plan: what ranks compare before they exchange anything."""
+    return int.from_bytes(blake2b(repr(plan).encode(), digest_size=8).digest(), "little") >> 1

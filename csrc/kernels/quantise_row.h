@@ -1,0 +1,166 @@
+// One row in integers: permuted, transformed, and rounded block by block.
+//
+// Every operation and its order is that of comet/reference.py and comet/hadamard.py, so the bits are the same. Note that
+// torch computes 127 / a as (1 / a) * 127, with two roundings.
+#pragma once
+
+#include "integer.h"
+
+namespace weft::WEFT_LEVEL {
+
+constexpr int VECTORS = BLOCK / lanes;
+constexpr int64_t PIECE = 8;  // blocks of a row that are one item of work
+constexpr float TINY = 0x1p-100f;
+constexpr float WHOLE = 0x1.8p23f;  // a float this large has no fraction: adding it rounds, halves to even
+
+typedef f32v Block[VECTORS];
+
+// Channels of a row by their numbers, put together one by one: AMD's gather instruction takes 1.7 times as long. They are
+// picked for several blocks before the first is read: a load waits until the stores that it overlaps are in the cache.
+template <class Element>
+WEFT_INLINE void pick(const Element* row, const uint16_t* numbers, int64_t count, Element* to) {
+  typedef Element Part __attribute__((vector_size(16)));
+  constexpr int EACH = 16 / sizeof(Element);
+  for (int64_t i = 0; i < count; i += EACH) {
+    Part part;
+    WEFT_UNROLL for (int j = 0; j < EACH; j++) part[j] = row[numbers[i + j]];
+    store(to + i, part);
+  }
+}
+
+// A row that is to be read out of order: no CPU sees that coming.
+template <class Element>
+WEFT_INLINE void prefetch(const Element* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof *row) __builtin_prefetch(row + i);
+}
+
+// Sums and differences of elements that are STRIDE apart.
+template <int STRIDE>
+WEFT_INLINE void butterfly(Block& x) {
+  if constexpr (STRIDE < lanes) {
+    u32v minus;
+    WEFT_UNROLL for (int i = 0; i < lanes; i++) minus[i] = i & STRIDE ? 1u << 31 : 0;
+    for (int v = 0; v < VECTORS; v++) {
+      f32v other;
+      WEFT_UNROLL for (int i = 0; i < lanes; i++) other[i] = x[v][i ^ STRIDE];
+      x[v] = other + (f32v)((u32v)x[v] ^ minus);
+    }
+  } else {
+    constexpr int APART = STRIDE / lanes;
+    for (int v = 0; v < VECTORS; v++) {
+      if (v & APART) continue;
+      const f32v first = x[v], second = x[v + APART];
+      x[v] = first + second;
+      x[v + APART] = first - second;
+    }
+  }
+}
+
+WEFT_INLINE void hadamard(Block& x) {
+  butterfly<1>(x);
+  butterfly<2>(x);
+  butterfly<4>(x);
+  butterfly<8>(x);
+  butterfly<16>(x);
+  butterfly<32>(x);
+  butterfly<64>(x);
+}
+
+// All lanes of x in one: by halves.
+template <class F>
+WEFT_INLINE int32_t fold(i32v x, F join) {
+  if constexpr (lanes > 8) x = join(x, (i32v)turned<8>((f32v)x));
+  if constexpr (lanes > 4) x = join(x, (i32v)turned<4>((f32v)x));
+  x = join(x, (i32v)turned<2>((f32v)x));
+  return join(x, (i32v)turned<1>((f32v)x))[0];
+}
+WEFT_INLINE i32v larger(i32v a, i32v b) { return a > b ? a : b; }
+
+// The largest magnitude. Of a block with an infinity or a NaN, it is that.
+WEFT_INLINE float largest(const Block& x) {
+  i32v most = {};  // bits of floats without a sign are in the order of the floats
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) most = larger(most, (i32v)x[v] & 0x7fffffff);
+  const int32_t all = fold(most, [](i32v a, i32v b) { return larger(a, b); });
+  float f;
+  memcpy(&f, &all, sizeof f);
+  return f;
+}
+
+WEFT_INLINE float lowest(const Block& x) {
+  f32v least = x[0];
+  for (int v = 1; v < VECTORS; v++) least = min(least, x[v]);
+  return -greatest(-least);
+}
+WEFT_INLINE float highest(const Block& x) {
+  f32v most = x[0];
+  for (int v = 1; v < VECTORS; v++) most = max(most, x[v]);
+  return greatest(most);
+}
+
+// What belongs to one block of one row.
+struct Result {
+  int8_t* values;
+  float* scale;
+  int32_t* total;
+};
+
+// CLIP: to -8..7. Otherwise x * inverse is known to be within -127.00001 and 127.00001.
+template <bool CLIP>
+WEFT_INLINE void round_block(const Block& x, float inverse, const Result& to) {
+  i32v total = {};
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+    i32v value = (i32v)(x[v] * splat(inverse) + splat(WHOLE)) - (i32v)splat(WHOLE);
+    if (CLIP) {
+      value = value < -8 ? splat(-8) : value;
+      value = value > 7 ? splat(7) : value;
+    }
+    store(to.values + v * lanes, __builtin_convertvector(value, i8v));
+    total += value;
+  }
+  *to.total = fold(total, [](i32v a, i32v b) { return a + b; });
+}
+
+WEFT_INLINE void quantise_block(const Block& x, bool four, const Result& to) {
+  const float most = largest(x);
+  const bool finite = most < __builtin_inff();
+  if (!finite || most < TINY) {
+    memset(to.values, 0, BLOCK);
+    *to.total = 0;
+    *to.scale = finite ? 0.0f : __builtin_nanf("");
+  } else if (four) {
+    const float low = lowest(x), high = highest(x), extreme = -low >= high ? low : high;
+    *to.scale = extreme / -8.0f;
+    round_block<true>(x, 1.0f / extreme * -8.0f, to);
+  } else {
+    *to.scale = most / 127.0f;
+    round_block<false>(x, 1.0f / most * 127.0f, to);
+  }
+}
+
+// Blocks [first, end) of a row; x: the first of them. place(b): where block b goes.
+template <class Element, class F>
+WEFT_INLINE void quantise_blocks(const W4AxWeights& form, const Element* x, int64_t first, int64_t end, F place) {
+  for (int64_t b = first; b < end; b++, x += BLOCK) {
+    Block block;
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) block[v] = load_as_float(x + v * lanes);
+    if (form.hadamard && b >= form.outlier_blocks) hadamard(block);
+    quantise_block(block, form.four(b), place(b));
+  }
+}
+
+// At most PIECE blocks from `first` on of a row, x.
+template <class Element, class F>
+WEFT_INLINE void quantise_piece(const W4AxWeights& form, const Element* x, int64_t first, F place) {
+  const int64_t end = first + PIECE < form.blocks() ? first + PIECE : form.blocks();
+  if (form.permutation == nullptr) return quantise_blocks(form, x + first * BLOCK, first, end, place);
+  alignas(64) Element picked[PIECE * BLOCK];
+  pick(x, form.permutation + first * BLOCK, (end - first) * BLOCK, picked);
+  quantise_blocks(form, picked, first, end, place);
+}
+
+// Rough nanoseconds of one thread, for for_rows().
+WEFT_INLINE double quantise_cost(const W4AxWeights& form) {
+  return double(form.blocks()) * (20 + (form.permutation == nullptr ? 0 : 40) + (form.hadamard ? 20 : 0));
+}
+
+}  // namespace weft::WEFT_LEVEL

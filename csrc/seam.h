@@ -1,0 +1,79 @@
+// A seam between the ranks of one host: reduce-scatter by tokens, residual, norm, quantisation and all-gather, through
+// shared memory, chunk by chunk of rows. tokenweave.md §4, with rows owned as weave/collective.py says.
+//
+// For each chunk a rank
+//   gives   to every other rank the partial sums of rows that this one owns;
+//   joins   its own rows: sums the ranks' parts in their order, adds the residual, normalises, [quantises];
+//   takes   the joined rows of all ranks.
+// Slots (segment.h) alternate, and chunk n + 1 is given before chunk n is joined. So nothing is overwritten that another
+// rank may still read: chunk n + 2 is given after chunk n was taken, which is after all have joined it; and it is joined
+// once all have given it, which is after they have taken chunk n. And a chunk is small enough to stay in the caches: of
+// what crosses, nothing goes to memory.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "backend.h"
+#include "seam_rows.h"
+#include "segment.h"
+
+namespace weft {
+
+struct SeamCall {
+  Segment::Plan plan;
+  Type type, part_type;
+  const char* partial;          // [rows, size]
+  bool replicated;              // all ranks have the same: nothing is given
+  std::vector<int64_t> bounds;  // rank r owns rows [bounds[r], bounds[r + 1])
+  char* residual;               // [own, size]
+  bool fresh;                   // it is the sum itself
+  const void* weight;
+  float eps;
+  int64_t size;
+  char* hidden;             // [rows, size], where form is null
+  void* quantised;          // QuantisedRows of all rows, otherwise
+  const W4AxWeights* form;
+};
+
+class SeamGroup {
+ public:
+  template <class... Arguments>
+  explicit SeamGroup(Arguments&&... arguments) : segment_(std::forward<Arguments>(arguments)...) {}
+
+  Segment& segment() { return segment_; }
+
+  // Gives the first chunk. Throws std::invalid_argument, before anything is given, for rows that no slot can hold.
+  void start(Backend& backend, SeamCall call);
+  // The rest of the call that was started.
+  void finish(Backend& backend);
+  // bytes of this rank -> out, [ranks][bytes] of all.
+  void gather(Backend& backend, const Segment::Plan& plan, const char* from, int64_t bytes, char* out);
+
+ private:
+  struct Rows {
+    int64_t first, count;
+  };
+
+  int64_t owned(int rank) const { return call_->bounds[size_t(rank) + 1] - call_->bounds[size_t(rank)]; }
+  int64_t part_bytes() const;
+  int64_t wire_bytes() const;
+  Rows rows(int rank, int64_t chunk) const;
+  char* given(int from, int to, uint32_t chunk) const;
+  void cut(const SeamCall& call);
+  void give(Backend& backend, int64_t chunk);
+  void join(Backend& backend, int64_t chunk);
+  void take(Backend& backend, int64_t chunk);
+  template <class Give, class Join, class Take>
+  void run(const Segment::Plan& plan, int64_t chunks, Give give, Join join, Take take);
+
+  Segment segment_;
+  std::optional<SeamCall> call_;  // in flight
+  int64_t chunks_ = 0;            // of the call
+  int64_t chunk_rows_ = 0;        // of a rank in one chunk, at most
+  uint32_t done_ = 0;             // chunks before the call
+  std::vector<char> scratch_;     // a chunk of hidden rows that travel quantised
+  std::vector<const void*> parts_;
+};
+
+}  // namespace weft
