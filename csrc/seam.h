@@ -17,6 +17,7 @@
 #include "backend.h"
 #include "seam_rows.h"
 #include "segment.h"
+#include "w4ax.h"
 
 namespace weft {
 
@@ -38,8 +39,9 @@ struct SeamCall {
 
 class SeamGroup {
  public:
-  template <class... Arguments>
-  explicit SeamGroup(Arguments&&... arguments) : segment_(std::forward<Arguments>(arguments)...) {}
+  // As Segment.
+  SeamGroup(const std::string& path, int rank, int ranks, int64_t slot_bytes, double timeout, double spin)
+      : segment_(path, rank, ranks, slot_bytes, timeout, spin) {}
 
   Segment& segment() { return segment_; }
 
