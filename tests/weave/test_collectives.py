@@ -3,6 +3,9 @@ what becomes of the others when a rank dies, hangs or does something else."""
 
 from __future__ import annotations
 
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,8 +14,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from weft.errors import RankLost
 from weft.kernels import available
 from weft.kernels.quantised import quantise_rows, unpack_rows
+from weft.weave import rows
+from weft.weave.background import Background
+from weft.weave.collective import Join
+from weft.weave.local import Alone, Threads
 
 BACKENDS = ("shm", "gloo")
 many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -122,3 +130,170 @@ def test_gather_gives_every_tensor_to_all(group: Any, rank_processes: Any) -> No
         for process in group:
             found = process.receive()
             assert len(found) == len(expected) and all(map(torch.equal, found, expected))
+
+
+SMALL = {"seed": 1, "size": 64, "bounds": [0, 3, 5, 9], "dtype": "bfloat16"}
+
+
+@pytest.fixture(params=BACKENDS)
+def three(request: pytest.FixtureRequest, rank_processes: Any) -> Any:
+    """Three ranks that wait a second for one another, after a seam that went well."""
+    processes = rank_processes.fork(3)
+    rank_processes.open(processes, request.param, timeout=1.0)
+    for process in processes:
+        process.send("join", cases=[SMALL])
+    assert len({tuple(process.receive()[0].float().flatten().tolist()) for process in processes}) == 1
+    return processes
+
+
+def failure(process: Any) -> str:
+    with pytest.raises(Exception) as raised:
+        process.receive()
+    return str(raised.value)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_is_named(three: Any, number: int) -> None:
+    """The others get an error within the time-out, and again when they try once more. Nothing waits for ever."""
+    three[1].signal(number)
+    for process in (three[0], three[2]):
+        process.send("join", cases=[SMALL])
+    for process in (three[0], three[2]):
+        message = failure(process)
+        assert message.startswith("RankLost: seam 2: ") and "rank 1" in message, message
+        assert process.seconds < 4
+        process.send("join", cases=[SMALL])
+        assert "RankLost: seam 2" in failure(process) and process.seconds < 0.5
+
+
+def test_a_dead_rank_is_noticed_before_the_time_out(rank_processes: Any) -> None:
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, "shm", timeout=30.0)
+    processes[0].send("join", cases=[{**SMALL, "bounds": [0, 3, 9]}])
+    processes[1].signal(signal.SIGKILL)
+    assert f"rank 1 (process {processes[1].pid}) has ended" in failure(processes[0])
+    assert processes[0].seconds < 5
+
+
+def test_a_rank_that_leaves_is_named(three: Any) -> None:
+    three[2].send("close")
+    three[2].receive()
+    for process in three[:2]:
+        process.send("join", cases=[SMALL])
+    assert all("rank 2" in failure(process) for process in three[:2])
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"bounds": [0, 3, 5, 8]}, {"bounds": [0, 2, 5, 9]}, {"size": 32}, {"replicated": True}, {"part_dtype": "float32"}],
+)
+def test_other_plans_are_an_error_everywhere(three: Any, other: dict[str, Any]) -> None:
+    for rank, process in enumerate(three):
+        process.send("join", cases=[SMALL | other if rank == 1 else SMALL])
+    messages = [failure(process) for process in three]
+    assert all("another plan" in message for message in messages), messages
+    assert "rank 1" in messages[0] and "rank 1" in messages[2]
+
+
+def test_a_gather_is_no_seam(three: Any) -> None:
+    three[0].send("gather", seed=1, shape=[3, 64])
+    for process in three[1:]:
+        process.send("join", cases=[SMALL])
+    assert all("another plan" in failure(process) for process in three)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_communication_thread_changes_nothing(backend: str, rank_processes: Any, kernels: Any) -> None:
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, backend, background=True)
+    cases = [{"seed": seed, "size": 384, "bounds": [0, 2 * seed, 3 * seed], "dtype": "bfloat16"} for seed in range(8)]
+    run(processes, cases, rank_processes.script, kernels)
+
+
+def test_plain_torch_gives_the_same_bits(rank_processes: Any, kernels: Any) -> None:
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, "gloo", fused=False)
+    cases = [
+        {"seed": 1, "size": 384, "bounds": [0, 4, 9], "dtype": "bfloat16", "format": [1, True, True, True]},
+        {"seed": 2, "size": 70, "bounds": [0, 9, 9], "dtype": "float32", "fresh": True},
+    ]
+    run(processes, cases, rank_processes.script, kernels)
+
+
+def test_the_plain_baseline_is_close(rank_processes: Any, kernels: Any) -> None:
+    """All ranks keep the whole residual, and sums are rounded once more."""
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, "all_reduce")
+    case = {"seed": 1, "size": 384, "bounds": [0, 4, 9], "dtype": "float32"}
+    hidden, residual = truth(case, rank_processes.script, kernels)
+    for process in processes:
+        process.send("join", cases=[case])
+    for process in processes:
+        torch.testing.assert_close(process.receive(), [*hidden, residual])
+
+
+@pytest.mark.parametrize("late", [(), (0,), (1, 2)])
+def test_threads_are_ranks(late: tuple[int, ...], rank_processes: Any, kernels: Any) -> None:
+    made = rank_processes.script
+
+    def pause(rank: int, seam: int, stage: str) -> None:
+        time.sleep(0.002 * (rank in late and seam % 3 == 0))
+
+    ranks = Threads(3, rows.plain(kernels.rms_norm), pause=pause).collectives()
+    cases = [{"seed": s, "size": 256, "bounds": [0, s, s + 3, s + 4], "dtype": "bfloat16"} for s in range(6)]
+    answers: list[list[torch.Tensor]] = [[] for _ in ranks]
+
+    def drive(collective: Any) -> None:
+        for case in cases:
+            join = made["make_join"](case, collective.rank, collective.owned(tuple(case["bounds"])), kernels)
+            joined = collective.finish(collective.start(join))
+            answers[collective.rank] += [joined.hidden, joined.residual]
+        answers[collective.rank].append(torch.cat(collective.gather(torch.tensor([collective.rank]))))
+
+    threads = [threading.Thread(target=drive, args=(collective,)) for collective in ranks]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    check(cases, answers, made, kernels)
+    assert all(answer[0].tolist() == [0, 1, 2] for answer in answers)
+
+
+def test_a_thread_that_does_not_come_is_named(kernels: Any, rank_processes: Any) -> None:
+    first, second = Threads(2, rows.plain(kernels.rms_norm), timeout=0.1).collectives()
+    join = rank_processes.script["make_join"]({**SMALL, "bounds": [0, 4, 9]}, 0, (0, 4), kernels)
+    with pytest.raises(RankLost, match="rank 1 did not come"):
+        first.finish(first.start(join))
+    second.close()
+    with pytest.raises(RankLost, match="rank 1 has left"):
+        first.gather(torch.zeros(1))
+
+
+def test_one_rank_is_add_rms_norm(rank_processes: Any, kernels: Any) -> None:
+    case = {**SMALL, "bounds": [0, 9]}
+    join = rank_processes.script["make_join"](case, 0, (0, 9), kernels)
+    hidden, residual = kernels.add_rms_norm(join.partial, join.residual.clone(), join.weight, join.eps)
+    alone = Background(Alone(rows.plain(kernels.rms_norm)))
+    joined = alone.finish(alone.start(join))
+    alone.close()
+    assert same(joined.hidden, hidden) and same(joined.residual, residual)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"bounds": [0, 5, 4, 9]}, "ascending from 0 to 9"),
+        ({"bounds": [0, 4, 9]}, "3 ranks need 4 numbers"),
+        ({"bounds": [0, 4, 5, 8]}, "ascending from 0 to 9"),
+    ],
+)
+def test_bad_bounds_are_refused_before_anything_is_sent(change: Any, error: str, kernels: Any) -> None:
+    join = Join(torch.zeros(9, 8), None, torch.ones(8), 1e-5, tuple(change["bounds"]))
+    with pytest.raises(ValueError, match=error):
+        Threads(3, rows.plain(kernels.rms_norm)).collectives()[0].start(join)
+
+
+def test_a_residual_of_other_rows_is_refused(kernels: Any) -> None:
+    join = Join(torch.zeros(9, 8), torch.zeros(9, 8), torch.ones(8), 1e-5, (0, 4, 9))
+    with pytest.raises(ValueError, match="rank 1 keeps rows 4 to 9"):
+        Threads(2, rows.plain(kernels.rms_norm)).collectives()[1].start(join)

@@ -153,8 +153,8 @@ class _Pending:
 
 
 class DistributedCollective:
-    """One rank, in the fused order: reduce-scatter, the owner's work, all-gather. A rank of W sends 2 (W - 1) / W of the
-    bytes of all rows, as in an all-reduce."""
+    """One rank, in the fused order: reduce-scatter, the owner's work, all-gather. A rank of W sends 2 (W - 1) / W of
+    the bytes of all rows, as in an all-reduce."""
 
     def __init__(
         self, group: Any, rank: int, ranks: int, join_rows: JoinRows, *, timeout: float, capacity: int
