@@ -90,10 +90,16 @@ class _Messages:
         return asked, [self.send(own, other, _PLAN) for other in self.others]
 
     def compare(self, asked: list[_Message], sent: list[_Message]) -> None:
-        for message in asked:
-            theirs, own = self.wait(message).tolist(), sent[0].tensor.tolist()
-            if theirs != own:
+        """Another plan is said rather than that a rank has left, for it may have left because of a plan."""
+        failures = [self._failure(message) for message in asked]
+        own = sent[0].tensor.tolist() if sent else []
+        for message, failure in zip(asked, failures, strict=True):
+            theirs = message.tensor.tolist()
+            if failure is None and theirs != own:
                 self.fail(f"rank {message.rank} came with another plan: its rows are {theirs[1]}, those here {own[1]}")
+        for failure in failures:
+            if failure is not None:
+                self.fail(*failure)
 
     def send(self, tensor: torch.Tensor, rank: int, tag: int) -> _Message:
         return self._post("send", tensor, rank, tag)
@@ -102,13 +108,9 @@ class _Messages:
         return self._post("recv", into, rank, tag)
 
     def wait(self, message: _Message) -> torch.Tensor:
-        try:
-            message.work.wait(timedelta(seconds=self._timeout))
-        except RuntimeError as error:
-            late = "Timed out" in str(error)
-            why = f"did not come within {self._timeout:g} s" if late else "has ended or left"
-            who = "another rank" if message.rank is None else f"rank {message.rank}"
-            self.fail(f"{who} {why}", error)
+        failure = self._failure(message)
+        if failure is not None:
+            self.fail(*failure)
         return message.tensor
 
     def all_reduce(self, tensor: torch.Tensor) -> _Message:
@@ -134,6 +136,16 @@ class _Messages:
     def close(self) -> None:
         self._group = None  # closes the connections, which the others notice
         self._failed = self._failed or f"rank {self._rank} has left its group"
+
+    def _failure(self, message: _Message) -> tuple[str, Exception] | None:
+        """None once the message has come; otherwise what is wrong, and why."""
+        try:
+            message.work.wait(timedelta(seconds=self._timeout))
+        except RuntimeError as error:
+            who = "another rank" if message.rank is None else f"rank {message.rank}"
+            late = "Timed out" in str(error)
+            return f"{who} {f'did not come within {self._timeout:g} s' if late else 'has ended or left'}", error
+        return None
 
     def _post(self, kind: str, tensor: torch.Tensor, rank: int, tag: int) -> _Message:
         try:
