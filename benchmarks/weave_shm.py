@@ -36,6 +36,7 @@ from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows
 from weft.weave.collective import Collective, Join
 from weft.weave.distributed import DistributedCollective, connect
+from weft.weave.messages import Messages
 from weft.weave.shm import SLOT_BYTES, ShmCollective, new_name
 
 GRID = tuple((tokens, hidden) for hidden in (2048, 8192) for tokens in (64, 128, 256, 512, 1024, 2048, 4096))
@@ -56,15 +57,16 @@ def main() -> None:
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        answers = context.Queue()
-        common_arguments = (new_name(), folder, level, grid, rounds, arguments.slot_kib * 1024, answers)
+        answer, theirs = context.Pipe(duplex=False)
+        common_arguments = (new_name(), folder, level, grid, rounds, arguments.slot_kib * 1024, theirs)
         ranks = [
             context.Process(target=_rank, args=(rank, cores[rank % len(cores)], *common_arguments))
             for rank in range(RANKS)
         ]
         for rank in ranks:
             rank.start()
-        bandwidth, times = answers.get(timeout=1200)
+        theirs.close()
+        bandwidth, times = answer.recv()  # EOFError where both have ended without one
         for rank in ranks:
             rank.join()
     rows = [_row(tokens, hidden, bandwidth, times[tokens, hidden]) for tokens, hidden in grid]
@@ -94,16 +96,16 @@ def _rank(
     grid: tuple[tuple[int, int], ...],
     rounds: int,
     slot_bytes: int,
-    answers: Any,
+    answer: Any,
 ) -> None:
     """One rank's process. Rank 0 answers with the bandwidth and the seconds of a seam, by case and contestant."""
     os.sched_setaffinity(0, {core})  # and the threads of gloo
     torch.set_num_threads(1)
     kernels = CpuKernels(level, (core,))
     shared = ShmCollective(name, rank, RANKS, kernels, timeout=TIMEOUT, slot_bytes=slot_bytes)
-    group = connect(dist.FileStore(str(Path(folder) / "store"), RANKS), rank, RANKS, timeout=TIMEOUT)
+    messages = connect(dist.FileStore(str(Path(folder) / "store"), RANKS), rank, RANKS, timeout=TIMEOUT)
     capacity = max(tokens * hidden for tokens, hidden in grid) * 2
-    fused = DistributedCollective(group, rank, RANKS, FusedRows(kernels), timeout=TIMEOUT, capacity=capacity)
+    fused = DistributedCollective(messages, FusedRows(kernels), capacity=capacity)
 
     def meet() -> None:
         shared.gather(torch.zeros(1))
@@ -113,11 +115,11 @@ def _rank(
     for tokens, hidden in grid:
         if rank == 0:
             common.say(f"{tokens} tokens, hidden {hidden}")
-        _compare(tokens, hidden, rank, kernels, shared, fused, group)
-        seams = _seams(tokens, hidden, rank, kernels, shared, fused, group)
+        _compare(tokens, hidden, rank, kernels, shared, fused, messages)
+        seams = _seams(tokens, hidden, rank, kernels, shared, fused, messages)
         times[tokens, hidden] = _times(seams, rounds, shared)
     if rank == 0:
-        answers.put((bandwidth * RANKS, times))
+        answer.send((bandwidth * RANKS, times))
     meet()
     shared.close()
 
@@ -145,7 +147,7 @@ def _seams(
     kernels: CpuKernels,
     shared: Collective,
     fused: Collective,
-    group: Any,
+    messages: Messages,
 ) -> dict[str, Callable[[], Any]]:
     """One seam of each contestant. Zeros, so that sums in place stay what they are."""
     bounds, weight = _bounds(tokens), torch.ones(hidden, dtype=torch.bfloat16)
@@ -155,7 +157,7 @@ def _seams(
     join = Join(partial, own, weight, EPS, bounds)
 
     def all_reduce() -> Any:
-        group.allreduce([partial]).wait()
+        messages.wait(messages.all_reduce(partial))
         return kernels.add_rms_norm(partial, all_rows, weight, EPS)
 
     return dict(
@@ -168,7 +170,7 @@ def _seams(
 
 
 def _compare(
-    tokens: int, hidden: int, rank: int, kernels: CpuKernels, shared: Collective, fused: Collective, group: Any
+    tokens: int, hidden: int, rank: int, kernels: CpuKernels, shared: Collective, fused: Collective, messages: Messages
 ) -> None:
     """Raises ArithmeticError where the contestants do not compute the same."""
     generator = torch.Generator().manual_seed(7)
@@ -181,7 +183,7 @@ def _compare(
         join = Join(parts[rank], residual[own].clone(), weight, EPS, bounds)
         found.append(collective.finish(collective.start(join)).hidden)
     total = parts[rank].clone()
-    group.allreduce([total]).wait()
+    messages.wait(messages.all_reduce(total))
     plain, _ = kernels.add_rms_norm(total, residual.clone(), weight, EPS)
     if not torch.equal(*found) or not torch.allclose(found[0].float(), plain.float(), atol=0.1, rtol=0.05):
         raise ArithmeticError(f"the contestants do not agree for {tokens} tokens, hidden {hidden}")
@@ -197,7 +199,7 @@ def _times(seams: dict[str, Callable[[], Any]], rounds: int, shared: Collective)
         for _ in range(3):
             seam()
         wanted = BLOCK_SECONDS / ((time.perf_counter() - start) / 3)
-        counts[name] = max(1, int(shared.gather(torch.tensor(wanted))[0]))
+        counts[name] = max(1, int(shared.gather(torch.tensor([wanted]))[0]))
     for _ in range(rounds):
         for name, seam in seams.items():
             shared.gather(torch.zeros(1))

@@ -100,12 +100,11 @@ class Rank:
             self.collective = ShmCollective(name, rank, ranks, self.kernels, timeout=timeout, **options)
         else:
             join_rows = FusedRows(self.kernels) if options.pop("fused", True) else rows.plain(self.kernels.rms_norm)
-            group = connect(dist.FileStore(name, ranks), rank, ranks, timeout=timeout)
-            if backend == "gloo":
-                options["capacity"] = 1 << 20
-                self.collective = DistributedCollective(group, rank, ranks, join_rows, timeout=timeout, **options)
+            messages = connect(dist.FileStore(name, ranks), rank, ranks, timeout=timeout)
+            if backend == "all_reduce":
+                self.collective = AllReduceCollective(messages, join_rows)
             else:
-                self.collective = AllReduceCollective(group, rank, ranks, join_rows, timeout=timeout)
+                self.collective = DistributedCollective(messages, join_rows, capacity=1 << 20, **options)
         if background:
             self.collective = Background(self.collective)
         return [torch.tensor(os.getpid())]

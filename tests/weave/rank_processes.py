@@ -5,21 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import runpy
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import pytest
-
-from weft.kernels import REFERENCE, available
-
-SCRIPT = Path(__file__).parent / "ranks.py"
 
 
 class Failed(Exception):
@@ -61,8 +51,8 @@ class RankProcess:
 class RankProcesses:
     """Makes rank processes, and groups of them."""
 
-    def __init__(self, control: socket.socket, folder: Path) -> None:
-        self.script = runpy.run_path(str(SCRIPT))
+    def __init__(self, control: socket.socket, folder: Path, script: dict[str, Any]) -> None:
+        self.script = script
         self._control = control
         self._folder = folder
         self._made: list[RankProcess] = []
@@ -97,16 +87,3 @@ class RankProcesses:
             if process.pid:
                 with contextlib.suppress(ProcessLookupError):
                     process.signal(signal.SIGKILL)
-
-
-@pytest.fixture(scope="session")
-def rank_processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankProcesses]:
-    if available() == (REFERENCE,):
-        pytest.skip("the C++ extension is not built")
-    ours, theirs = socket.socketpair()
-    zygote = subprocess.Popen([sys.executable, SCRIPT, str(theirs.fileno())], pass_fds=[theirs.fileno()])
-    theirs.close()
-    processes = RankProcesses(ours, tmp_path_factory.mktemp("groups"))
-    yield processes
-    processes.close()
-    assert zygote.wait(20) == 0
