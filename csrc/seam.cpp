@@ -63,11 +63,11 @@ void SeamGroup::start(Backend& backend, SeamCall call) {
   try {
     cut(*call_);
     segment_.announce(call_->plan);
+    give(backend, 0);
   } catch (...) {
     call_.reset();
     throw;
   }
-  give(backend, 0);
   segment_.publish(Segment::GIVEN, done_ + 1);
 }
 
@@ -104,9 +104,9 @@ void SeamGroup::gather(Backend& backend, const Segment::Plan& plan, const char* 
       });
 }
 
-// All chunks, of which the first is given already.
+// All chunks, of which the first is given already. A rank that cannot go on leaves: the others wait for it.
 template <class Give, class Join, class Take>
-void SeamGroup::run(const Segment::Plan& plan, int64_t chunks, Give give, Join join, Take take) {
+void SeamGroup::run(const Segment::Plan& plan, int64_t chunks, Give give, Join join, Take take) try {
   for (int64_t chunk = 0; chunk < chunks; chunk++) {
     const uint32_t ready = done_ + uint32_t(chunk) + 1;
     if (chunk + 1 < chunks) {
@@ -121,6 +121,9 @@ void SeamGroup::run(const Segment::Plan& plan, int64_t chunks, Give give, Join j
     take(chunk);
   }
   done_ += uint32_t(chunks);
+} catch (...) {
+  segment_.leave();
+  throw;
 }
 
 void SeamGroup::give(Backend& backend, int64_t chunk) {

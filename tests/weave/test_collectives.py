@@ -19,7 +19,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft.errors import RankLost
+from weft.errors import DeviceError, RankLost
 from weft.kernels import REFERENCE, available
 from weft.kernels.quantised import quantise_rows, unpack_rows
 from weft.weave import rows
@@ -323,3 +323,61 @@ def test_a_residual_of_other_rows_is_refused(kernels: Any) -> None:
     join = Join(torch.zeros(9, 8), torch.zeros(9, 8), torch.ones(8), 1e-5, (0, 4, 9))
     with pytest.raises(ValueError, match="rank 1 keeps rows 4 to 9"):
         Threads(2, rows.plain(kernels.rms_norm)).collectives()[1].start(join)
+
+
+class TestMeeting:
+    """How ranks of one host find one another, here with one of them."""
+
+    @pytest.fixture
+    def name(self) -> Iterator[str]:
+        from weft.weave.shm import new_name
+
+        made = new_name()
+        yield made
+        assert not Path("/dev/shm", made).exists()
+
+    def test_a_group_of_one_leaves_no_name(self, name: str, kernels: Any, rank_processes: Any) -> None:
+        from weft.weave.shm import ShmCollective
+
+        case = {**SMALL, "bounds": [0, 9]}
+        collective = ShmCollective(name, 0, 1, kernels, timeout=1.0)
+        assert not Path("/dev/shm", name).exists()
+        join = rank_processes.script["make_join"](case, 0, (0, 9), kernels)
+        hidden, residual = truth(case, rank_processes.script, kernels)
+        joined = collective.finish(collective.start(join))
+        assert same(joined.hidden, hidden[0]) and same(joined.residual, residual)
+        collective.close()
+        collective.close()
+        with pytest.raises(RankLost, match="rank 0 has left its group"):
+            collective.gather(torch.zeros(1))
+
+    def test_a_rank_that_does_not_attach_is_named(self, name: str, kernels: Any) -> None:
+        from weft.weave.shm import ShmCollective
+
+        with pytest.raises(DeviceError, match=r"rank 1 did not attach within 0\.1 s"):
+            ShmCollective(name, 0, 2, kernels, timeout=0.1)
+        with pytest.raises(DeviceError, match=r"rank 0 did not make .* within 0\.1 s"):
+            ShmCollective(name, 1, 2, kernels, timeout=0.1)
+
+    def test_a_name_that_is_taken_stays_its_owners(self, name: str, kernels: Any) -> None:
+        from weft.weave.shm import ShmCollective
+
+        taken = Path("/dev/shm", name)
+        taken.write_bytes(b"")
+        taken.chmod(0o644)
+        for rank, error in ((0, "File exists"), (1, "open to others")):
+            with pytest.raises(DeviceError, match=error):
+                ShmCollective(name, rank, 2, kernels, timeout=0.1)
+        taken.chmod(0o600)
+        taken.write_bytes(b"x" * 100)
+        with pytest.raises(DeviceError, match="has 100 bytes, not the"):
+            ShmCollective(name, 1, 2, kernels, timeout=0.1)
+        taken.unlink()
+
+    def test_a_row_that_fits_no_slot_is_refused(self, name: str, kernels: Any) -> None:
+        from weft.weave.shm import ShmCollective
+
+        collective = ShmCollective(name, 0, 1, kernels, timeout=1.0, slot_bytes=4096)
+        with pytest.raises(ValueError, match="a row of 8192 bytes does not fit into slots of 4096"):
+            collective.start(Join(torch.zeros(1, 2048), None, torch.ones(2048), 1e-5, (0, 1)))
+        collective.close()
