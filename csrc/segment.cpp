@@ -195,7 +195,9 @@ void Segment::reserve(int file) const {
 #ifdef __linux__
   const int64_t first = slot(rank_, GIVEN, 0) - memory_;
   const int64_t begin = rank_ == 0 ? 0 : first, end = first + 2 * FLAGS * slot_bytes_;
-  const int error = posix_fallocate(file, off_t(begin), off_t(end - begin));
+  int error;
+  do error = posix_fallocate(file, off_t(begin), off_t(end - begin));
+  while (error == EINTR);
   if (error == 0) return;
   errno = error;
   throw system_error("no " + std::to_string(end - begin) + " bytes of shared memory (in a container: --shm-size)");

@@ -3,6 +3,7 @@ what becomes of the others when a rank dies, hangs or does something else."""
 
 from __future__ import annotations
 
+import os
 import runpy
 import signal
 import socket
@@ -134,6 +135,19 @@ def seams(draw: Any, ranks: int) -> dict[str, Any]:
 def test_seams_are_as_defined_on_all_ranks(data: Any, group: Any, rank_processes: Any, kernels: Any) -> None:
     """T that the ranks do not divide, T = 0, empty shards, rows of NaN: several seams one after the other."""
     cases = data.draw(st.lists(seams(len(group)), min_size=1, max_size=3))
+    run(group, cases, rank_processes.script, kernels)
+
+
+def test_corner_cases(group: Any, rank_processes: Any, kernels: Any) -> None:
+    """No row, one row, all rows with one rank; the same with formats."""
+    ranks = len(group)
+    every = [[0] * (ranks + 1), [0] * ranks + [1], [0, *[1] * ranks], [0] * ranks + [37], [0, *[37] * ranks]]
+    cases = [
+        {"seed": number, "size": 256, "bounds": bounds, "dtype": "bfloat16", "format": form, "fresh": fresh}
+        for number, bounds in enumerate(every)
+        for form in (None, [1, True, True, True])
+        for fresh in (False, True)
+    ]
     run(group, cases, rank_processes.script, kernels)
 
 
@@ -381,3 +395,42 @@ class TestMeeting:
         with pytest.raises(ValueError, match="a row of 8192 bytes does not fit into slots of 4096"):
             collective.start(Join(torch.zeros(1, 2048), None, torch.ones(2048), 1e-5, (0, 1)))
         collective.close()
+
+
+def test_ranks_meet_at_one_address() -> None:
+    from weft.weave.distributed import meet
+
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(DeviceError, match=f"rank 0 cannot meet the others at 127.0.0.1:{port}"):
+            meet("127.0.0.1", port, 0, 2, timeout=1.0)
+    first = meet("127.0.0.1", port, 0, 2, timeout=5.0)
+    second = meet("127.0.0.1", port, 1, 2, timeout=5.0)
+    second.set("who", "rank 1")
+    assert first.get("who") == b"rank 1"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", port), timeout=1)
+
+
+def test_more_than_the_capacity_is_refused_before_it_is_sent(kernels: Any) -> None:
+    """Gloo would end the process of the rank that it is sent to."""
+    from weft.weave.distributed import DistributedCollective
+    from weft.weave.messages import Messages
+
+    collective = DistributedCollective(Messages(None, 0, 2, 1.0), rows.plain(kernels.rms_norm), capacity=1024)
+    with pytest.raises(ValueError, match="1280 bytes for one rank are more than the capacity of 1024"):
+        collective.start(Join(torch.zeros(9, 64), None, torch.ones(64), 1e-5, (0, 4, 9)))
+
+
+def test_a_communication_thread_stays_on_its_cores(kernels: Any) -> None:
+    core = max(os.sched_getaffinity(0))
+    seen: list[set[int]] = []
+
+    def norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        seen.append(os.sched_getaffinity(0))
+        return kernels.rms_norm(x, weight, eps)
+
+    background = Background(Alone(rows.plain(norm)), (core,))
+    background.finish(background.start(Join(torch.zeros(2, 8), None, torch.ones(8), 1e-5, (0, 2))))
+    background.close()
+    assert seen == [{core}]

@@ -11,10 +11,10 @@ from weft.weave.collective import Collective, Join, Joined
 
 
 class Background:
-    """Any collective, carried out by one thread of its own, in the order of the calls.
+    """Any collective, carried out by one thread of its own, in the order of the calls. It sleeps while there is nothing
+    to do. Give the collective kernels of its own: a call on those that compute waits for what they compute.
 
-    cores: where the thread runs (None: where its maker may). It sleeps while there is nothing to do. What `start` of
-    the collective would raise comes from `finish` here.
+    cores: where the thread runs (None: where its maker may). What `start` of the collective raises comes from `finish`.
     """
 
     def __init__(self, collective: Collective, cores: tuple[int, ...] | None = None) -> None:
