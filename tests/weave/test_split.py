@@ -1,0 +1,98 @@
+"""Where a step is cut: the laws of weave/split.py, against searches of all cuts."""
+
+from __future__ import annotations
+
+from itertools import accumulate, pairwise
+from math import ceil
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.core.plan import Sampling, Slice
+from weft.core.sampling import SamplingParams
+from weft.weave.split import choose_cut, divide, even_bounds, kept_bounds
+
+LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=8)
+
+
+def legal_cuts(total: int, wave: int) -> list[int]:
+    return [cut for cut in range(1, total) if ceil(cut / wave) + ceil((total - cut) / wave) <= ceil(total / wave)]
+
+
+@given(LENGTHS, st.integers(1, 64), st.floats(0, 1))
+def test_the_chosen_cut_is_the_best_legal_one(lengths: list[int], wave: int, tolerance: float) -> None:
+    total = sum(lengths)
+    legal = legal_cuts(total, wave)
+    cut = choose_cut(lengths, wave, tolerance)
+    if not legal:
+        assert cut == total
+        return
+    assert cut in legal
+    between = [end for end in accumulate(lengths) if end in legal and abs(end - total / 2) <= tolerance * total]
+    candidates = between or legal
+    assert abs(cut - total / 2) == min(abs(other - total / 2) for other in candidates)
+    assert cut in candidates
+
+
+@given(st.integers(1, 64), st.integers(1, 64))
+def test_a_step_of_one_wave_is_left_whole(total: int, more: int) -> None:
+    assert choose_cut([total], total + more - 1) == total
+
+
+@pytest.mark.parametrize(("lengths", "wave", "tolerance"), [([], 1, 0.1), ([3, 0], 1, 0.1), ([3], 0, 0.1), ([3], 1, 2)])
+def test_impossible_arguments(lengths: list[int], wave: int, tolerance: float) -> None:
+    with pytest.raises(ValueError, match="wave"):
+        choose_cut(lengths, wave, tolerance)
+
+
+def piece(sequence: int, start: int, length: int, *, sampled: bool) -> Slice:
+    draw = Sampling(SamplingParams(), seed=sequence, position=start + length) if sampled else None
+    later = None if sampled else 7
+    tokens = tuple(range(1000 * sequence, 1000 * sequence + length))
+    return Slice(sequence, start, tokens, (sequence,), draw, prompt_logprobs=2, next_token=later)
+
+
+@given(LENGTHS, st.data())
+def test_dividing_loses_nothing_and_changes_no_order(lengths: list[int], data: st.DataObject) -> None:
+    slices = [
+        piece(number, data.draw(st.integers(0, 50)), length, sampled=data.draw(st.booleans()))
+        for number, length in enumerate(lengths)
+    ]
+    at = data.draw(st.integers(1, sum(lengths)))
+    first, rest = divide(slices, at)
+    assert sum(len(part.tokens) for part in first) == at
+    both = [*first, *rest]
+    rows = [(part.sequence, part.start + n, token) for part in both for n, token in enumerate(part.tokens)]
+    assert rows == [(part.sequence, part.start + n, token) for part in slices for n, token in enumerate(part.tokens)]
+    assert [part.sample for part in both if part.sample] == [part.sample for part in slices if part.sample]
+    for part in both:
+        (whole,) = [one for one in slices if one.sequence == part.sequence]
+        assert part.blocks == whole.blocks and part.prompt_logprobs == 2
+        if part.end == whole.end:
+            assert (part.sample, part.next_token) == (whole.sample, whole.next_token)
+        else:  # the row before the cut is followed by the one after it
+            assert part.sample is None and part.next_token == whole.tokens[part.end - whole.start]
+
+
+@pytest.mark.parametrize("at", [0, 6])
+def test_a_cut_outside_of_the_step(at: int) -> None:
+    with pytest.raises(ValueError, match="at = "):
+        divide([piece(1, 0, 5, sampled=True)], at)
+
+
+@given(st.integers(0, 300), st.integers(1, 9), st.data())
+def test_every_row_has_one_owner_and_kept_rows_stay_with_theirs(rows: int, ranks: int, data: st.DataObject) -> None:
+    bounds = even_bounds(rows, ranks)
+    sizes = [end - first for first, end in pairwise(bounds)]
+    assert len(bounds) == ranks + 1 and sum(sizes) == rows and max(sizes) - min(sizes) <= 1
+    kept = sorted(data.draw(st.sets(st.integers(0, rows - 1)))) if rows else []
+    after = kept_bounds(bounds, kept)
+    for rank in range(ranks):
+        assert kept[after[rank] : after[rank + 1]] == [row for row in kept if bounds[rank] <= row < bounds[rank + 1]]
+
+
+@pytest.mark.parametrize("kept", [[2, 1], [1, 1], [9], [-1, 3]])
+def test_rows_that_cannot_be_kept(kept: list[int]) -> None:
+    with pytest.raises(ValueError, match=r"kept|keep"):
+        kept_bounds((0, 2, 5), kept)
