@@ -7,13 +7,16 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from weft.errors import CheckpointError
 from weft.models.keys import read_object
+
+if TYPE_CHECKING:
+    from weft.models.shard import Cut
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -82,6 +85,12 @@ class Checkpoint:
             if entry.dtype not in readable:
                 words = _list([*readable])
                 raise CheckpointError(f"{entry.file}: {name} has the dtype {entry.dtype}; weft reads {words}")
+
+    def take_part(self, name: str, cut: Cut) -> torch.Tensor:
+        """A part of a tensor, in its stored dtype; no more of the file is read."""
+        entry = self.entries[name]
+        with opened(entry.file) as file:
+            return cut.read(file.get_slice(name), entry.shape)
 
     def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """The named tensors, in their stored dtype; views of mappings that go when the last tensor of a file goes."""

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import numpy as np
@@ -25,6 +26,7 @@ from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
 from weft.models.foreign import ForeignCheckpoint
 from weft.models.rope import Rotary
+from weft.models.shard import FLAG, WHOLE, Cut, Cuts, Part, Readable, Shard, float_cuts, head_cut, shard_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # safetensors' letters
@@ -103,10 +105,12 @@ def load_weights(
     dummy_seed: int | None = None,
     say: Callable[[str], None] | None = None,
     room: int | None = None,
+    part: Part = WHOLE,
 ) -> Weights:
     """The packed weights of `folder`, or random ones of the same shapes when there is a `dummy_seed`.
 
     `say` is told when the phase begins. room: bytes of memory where the kernels put them; None: the machine's.
+    part: only these, for a decoder of `shard_config`; no more of the files is read. config: of the whole model.
     Raises CheckpointError naming the file and the tensor that is missing, misshapen, unexpected or cut short.
     """
     if say is not None:
@@ -117,20 +121,30 @@ def load_weights(
                 "--load-format dummy draws unquantised weights, and config.json has a quantization_config; "
                 "serve the checkpoint's own weights, or a folder without that key"
             )
-        load = _load_quantised if config.quantization.get("quant_method") == METHOD else _load_foreign
-        return load(folder, config, kernels, dtype)
+        method = config.quantization.get("quant_method")
+        if method == METHOD:
+            return _load_quantised(folder, config, kernels, dtype, part)
+        if part.ranks > 1:
+            raise CheckpointError(
+                f"{FLAG} is {part.ranks}, and weights that are {method} cannot be cut; 1 rank serves them, and several "
+                f"serve what `weft quantize` makes of the original"
+            )
+        return _load_foreign(folder, config, kernels, dtype)
     if room is None:
         _check_memory(config, dtype)
-    source: Source
+    whole: Readable
     if dummy_seed is None:
-        source = checkpoint = Checkpoint(folder)
+        whole = checkpoint = Checkpoint(folder)
         checkpoint.check(tensor_shapes(config), optional=[HEAD] if config.tied else [])
     else:
-        source = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
-    layers = (_layer(source, config, index, kernels, dtype) for index in range(config.layers))
+        whole = Dummy(tensor_shapes(config), dummy_seed, absent=HEAD if config.tied else None)
+    cuts = _float_cuts(config, part)
+    source: Source = Shard(whole, cuts) if cuts else whole
+    own = shard_config(config, part)
+    layers = (_layer(source, own, index, kernels, dtype) for index in range(config.layers))
     with torch.no_grad():
-        outer = _pack_outer(source, kernels, dtype)
-    return _assemble(source, config, dtype, outer, layers, weight_bytes(config, dtype))
+        outer = _pack_outer(source, kernels, dtype, head_cut(config, part))
+    return _assemble(source, own, dtype, outer, layers, weight_bytes(config, dtype, cuts))
 
 
 def move(weights: Weights, device: torch.device) -> Weights:
@@ -153,7 +167,17 @@ def move(weights: Weights, device: torch.device) -> Weights:
     return replace(weights, layers=layers, norm=weights.norm.to(device))
 
 
-def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
+def _float_cuts(config: ModelConfig, part: Part) -> dict[str, Cut]:
+    """Of all tensors; none for the whole model."""
+    if part.ranks == 1:
+        return {}
+    cuts = {HEAD: head_cut(config, part)}
+    for index in range(config.layers):
+        cuts |= float_cuts(config, part, f"model.layers.{index}.")
+    return cuts
+
+
+def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype, part: Part) -> Weights:
     fmpq = parse(config.quantization, config)
     source = Checkpoint(folder)
     shapes = quantised.outer_shapes(config, fmpq)
@@ -162,13 +186,17 @@ def _load_quantised(folder: Path, config: ModelConfig, kernels: Kernels, dtype: 
     # With the embedding in few bits, the output layer is always written down.
     optional = [HEAD] if config.tied and fmpq.embedding_bits == 16 else []
     source.check(shapes, optional=optional, readable=quantised.BYTES)
+    own = shard_config(config, part)
+    if part.ranks > 1:
+        shard, fmpq = quantised.shard(source, config, fmpq, part)
+    else:
+        shard = Shard(source, {})
     with torch.no_grad():
-        outer = quantised.take_outer(source, config, fmpq, kernels, dtype)
+        outer = quantised.take_outer(shard, config, fmpq, kernels, dtype, part)
     layers = (
-        LayerWeights(**quantised.take_layer(source, config, fmpq, index, kernels, dtype))
-        for index in range(config.layers)
+        LayerWeights(**quantised.take_layer(shard, own, fmpq, index, kernels, dtype)) for index in range(config.layers)
     )
-    return _assemble(source, config, dtype, outer, layers, quantised.stored_bytes(source))
+    return _assemble(shard, own, dtype, outer, layers, quantised.stored_bytes(shard))
 
 
 def _load_foreign(folder: Path, config: ModelConfig, kernels: Kernels, dtype: torch.dtype) -> Weights:
@@ -230,12 +258,12 @@ def _layer(source: Source, config: ModelConfig, index: int, kernels: Kernels, dt
     )
 
 
-def _pack_outer(source: Source, kernels: Kernels, dtype: torch.dtype) -> tuple[Any, Any]:
-    """The embedding and the output layer."""
+def _pack_outer(source: Source, kernels: Kernels, dtype: torch.dtype, cut: Cut) -> tuple[Any, Any]:
+    """The embedding and the output layer. cut: of the rows of this one."""
     embedding = _plain(source, EMBEDDING, dtype)
     # A tied checkpoint that holds an output layer all the same means it: transformers decides so too.
-    head = kernels.pack_linear(_plain(source, HEAD, dtype) if HEAD in source else embedding)
-    return kernels.pack_embedding(embedding), head
+    head = _plain(source, HEAD, dtype) if HEAD in source else cut.read(embedding, embedding.shape)
+    return kernels.pack_embedding(embedding), kernels.pack_linear(head)
 
 
 def _plain(source: Source, name: str, dtype: torch.dtype) -> torch.Tensor:
@@ -286,9 +314,10 @@ def tensor_shapes(config: ModelConfig) -> dict[str, Shape]:
     return shapes
 
 
-def weight_bytes(config: ModelConfig, dtype: torch.dtype) -> int:
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, cuts: Cuts = MappingProxyType({})) -> int:
     """Memory of the loaded weights; a tied output layer counts, since it is packed beside the embedding."""
-    return sum(map(math.prod, tensor_shapes(config).values())) * dtype.itemsize
+    shapes = tensor_shapes(config).items()
+    return sum(math.prod(cuts[name].shape(shape) if name in cuts else shape) for name, shape in shapes) * dtype.itemsize
 
 
 class Dummy:
@@ -303,6 +332,9 @@ class Dummy:
 
     def take(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         return {name: self._draw(name) for name in names}
+
+    def take_part(self, name: str, cut: Cut) -> torch.Tensor:
+        return cut.read(self._draw(name), self.shapes[name])
 
     def _draw(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from weft.comet.checkpoint import FmpqConfig, QuantisedSite, read_layer, site_shapes, tensor_shapes
+from weft.comet.checkpoint import (
+    FmpqConfig,
+    QuantisedSite,
+    Stored,
+    check_permutation,
+    read_layer,
+    site_shapes,
+    tensor_shapes,
+)
 from weft.comet.forward import INPUT_NORM, K_NORM, MLP_NORM, Q_NORM
 from weft.comet.outer import EMBEDDING, HEAD, NORM, embedding_shapes, head_shapes, read_embedding, read_head
 from weft.kernels.base import Kernels
 from weft.models.checkpoint import Checkpoint, Shape
 from weft.models.families import ModelConfig
+from weft.models.shard import Part, Shard, fmpq_cuts, head_cut, head_rows, output_order, shard_fmpq
 
 BYTES = {"F32": 4, "BF16": 2, "F16": 2, "I32": 4, "I8": 1}  # what a file may hold, in safetensors' letters
 
@@ -25,10 +36,25 @@ def outer_shapes(config: ModelConfig, fmpq: FmpqConfig) -> dict[str, Shape]:
     return embedding | head | {NORM: (config.hidden_size,)}
 
 
+def shard(source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, part: Part) -> tuple[Shard, FmpqConfig]:
+    """This rank's tensors and what the config says of them. Raises CheckpointError for what cannot be cut."""
+    names = [f"{_prefix(index)}output.permutation" for index in range(config.layers)]
+    found = source.take(names)
+    orders = [found[name] for name in names]
+    cuts = {name: head_cut(config, part) for name in (HEAD, *_rows(head_shapes(fmpq, config)))}
+    made = {}
+    for index, (name, order) in enumerate(zip(names, orders, strict=True)):
+        check_permutation(order, str(source.entries[name].file), name)
+        cuts |= fmpq_cuts(fmpq, config, part, index, _prefix(index), order)
+        made[name] = output_order(order, config, part, index)
+    return Shard(source, cuts, made), shard_fmpq(fmpq, config, part, orders)
+
+
 def take_outer(
-    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, kernels: Kernels, dtype: torch.dtype
+    source: Shard, config: ModelConfig, fmpq: FmpqConfig, kernels: Kernels, dtype: torch.dtype, part: Part
 ) -> tuple[Any, Any]:
-    """The packed embedding and output layer. Raises CheckpointError naming file and tensor."""
+    """The packed embedding and output layer. config: of the whole model. Raises CheckpointError naming file and
+    tensor."""
     embedding = None
     if names := list(embedding_shapes(fmpq, config)):
         found = read_embedding(source.take(names), fmpq, config, source.entries[names[0]].file)
@@ -37,11 +63,12 @@ def take_outer(
         embedding = source.take([EMBEDDING])[EMBEDDING].to(dtype, copy=True)
         packed = kernels.pack_embedding(embedding)
     if names := list(head_shapes(fmpq, config)):
-        head = _pack(read_head(source.take(names), fmpq, config, source.entries[names[0]].file), kernels)
+        rows = replace(config, vocabulary=head_rows(config.vocabulary, part.ranks))
+        head = _pack(read_head(source.take(names), fmpq, rows, source.entries[names[0]].file), kernels)
     elif embedding is None or HEAD in source:  # a quantised embedding is never the output layer
         head = kernels.pack_linear(source.take([HEAD])[HEAD].to(dtype, copy=True))
     else:
-        head = kernels.pack_linear(embedding)
+        head = kernels.pack_linear(head_cut(config, part).read(embedding, embedding.shape))
     return packed, head
 
 
@@ -64,7 +91,7 @@ def layer_shapes(config: ModelConfig, fmpq: FmpqConfig, index: int) -> dict[str,
 
 
 def take_layer(
-    source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, index: int, kernels: Kernels, dtype: torch.dtype
+    source: Shard, config: ModelConfig, fmpq: FmpqConfig, index: int, kernels: Kernels, dtype: torch.dtype
 ) -> dict[str, Any]:
     """The fields of LayerWeights. Raises CheckpointError naming file and tensor."""
     names = list(layer_shapes(config, fmpq, index))
@@ -84,7 +111,7 @@ def take_layer(
     }
 
 
-def stored_bytes(source: Checkpoint) -> int:
+def stored_bytes(source: Shard) -> int:
     """Bytes of all tensors as the files hold them; packed, they take as much and some padding."""
     return sum(math.prod(entry.shape) * BYTES[entry.dtype] for entry in source.entries.values())
 
@@ -99,6 +126,11 @@ def _pack(site: QuantisedSite, kernels: Kernels) -> Any:
         outlier_blocks=form.outlier_blocks,
         hadamard=form.hadamard,
     )
+
+
+def _rows(shapes: Mapping[str, Stored]) -> list[str]:
+    """Those of a linear's tensors that have a row for each output."""
+    return [name for name, (shape, _) in shapes.items() if len(shape) == 2]
 
 
 def _prefix(index: int) -> str:
