@@ -33,8 +33,9 @@ class Decoder:
             Layer(config, layer, kernels, window, cos, sin)
             for layer, window in zip(weights.layers, config.windows, strict=True)
         ]
-        # The norm that follows each layer: the next one's input norm, and the final norm after the last.
+        # What follows each layer: the next one's input norm and qkv, and the final norm after the last.
         self._next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
+        self._next_readers = [layer.qkv for layer in weights.layers[1:]] + [None]
 
     def on(self, kernels: Kernels) -> Decoder:
         """The same model on other kernels, which take the same packed weights."""
@@ -52,22 +53,25 @@ class Decoder:
         and values, no other row is of use to anyone."""
         eps = self.config.eps
         embedded = self._kernels.embed(batch.tokens, self._weights.embedding, self._weights.dtype)
-        hidden, residual = yield Seam(embedded, None, self._weights.layers[0].input_norm, eps)
-        for layer, storage, next_norm in zip(self._layers, kv, self._next_norms, strict=True):
+        first = self._weights.layers[0]
+        hidden, residual = yield Seam(embedded, None, first.input_norm, eps, reader=first.qkv)
+        for layer, storage, next_norm, reader in zip(
+            self._layers, kv, self._next_norms, self._next_readers, strict=True
+        ):
             last = layer is self._layers[-1]
             partial = layer.attend(hidden, storage, batch, last=last)
-            if last:
-                residual = self._kernels.keep(residual, batch)
-            hidden, residual = yield Seam(partial, residual, layer.mlp_norm, eps)
+            kept = batch if last else None
+            hidden, residual = yield Seam(partial, residual, layer.mlp_norm, eps, kept=kept, reader=layer.mlp_reader)
             partial = layer.feed(hidden)
-            hidden, residual = yield Seam(partial, residual, next_norm, eps)
+            hidden, residual = yield Seam(partial, residual, next_norm, eps, reader=reader)
         return hidden
 
     def join(self, seam: Seam) -> Joined:
         """Carry out a seam for one rank: nothing to sum, so the residual and the norm only."""
         if seam.residual is None:
             return self._kernels.rms_norm(seam.partial, seam.weight, seam.eps), seam.partial
-        return self._kernels.add_rms_norm(seam.partial, seam.residual, seam.weight, seam.eps)
+        residual = seam.residual if seam.kept is None else self._kernels.keep(seam.residual, seam.kept)
+        return self._kernels.add_rms_norm(seam.partial, residual, seam.weight, seam.eps)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: list[Any]) -> torch.Tensor:

@@ -20,7 +20,19 @@ from weft.models.loader import LayerWeights
 class Layer:
     """One layer's weights bound to one lane's kernels. Everything constant is looked up here, once."""
 
-    __slots__ = ("_cos", "_eps", "_heads", "_kernels", "_kv_heads", "_scale", "_sin", "_weights", "_window", "mlp_norm")
+    __slots__ = (
+        "_cos",
+        "_eps",
+        "_heads",
+        "_kernels",
+        "_kv_heads",
+        "_scale",
+        "_sin",
+        "_weights",
+        "_window",
+        "mlp_norm",
+        "mlp_reader",
+    )
 
     def __init__(
         self,
@@ -31,7 +43,7 @@ class Layer:
         cos: torch.Tensor,
         sin: torch.Tensor,
     ) -> None:
-        self.mlp_norm = weights.mlp_norm
+        self.mlp_norm, self.mlp_reader = weights.mlp_norm, weights.gate_up
         self._weights = weights
         self._kernels = kernels
         self._window = window

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+
+from weft.kernels.base import Batch
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,14 +20,20 @@ class Seam:
     """residual := residual + sum over ranks of `partial`; hidden := RMSNorm(residual) * weight.
 
     partial: [tokens, hidden] this rank's part of the stage's output.
-    residual: [tokens, hidden], or None at the first seam (then residual := the sum itself).
+    residual: what the seam before it gave; None at the first seam, where the residual is the sum itself. There
+        `partial` is the embedding, the same on every rank, and nothing is summed.
     weight: [hidden] of the norm that follows; eps: its epsilon.
+    kept: where the strand goes on with the rows only that this batch keeps: `partial` has these, `residual` still all.
+    reader: the packed linear that reads `hidden`, which may be handed to it as that linear wants its input; None where
+        others read it as well.
     """
 
     partial: torch.Tensor
     residual: torch.Tensor | None
     weight: torch.Tensor
     eps: float
+    kept: Batch | None = None
+    reader: Any = None
 
 
 Joined = tuple[torch.Tensor, torch.Tensor]

@@ -1,0 +1,101 @@
+"""The forward pass of one tensor-parallel rank: strands of the rank's decoder, joined with those of the other ranks.
+
+All ranks are given the same steps and decide alike how to carry them out: by the step, and by what they agreed upon
+when they started.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from weft.core.plan import Slice
+from weft.models.batch import make_batch
+from weft.models.decoder import Decoder
+from weft.models.sampler import best_of_rows
+from weft.weave.choice import Mode
+from weft.weave.collective import Collective, Quantise
+from weft.weave.split import divide
+from weft.weave.weaver import Weaver, no_format
+
+Logits = npt.NDArray[np.float32]
+
+
+# Of a step's slices: how to carry it out, and how many tokens the first strand has (all of them for one strand).
+Choice = Callable[[Sequence[Slice]], tuple[Mode, int]]
+
+
+class Ranked:
+    """A `Forward` (see forward.py) of a rank. It computes call by call.
+
+    collectives: the group, by mode; a mode that `choose` may give has one. The output layer's parts are gathered by
+    that of the step. vocabulary: of the whole model.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: list[Any],
+        block_size: int,
+        collectives: Mapping[Mode, Collective],
+        choose: Choice,
+        formats: Callable[[Any], Quantise | None] = no_format,
+    ) -> None:
+        self.config = decoder.config
+        self._decoder = decoder
+        self._kv = kv
+        self._block_size = block_size
+        self._collectives = collectives
+        self._choose = choose
+        self._formats = formats
+        self._gather = next(iter(collectives.values())).gather
+        self._hidden = torch.empty(0)
+        self._logits: Logits = np.empty((0, 0), np.float32)
+
+    @torch.inference_mode()
+    def run(
+        self, slices: Sequence[Slice], rows: Sequence[int], *, whole: bool = False, part: int = 0, parts: int = 1
+    ) -> Sequence[tuple[int, float]]:
+        if (part, parts) != (0, 1):
+            raise ValueError(f"part {part} of {parts}: a step of several ranks is not cut")
+        mode, at = self._choose(slices)
+        collective = self._collectives[mode]
+        self._gather = collective.gather
+        strands = [
+            self._decoder.strand(make_batch(own, self._block_size, None if whole else kept), self._kv)
+            for own, kept in _cut(slices, rows, at)
+        ]
+        self._hidden = torch.cat(Weaver(collective, self._formats).weave(strands))
+        wanted = self._hidden[list(rows)] if whole else self._hidden
+        self._logits = self._all_logits(wanted).numpy()
+        return best_of_rows(self._logits)
+
+    def logits(self) -> Logits:
+        return self._logits
+
+    def hidden(self) -> torch.Tensor:
+        return self._hidden
+
+    @torch.inference_mode()
+    def score(self, hidden: torch.Tensor) -> torch.Tensor:
+        """As `Decoder.logits`; all ranks must call it alike."""
+        return self._all_logits(hidden)
+
+    def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        vocabulary = self.config.vocabulary
+        if not len(hidden):
+            return torch.empty((0, vocabulary))
+        # The last ranks' parts are filled up with rows of zeros, which come last.
+        return torch.cat(self._gather(self._decoder.logits(hidden)), dim=1)[:, :vocabulary].contiguous()
+
+
+def _cut(slices: Sequence[Slice], rows: Sequence[int], at: int) -> list[tuple[Sequence[Slice], list[int]]]:
+    """The slices of each strand, and which of its rows are wanted."""
+    if at == sum(len(piece.tokens) for piece in slices):
+        return [(slices, list(rows))]
+    first, rest = divide(slices, at)
+    return [(first, [row for row in rows if row < at]), (rest, [row - at for row in rows if row >= at])]

@@ -1,0 +1,89 @@
+"""The weaver by itself: whose turn it is, one seam in flight, and what happens when a stage or a seam fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from weft.errors import RankLost
+from weft.kernels.base import Batch
+from weft.weave.collective import Collective, Join, Joined
+from weft.weave.seam import Seam, Strand
+from weft.weave.weaver import Weaver
+
+
+class Counting:
+    """A group of one that counts what is in flight. broken: the seam at which it fails."""
+
+    rank, ranks = 0, 1
+
+    def __init__(self, broken: int = -1) -> None:
+        self.flying = 0
+        self.begun = 0
+        self.broken = broken
+
+    def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
+        return bounds[0], bounds[1]
+
+    def start(self, join: Join) -> Join:
+        self.flying += 1
+        self.begun += 1
+        assert self.flying == 1
+        return join
+
+    def finish(self, pending: Join) -> Joined:
+        self.flying -= 1
+        if self.begun == self.broken:
+            raise RankLost("rank 1 has left")
+        return Joined(pending.partial, pending.partial)
+
+    def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [rows]
+
+    def close(self) -> None:
+        pass
+
+
+def strand(name: str, stages: int, seen: list[str], fails: int = -1) -> Strand:
+    residual: torch.Tensor | None = None
+    for stage in range(stages):
+        seen.append(f"{name}{stage}")
+        if stage == fails:
+            raise ZeroDivisionError(name)
+        _, residual = yield Seam(torch.ones(2, 4), residual, torch.ones(4), 0.0)
+    return torch.full((1,), float(stages))
+
+
+def test_strands_take_turns_and_the_first_is_a_stage_ahead() -> None:
+    seen: list[str] = []
+    group: Collective = Counting()
+    values = Weaver(group).weave([strand("a", 3, seen), strand("b", 3, seen)])
+    assert seen == ["a0", "b0", "a1", "b1", "a2", "b2"] and [int(value) for value in values] == [3, 3]
+    assert [int(value) for value in Weaver(group).weave([strand("a", 2, seen)])] == [2]
+
+
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_a_stage_that_fails_leaves_no_seam_in_flight(name: str) -> None:
+    group, seen = Counting(), list[str]()
+    with pytest.raises(ZeroDivisionError, match=name):
+        Weaver(group).weave([strand(each, 3, seen, 1 if each == name else -1) for each in "ab"])
+    assert group.flying == 0
+
+
+def test_a_seam_that_fails_ends_the_step() -> None:
+    group = Counting(broken=3)
+    with pytest.raises(RankLost, match="rank 1 has left"):
+        Weaver(group).weave([strand("a", 3, []), strand("b", 3, [])])
+    assert group.flying == 0
+
+
+def test_kept_rows_must_be_in_order() -> None:
+    batch = Batch(*[torch.empty(0)] * 6, block_size=16, kept=torch.tensor([1, 0]))
+
+    def backwards() -> Strand:
+        _, residual = yield Seam(torch.ones(2, 4), None, torch.ones(4), 0.0)
+        hidden, _ = yield Seam(torch.ones(2, 4), residual, torch.ones(4), 0.0, kept=batch)
+        return hidden
+
+    with pytest.raises(ValueError, match="ascending"):
+        Weaver(Counting()).weave([backwards()])
