@@ -14,11 +14,13 @@ from weft.errors import ConfigError
 
 BUILTIN_MODEL = "builtin"
 MAX_CORE = 4095
+MAX_RANKS = 64
 
 
 def setting(default: Any = None, *, help: str, **metadata: Any) -> Any:  # a dataclass field takes the annotated type
     """A field with its help text. metadata: choices, metavar, positional, secret, unit ("bytes": 512MiB is understood),
-    parse (checks a text that has a form of its own; raises ValueError with the reason)."""
+    parse (checks a text that has a form of its own; raises ValueError with the reason), short (another name of the
+    flag, with one dash)."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -155,6 +157,22 @@ class EngineConfig:
         "--phases reads it",
         metavar="FILE",
     )
+    tensor_parallel_size: int = setting(
+        1, help="ranks that share the work of every layer, each a process with its part of the weights", short="-tp"
+    )
+    weave: str = setting(
+        "auto",
+        help="how ranks are joined between two stages of a layer: plain (all-reduce, then every rank normalises "
+        "everything), fused (each rank sums and normalises its part), woven (fused, in two halves of which one "
+        "computes while the other is joined); auto: what was fastest at start-up, step by step",
+        choices=("auto", "plain", "fused", "woven"),
+    )
+    collective: str = setting(
+        "auto",
+        help="what ranks exchange rows through; auto takes shm (shared memory) where the C++ extension is there",
+        choices=("auto", "shm", "gloo"),
+    )
+    rank_timeout: float = setting(30.0, help="seconds that a rank waits for another one before that counts as lost")
     cores: str | None = setting(
         None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST", parse=parse_cores
     )
@@ -199,6 +217,17 @@ class EngineConfig:
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}; a step of that many sequences would not fit"
             )
+        if not 1 <= self.tensor_parallel_size <= MAX_RANKS:
+            found.append(f"--tensor-parallel-size is {self.tensor_parallel_size}; it must be from 1 to {MAX_RANKS}")
+        elif self.tensor_parallel_size > 1 and self.device not in ("auto", "cpu"):
+            found.append(
+                f"--tensor-parallel-size is {self.tensor_parallel_size}, and --device {self.device} has one rank; "
+                "--device cpu has several"
+            )
+        if not 0 < self.rank_timeout < 86400:
+            found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
+        if (self.weave, self.collective) == ("plain", "shm"):
+            found.append("--weave is plain, which --collective shm does not have; --collective gloo does")
         if not 0 < self.gpu_memory_utilization <= 1:
             found.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"

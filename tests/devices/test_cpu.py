@@ -22,7 +22,8 @@ from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Sampled, Sam
 from weft.core.sampling import SamplingParams
 from weft.devices import cpu, open_device, step
 from weft.devices.base import Description, Device
-from weft.devices.cpu import CpuDevice, CpuLane, open_cpu, share_out, usable_cores
+from weft.devices.cores import usable_cores
+from weft.devices.cpu import CpuDevice, CpuLane, open_cpu, share_out
 from weft.devices.memory import Pool, free_memory, size_pool
 from weft.errors import CheckpointError, ConfigError, DeviceError
 from weft.kernels import available

@@ -127,7 +127,7 @@ def test_the_inbox_wakes_the_engine_for_each_arrival_and_dies_with_its_reason(
     woken: list[float] = []
     reader, writer = os.pipe()
     with os.fdopen(reader, "rb") as lifeline, os.fdopen(writer, "wb"):
-        inbox = Inbox(folder, lifeline)
+        inbox: Inbox[ToEngine] = Inbox(folder, lifeline, TO_ENGINE, ToEngine)
         inbox.wake = lambda: woken.append(time.monotonic())
         sender: Sender[ToEngine] = Sender(folder, TO_ENGINE)
         sender.send(Abort("a"))

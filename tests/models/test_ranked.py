@@ -94,7 +94,7 @@ class Group:
         def one(forward: Ranked) -> torch.Tensor:
             torch.set_num_threads(1)
             forward.run(slices, rows, whole=whole)
-            return forward.score(forward.hidden()) if whole else torch.from_numpy(forward.logits().copy())
+            return forward.head.logits(forward.hidden()) if whole else torch.from_numpy(forward.logits().copy())
 
         with ThreadPoolExecutor(len(self._forwards)) as pool:
             return list(pool.map(one, self._forwards))

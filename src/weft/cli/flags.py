@@ -174,7 +174,7 @@ def _add_flag(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup, i
         )
         words = f"the same as {item.name.upper()}"
     group.add_argument(
-        item.flag,
+        *filter(None, (item.metadata.get("short"), item.flag)),
         dest=item.name,
         metavar=metavar,
         action="append" if item.many else "store",

@@ -11,7 +11,8 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,15 @@ import torch
 
 from weft.comet.checkpoint import METHOD
 from weft.comet.linear import QuantisedReferenceKernels
-from weft.config import EngineConfig, disaggregated, parse_cores, parse_partition
+from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
 from weft.devices.base import Description
+from weft.devices.cores import Cores, usable_cores
+from weft.devices.group import Group, open_ranked
 from weft.devices.memory import decode_blocks, free_memory, size_pool
 from weft.devices.queues import CLOSED, Queues
 from weft.devices.step import compute
-from weft.errors import ConfigError, DeviceError
+from weft.errors import ConfigError, DeviceError, RankLost
 from weft.kernels import REFERENCE, open_kernels, resolve
 from weft.kernels.base import Kernels
 from weft.kernels.kv import BITS, token_bytes
@@ -33,14 +36,16 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
+from weft.models.ranked import Ranked
+from weft.models.shard import WHOLE, shard_config
 
-Cores = tuple[int, ...]
 
 
-def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CpuDevice:
+def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], group: Group | None = None) -> CpuDevice:
     """The model of `folder` on this machine's CPU. Raises ConfigError, CheckpointError or DeviceError.
 
-    say: told the name of each phase of the start-up when it begins.
+    say: told the name of each phase of the start-up when it begins. group: this is one rank of it, with its part of the
+    model; all ranks open their devices at the same time.
     """
     cores = usable_cores(config.cores)
     partition = share_out(config.partition, len(cores))
@@ -48,27 +53,34 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
     check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
-    kept = kv_bytes(config, model, dtype)
+    part = WHOLE if group is None else group.part
+    own_model = shard_config(model, part)
+    kept = kv_bytes(config, own_model, dtype)
     name, kernels_note = resolve(config.kernels)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
     kernels = {lane: _open_kernels(name, own, config.exact_a4) for lane, own in shares.items()}
     try:
         first = next(iter(kernels.values()))
         seed = config.seed if dummy else None
-        weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say)
+        weights = load_weights(folder, model, first, dtype, dummy_seed=seed, say=say, part=part)
         apart, second = disaggregated(config.partition), weights
         if apart:  # loaded twice: what disaggregation takes elsewhere, it takes here
-            second = load_weights(folder, model, kernels[Lane.DECODE], dtype, dummy_seed=seed, say=say)
-        pool = size_pool(config, model.context, kept, free_memory())
+            second = load_weights(folder, model, kernels[Lane.DECODE], dtype, dummy_seed=seed, say=say, part=part)
+        pool = size_pool(config, model.context, kept, free_memory() // part.ranks)
+        if group is not None:
+            blocks = group.agree(pool.blocks)
+            pool = size_pool(replace(config, num_blocks=blocks), model.context, kept, free_memory() // part.ranks)
         decode = decode_blocks(config, pool.blocks, pool.max_model_len)
         say("KV pool")
         decoders = {
-            lane: Decoder(model, second if lane is Lane.DECODE else weights, own, pool.max_model_len)
+            lane: Decoder(own_model, second if lane is Lane.DECODE else weights, own, pool.max_model_len)
             for lane, own in kernels.items()
         }
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
-        forwards = {
-            lane: open_forward(
+        forwards: dict[Lane, Forward] = {
+            lane: open_ranked(config, group, lane.value, decoder, kernels[lane], shares[lane], kv, pool.blocks)
+            if group is not None
+            else open_forward(
                 decoder,
                 kernels[lane],
                 kv,
@@ -90,7 +102,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
         shares=len(cores),
         max_model_len=pool.max_model_len,
         vocabulary=model.vocabulary,
-        layers=model.layers,
+        layers=model.layers if group is None else 1,
         decode_blocks=decode,
     )
     return CpuDevice(
@@ -102,7 +114,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> 
             kernels=name,
             notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
         ),
-        memory=memory_rows(capacity, model, weights.size + (second.size if apart else 0), kept, dtype),
+        memory=memory_rows(capacity, own_model, weights.size + (second.size if apart else 0), kept, dtype),
         cores=cores,
         partition=partition,
     )
@@ -133,7 +145,7 @@ class CpuLane:
         self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores, kv: Sequence[Any] = ()
     ) -> None:
         self.kernels = kernels
-        self.decoder = decoder
+        self.head = forward.head if isinstance(forward, Ranked) else decoder
         self.forward = forward
         self.cores = cores
         self.kv = kv
@@ -160,7 +172,9 @@ class CpuLane:
             for piece in plan.slices:
                 if piece.source:
                     self._copy(piece)
-            done = compute(plan, self.decoder, self.forward)
+            done = compute(plan, self.head, self.forward)
+        except RankLost:  # that is more than this step
+            raise
         except Exception as error:
             return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
         return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)
@@ -168,6 +182,11 @@ class CpuLane:
     def _copy(self, piece: Slice) -> None:
         for layer in self.kv:
             layer.copy(piece.source, piece.blocks[: len(piece.source)])
+
+    def close(self) -> None:
+        if isinstance(self.forward, Ranked):
+            self.forward.close()
+        self.kernels.close()
 
 
 class CpuDevice:
@@ -191,6 +210,7 @@ class CpuDevice:
         self._names = tuple(lanes)
         self._shares = {name: lane.cores for name, lane in lanes.items()}
         self._queues = Queues(lanes)
+        self._lost: RankLost | None = None
         self._threads = [
             threading.Thread(target=self._work, args=(name, lane), name=f"weft-{name.value}", daemon=True)
             for name, lane in lanes.items()
@@ -211,7 +231,10 @@ class CpuDevice:
         return self._queues.submit(plan)
 
     def poll(self, timeout: float | None) -> list[Result]:
-        return self._queues.poll(timeout)
+        found = self._queues.poll(timeout)
+        if self._lost is not None and not self._queues.closing:
+            raise self._lost
+        return found
 
     def wake(self) -> None:
         self._queues.wake()
@@ -245,7 +268,7 @@ class CpuDevice:
         try:
             self._queues.serve(name, lambda plan: self._step(name, lane, plan))
         finally:
-            lane.kernels.close()
+            lane.close()
 
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._queues.closing:
@@ -255,19 +278,11 @@ class CpuDevice:
                 lane.move(cores)
             except Exception as error:
                 return Result(Ticket(plan.step, plan.lane), error=_words(error))
-        return lane.run(plan)
-
-
-def usable_cores(wanted: str | None) -> Cores:
-    """The cores for --cores `wanted`, or all that this process may use. Raises ConfigError."""
-    allowed = tuple(sorted(os.sched_getaffinity(0)))
-    if wanted is None:
-        return allowed
-    cores = parse_cores(wanted)
-    absent = [core for core in cores if core not in allowed]
-    if absent:
-        raise ConfigError(f"--cores names core {absent[0]}; this process may use {_list(allowed)}")
-    return cores
+        try:
+            return lane.run(plan)
+        except RankLost as error:  # the device has failed, and `poll` says so
+            self._lost = error
+            return Result(Ticket(plan.step, plan.lane), error=error.message)
 
 
 def share_out(partition: str, cores: int) -> Partition | None:
@@ -319,7 +334,3 @@ def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
 
 def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-def _list(cores: Sequence[int]) -> str:
-    return ", ".join(map(str, cores))

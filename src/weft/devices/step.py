@@ -6,11 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 
 from weft.core.plan import Plan, Sampled, Slice, TokenScore
-from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig
 from weft.models.forward import Forward
 from weft.models.sampler import draw, score_prompt
 
@@ -18,6 +19,18 @@ from weft.models.sampler import draw, score_prompt
 SCORED_BYTES = 32 * 2**20
 
 PromptScores = tuple[tuple[int, tuple[TokenScore, ...]], ...]
+
+
+class Head(Protocol):
+    """A decoder's output layer; of several ranks, that of all of them together."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def logits(self) -> Callable[[torch.Tensor], torch.Tensor]:
+        """[R, hidden] -> float32 [R, vocabulary]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +42,8 @@ class Computed:
     failed: tuple[tuple[int, str], ...]
 
 
-def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
-    """Carry out a plan; a slice whose logits cannot be used fails alone. forward: the decoder's.
+def compute(plan: Plan, head: Head, forward: Forward) -> Computed:
+    """Carry out a plan; a slice whose logits cannot be used fails alone. head: of the same decoder.
 
     There is nothing to tell of a part of a step before the last one.
     """
@@ -41,13 +54,13 @@ def compute(plan: Plan, decoder: Decoder, forward: Forward) -> Computed:
     best = forward.run(slices, [row for _, row in drawing], whole=whole, part=plan.part, parts=plan.parts)
     if not plan.last:
         return Computed((), (), ())
-    scored, failed = score_prompts(slices, decoder, forward.hidden)
+    scored, failed = score_prompts(slices, head, forward.hidden)
     sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
     return Computed(sampled, scored, tuple(failed.items()))
 
 
 def score_prompts(
-    slices: Sequence[Slice], decoder: Decoder, hidden: Callable[[], torch.Tensor]
+    slices: Sequence[Slice], head: Head, hidden: Callable[[], torch.Tensor]
 ) -> tuple[PromptScores, dict[int, str]]:
     """The scores of the slices that ask for them, and why others have none. hidden: the rows of the whole step, asked
     for where there is something to score."""
@@ -56,7 +69,7 @@ def score_prompts(
     ends = accumulate([len(piece.tokens) for piece in slices])
     for piece, end in zip(slices, ends, strict=True):
         if piece.prompt_logprobs is not None:
-            scores = _score(decoder, hidden()[end - len(piece.tokens) : end], piece, piece.prompt_logprobs)
+            scores = _score(head, hidden()[end - len(piece.tokens) : end], piece, piece.prompt_logprobs)
             if any(math.isnan(score.logprob) for score in scores):
                 failed[piece.sequence] = "the model computed NaN or infinite logits for a prompt token"
             else:
@@ -81,12 +94,12 @@ def _sample(
 
 
 @torch.inference_mode()
-def _score(decoder: Decoder, hidden: torch.Tensor, piece: Slice, k: int) -> tuple[TokenScore, ...]:
+def _score(head: Head, hidden: torch.Tensor, piece: Slice, k: int) -> tuple[TokenScore, ...]:
     """Each row scores the token that follows it; the last row of a prompt has none."""
     targets = piece.tokens[1:] if piece.next_token is None else (*piece.tokens[1:], piece.next_token)
-    most = max(1, SCORED_BYTES // (4 * decoder.config.vocabulary))
+    most = max(1, SCORED_BYTES // (4 * head.config.vocabulary))
     scores: list[TokenScore] = []
     for at in range(0, len(targets), most):
         part = targets[at : at + most]
-        scores += score_prompt(decoder.logits(hidden[at : at + len(part)]), part, k)
+        scores += score_prompt(head.logits(hidden[at : at + len(part)]), part, k)
     return tuple(scores)

@@ -13,6 +13,7 @@ from weft.devices import open_device
 from weft.devices.base import Device
 from weft.ipc.messages import Phase, Ready
 from weft.loop.engine import Engine
+from weft.loop.ranks import open_ranks
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
 from weft.phases.forecast import TURNS_A_STEP
@@ -40,7 +41,10 @@ def open_engine(config: EngineConfig, say: Callable[[str], None]) -> tuple[Engin
 
 
 def _open(config: EngineConfig, folder: Path, phases: Phases) -> tuple[Engine, Ready]:
-    device = open_device(config, folder, phases.begin)
+    if config.tensor_parallel_size > 1:
+        device: Device = open_ranks(config, folder, phases.begin)
+    else:
+        device = open_device(config, folder, phases.begin)
     try:
         scheduler = Scheduler(device.capacity(), device.lanes(), settings(config))
         engine = Engine(device, scheduler, controller=controller(config, device.capacity()))

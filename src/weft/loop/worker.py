@@ -18,7 +18,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Generic
 
 import msgspec
 import zmq
@@ -27,7 +27,7 @@ from weft import log as logs
 from weft.config import EngineConfig
 from weft.core.request import Event, PromptScores, Request, RequestEnd, TokenOutput
 from weft.errors import DeviceError, QueueFull, WeftError
-from weft.ipc.channel import FROM_ENGINE, LINGER_SECONDS, TO_ENGINE, Receiver, Sender
+from weft.ipc.channel import FROM_ENGINE, LINGER_SECONDS, TO_ENGINE, Message, Receiver, Sender
 from weft.ipc.messages import (
     Abort,
     AskStats,
@@ -65,7 +65,7 @@ def main(open_engine: OpenEngine | None = None) -> int:
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=Orders)
     logs.set_up(orders.log_level)
     folder = Path(orders.folder)
-    inbox = Inbox(folder, sys.stdin.buffer)
+    inbox: Inbox[ToEngine] = Inbox(folder, sys.stdin.buffer, TO_ENGINE, ToEngine)
     sender: Sender[FromEngine] = Sender(folder, FROM_ENGINE)
     engine: Engine | None = None
     try:
@@ -105,7 +105,7 @@ def _open(config: EngineConfig, open_engine: OpenEngine | None, sender: Sender[F
     return engine, msgspec.structs.replace(ready, phases=(phase, *ready.phases))
 
 
-def serve(engine: Engine, inbox: Inbox, sender: Sender[FromEngine]) -> None:
+def serve(engine: Engine, inbox: Inbox[ToEngine], sender: Sender[FromEngine]) -> None:
     """Until a Shutdown comes. Whatever a message or a step brings is sent before the next step begins.
 
     Raises DeviceError when the device died; the requests' ends have been sent then.
@@ -165,20 +165,23 @@ def died(error: Exception) -> Died:
     return Died(words.encode(errors="backslashreplace").decode(), code)
 
 
-class Inbox:
-    """Messages for the engine, taken in by a thread of its own. The thread ends the process when `lifeline` ends."""
+class Inbox(Generic[Message]):
+    """Messages for this process, taken in by a thread of its own. The thread ends the process when `lifeline` ends.
 
-    def __init__(self, folder: Path, lifeline: BinaryIO) -> None:
+    name, union: as of the Receiver.
+    """
+
+    def __init__(self, folder: Path, lifeline: BinaryIO, name: str, union: Any) -> None:
         self._folder = folder
         self._lifeline = lifeline
-        self._receiver: Receiver[ToEngine] = Receiver(folder, TO_ENGINE, ToEngine)
-        self._arrived: deque[ToEngine | Exception] = deque()
+        self._receiver: Receiver[Message] = Receiver(folder, name, union)
+        self._arrived: deque[Message | Exception] = deque()
         self._stop, self._stopper = os.pipe()
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self.wake: Callable[[], None] = lambda: None
         self._thread.start()
 
-    def take(self) -> Iterator[ToEngine]:
+    def take(self) -> Iterator[Message]:
         """What has arrived. `wake` is called after each arrival. Raises what the thread died of."""
         while self._arrived:
             message = self._arrived.popleft()

@@ -7,6 +7,7 @@ when they started.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from weft.core.plan import Slice
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig
 from weft.models.sampler import best_of_rows
 from weft.weave.choice import Mode
 from weft.weave.collective import Collective, Quantise
@@ -29,11 +31,19 @@ Logits = npt.NDArray[np.float32]
 Choice = Callable[[Sequence[Slice]], tuple[Mode, int]]
 
 
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The output layer of all ranks together, in the place of the decoder's: all of them must call it alike."""
+
+    config: ModelConfig
+    logits: Callable[[torch.Tensor], torch.Tensor]
+
+
 class Ranked:
     """A `Forward` (see forward.py) of a rank. It computes call by call.
 
     collectives: the group, by mode; a mode that `choose` may give has one. The output layer's parts are gathered by
-    that of the step. vocabulary: of the whole model.
+    that of the step. close: ends the collectives.
     """
 
     def __init__(
@@ -44,8 +54,10 @@ class Ranked:
         collectives: Mapping[Mode, Collective],
         choose: Choice,
         formats: Callable[[Any], Quantise | None] = no_format,
+        close: Callable[[], None] = lambda: None,
     ) -> None:
-        self.config = decoder.config
+        self.close = close
+        self.head = Head(decoder.config, self._all_logits)
         self._decoder = decoder
         self._kv = kv
         self._block_size = block_size
@@ -81,12 +93,8 @@ class Ranked:
         return self._hidden
 
     @torch.inference_mode()
-    def score(self, hidden: torch.Tensor) -> torch.Tensor:
-        """As `Decoder.logits`; all ranks must call it alike."""
-        return self._all_logits(hidden)
-
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        vocabulary = self.config.vocabulary
+        vocabulary = self.head.config.vocabulary
         if not len(hidden):
             return torch.empty((0, vocabulary))
         # The last ranks' parts are filled up with rows of zeros, which come last.

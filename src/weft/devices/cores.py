@@ -1,0 +1,35 @@
+"""Which cores there are, and how ranks share them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from weft.config import parse_cores
+from weft.errors import ConfigError
+
+Cores = tuple[int, ...]
+
+
+def usable_cores(wanted: str | None) -> Cores:
+    """The cores for --cores `wanted`, or all that this process may use. Raises ConfigError."""
+    allowed = tuple(sorted(os.sched_getaffinity(0)))
+    if wanted is None:
+        return allowed
+    cores = parse_cores(wanted)
+    absent = [core for core in cores if core not in allowed]
+    if absent:
+        raise ConfigError(f"--cores names core {absent[0]}; this process may use {_list(allowed)}")
+    return cores
+
+
+def cores_of_rank(cores: Cores, rank: int, ranks: int) -> Cores:
+    """Neighbours for one rank, a part of about equal size; where there are fewer cores than ranks, one that others have
+    as well."""
+    if len(cores) < ranks:
+        return (cores[rank % len(cores)],)
+    return cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+
+
+def _list(cores: Sequence[int]) -> str:
+    return ", ".join(map(str, cores))

@@ -1,0 +1,149 @@
+"""What makes a CPU device one rank of several: its part of the model, and its group's collectives, for each lane."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from weft.config import EngineConfig
+from weft.core.plan import Slice
+from weft.errors import ConfigError
+from weft.kernels import LEVELS, open_kernels
+from weft.kernels.base import Kernels
+from weft.models.decoder import Decoder
+from weft.models.measure import measure
+from weft.models.ranked import Ranked
+from weft.models.shard import Part
+from weft.weave.background import Background
+from weft.weave.choice import Costs, Mode, choose_mode
+from weft.weave.collective import Collective, Quantise
+from weft.weave.rows import JoinRows, plain
+from weft.weave.split import choose_cut
+
+# Rows of a step that the C++ kernels compute at a time: 6 or 4, so that a multiple of both leaves no rest.
+WAVE = 12
+SIZES = (1, 16, 64, 256)  # tokens that are measured at start-up, beside the most that a step may have
+SPIN = 100e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The group that a rank belongs to.
+
+    name: by which its ranks find one another in shared memory. store: of torch.distributed, by which they find one
+    another with gloo; None for shared memory. timeout: seconds that they wait for one another. crowded: whether ranks
+    share cores. agree: takes how many KV blocks this rank has room for, and gives how many all have.
+    """
+
+    part: Part
+    name: str
+    store: Any
+    timeout: float
+    crowded: bool
+    agree: Callable[[int], int]
+
+
+class Chooser:
+    """How to carry out a step: the mode of --weave, or the one that costs least. costs: None where it is given."""
+
+    def __init__(self, weave: str, costs: Costs | None) -> None:
+        self._weave = weave
+        self._costs = costs
+
+    def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, int]:
+        """The mode, and the tokens of the first strand. Depends on nothing but what is the same on all ranks."""
+        lengths = [len(piece.tokens) for piece in slices]
+        tokens, cut = sum(lengths), choose_cut(lengths, WAVE)
+        mode = Mode(self._weave) if self._costs is None else choose_mode(self._costs, tokens, cut)
+        return mode, cut if mode is Mode.WOVEN else tokens
+
+
+def open_ranked(
+    config: EngineConfig,
+    group: Group,
+    lane: str,
+    decoder: Decoder,
+    kernels: Kernels,
+    cores: tuple[int, ...],
+    kv: list[Any],
+    blocks: int,
+) -> Ranked:
+    """The forward pass of a lane with so many KV blocks. All ranks open their lanes in the same order.
+
+    Raises ConfigError for kernels that these collectives cannot use, DeviceError or RankLost.
+    """
+    with ExitStack() as stack:
+        collectives: dict[Mode, Collective] = {}
+        for mode in _modes(config, group):
+            own = kernels
+            if mode is Mode.WOVEN:  # its seams run in a thread, which has kernels of its own on the last core
+                own = open_kernels(kernels.name, cores[-1:], exact_a4=config.exact_a4)
+                stack.callback(own.close)
+            collective = _connect(config, group, f"{lane}-{mode.value}", mode, own, decoder)
+            collectives[mode] = Background(collective, cores[-1:]) if mode is Mode.WOVEN else collective
+            stack.callback(collectives[mode].close)
+        costs = None
+        if config.weave == "auto":
+            most = min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
+            sizes = [*(size for size in SIZES if size < most), most]
+            costs = measure(decoder, kv, config.block_size, collectives, sizes)
+        choose = Chooser(config.weave, costs)
+        return Ranked(
+            decoder, kv, config.block_size, collectives, choose, _formats(kernels), close=stack.pop_all().close
+        )
+
+
+def _modes(config: EngineConfig, group: Group) -> list[Mode]:
+    """Those that steps may be carried out in."""
+    if config.weave != "auto":
+        return [Mode(config.weave)]
+    return [mode for mode in Mode if group.store is not None or mode is not Mode.PLAIN]
+
+
+def _connect(
+    config: EngineConfig, group: Group, name: str, mode: Mode, kernels: Kernels, decoder: Decoder
+) -> Collective:
+    rank, ranks = group.part.rank, group.part.ranks
+    if group.store is None:
+        from weft.kernels.cpu import CpuKernels
+        from weft.weave.shm import ShmCollective
+
+        if not isinstance(kernels, CpuKernels):
+            raise ConfigError(
+                f"--collective shm needs the C++ kernels, and --kernels is {kernels.name}; --collective gloo does not"
+            )
+        spin = 0.0 if group.crowded else SPIN
+        return ShmCollective(f"{group.name}-{name}", rank, ranks, kernels, timeout=group.timeout, spin=spin)
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
+
+    joined = connect(PrefixStore(name, group.store), rank, ranks, timeout=group.timeout)
+    if mode is Mode.PLAIN:
+        return AllReduceCollective(joined, rank, ranks, _join_rows(kernels), timeout=group.timeout)
+    capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize
+    return DistributedCollective(joined, rank, ranks, _join_rows(kernels), timeout=group.timeout, capacity=capacity)
+
+
+def _join_rows(kernels: Kernels) -> JoinRows:
+    if kernels.name not in LEVELS:
+        return plain(kernels.rms_norm)
+    from weft.kernels.cpu import CpuKernels
+    from weft.kernels.wire import FusedRows
+
+    if not isinstance(kernels, CpuKernels):
+        raise TypeError(f"kernels of {kernels.name} that are {type(kernels).__name__}")
+    return FusedRows(kernels)
+
+
+def _formats(kernels: Kernels) -> Callable[[Any], Quantise | None]:
+    """Rows of a quantised linear travel as it wants them, where these kernels can do that."""
+    if kernels.name not in LEVELS:
+        return lambda _packed: None
+    from weft.kernels.wire import input_format
+
+    return lambda packed: input_format(kernels, packed)

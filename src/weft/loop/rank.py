@@ -1,0 +1,158 @@
+"""The process of one tensor-parallel rank: `python -m weft.loop.rank`, started by loop/ranks.py.
+
+Its main thread hands plans to its device, and tells the engine process what has become of them.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import signal
+import sys
+import threading
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from weft import log as logs
+from weft.core.plan import Result
+from weft.devices.base import Device
+from weft.errors import DeviceError, WeftError
+from weft.ipc.channel import LINGER_SECONDS, Sender
+from weft.ipc.ranks import (
+    FROM_RANKS,
+    Begun,
+    Blocks,
+    Carry,
+    Done,
+    End,
+    Fits,
+    FromRank,
+    Lost,
+    Opened,
+    RankOrders,
+    Share,
+    ToRank,
+    to_rank,
+)
+from weft.loop.worker import Inbox, died
+
+log = logging.getLogger(__name__)
+
+
+def main() -> int:
+    """Read the orders, open the device and carry out plans until told to end. Returns the exit code: 1 after a Lost."""
+    # The engine process decides when to end, also when a terminal or a service manager signals the whole group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    faulthandler.enable()
+    orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankOrders)
+    logs.set_up(orders.log_level)
+    folder = Path(orders.folder)
+    inbox: Inbox[ToRank] = Inbox(folder, sys.stdin.buffer, to_rank(orders.rank), ToRank)
+    sender: Sender[FromRank] = Sender(folder, FROM_RANKS)
+    device: Device | None = None
+    try:
+        device = _open(orders, inbox, sender)
+        inbox.wake = device.wake
+        sender.send(_opened(orders.rank, device))
+        carry(orders.rank, device, inbox, sender)
+        return 0
+    except Exception as error:  # the one place where a rank dies
+        level = logging.DEBUG if isinstance(error, WeftError) else logging.ERROR
+        log.log(level, "rank %d died", orders.rank, exc_info=True)
+        words = died(error)
+        sender.send(Lost(orders.rank, words.error, words.code))
+        return 1
+    finally:
+        sender.close(LINGER_SECONDS)  # first of all: a lane may have to wait for ranks that are gone
+        if device is not None:
+            device.close()
+        inbox.close()
+
+
+def carry(rank: int, device: Device, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> None:
+    """Until an End comes. Raises what the device died of."""
+    parts: dict[tuple[int, str], int] = {}
+    while True:
+        for message in inbox.take():
+            match message:
+                case Carry(plan):
+                    parts[plan.step, plan.lane.value] = plan.part
+                    device.submit(plan)
+                case Share(partition):
+                    device.set_partition(partition)
+                case Blocks():
+                    raise DeviceError("the number of blocks was settled before")
+                case End():
+                    return
+        for result in device.poll(None):
+            ticket = result.ticket
+            part = parts.pop((ticket.step, ticket.lane.value))
+            told = result if rank == 0 or result.error is not None else None
+            sender.send(Done(rank, ticket.step, part, digest(result), told))
+
+
+def digest(result: Result) -> int:
+    """63 bits of what must be the same on all ranks."""
+    drawn = tuple((sampled.sequence, sampled.token) for sampled in result.sampled)
+    failed = tuple(sequence for sequence, _ in result.failed)
+    same = repr((result.error is None, drawn, failed)).encode()
+    return int.from_bytes(blake2b(same, digest_size=8).digest(), "little") >> 1
+
+
+def _open(orders: RankOrders, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> Device:
+    def say(phase: str) -> None:
+        sender.send(Begun(orders.rank, phase))
+
+    def agree(blocks: int) -> int:
+        sender.send(Fits(orders.rank, blocks))
+        return _blocks(inbox)
+
+    say("import torch")
+    from weft.devices.cpu import open_cpu
+    from weft.devices.group import Group
+    from weft.models.shard import Part
+
+    store: Any = None
+    timeout = orders.config.rank_timeout
+    if orders.port is not None:
+        from weft.weave.distributed import meet
+
+        store = meet("127.0.0.1", orders.port, orders.rank, orders.ranks, timeout=timeout)
+    part = Part(orders.rank, orders.ranks)
+    group = Group(part, orders.group, store, timeout, orders.crowded, agree)
+    return open_cpu(orders.config, Path(orders.model), say, group)
+
+
+def _blocks(inbox: Inbox[ToRank]) -> int:
+    """What all ranks have room for, once the engine process has heard of all."""
+    arrived = threading.Event()
+    inbox.wake = arrived.set
+    while True:
+        for message in inbox.take():
+            if isinstance(message, Blocks):
+                return message.count
+            raise DeviceError("the engine does not start")
+        arrived.wait()
+        arrived.clear()
+
+
+def _opened(rank: int, device: Device) -> Opened:
+    description = device.describe()
+    return Opened(
+        rank,
+        device.capacity(),
+        device.lanes(),
+        device.partition(),
+        device.memory(),
+        description.dtype,
+        description.kernels,
+        description.notes,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,401 @@
+"""Tensor-parallel ranks as one device: every plan goes to all of them, and comes back once all have carried it out.
+
+    engine ── submit ─▶ one socket to each rank ─▶ rank processes (loop/rank.py) ─▶ one socket ─▶ listener ── poll ─▶
+
+Nothing waits for ever. A rank whose process ends is noticed at once; one that hangs is missed by the others in a seam,
+or by the listener when it does not end a step that another has ended. Either way the device is dead then, in words that
+name the rank: what the ranks keep of a sequence exists only once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from queue import Empty, SimpleQueue
+
+import msgspec
+import zmq
+
+from weft.config import EngineConfig
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
+from weft.devices.base import Description
+from weft.devices.cores import cores_of_rank, usable_cores
+from weft.errors import ConfigError, DeviceError, RankLost, by_code
+from weft.ipc.channel import Receiver, Sender, make_folder
+from weft.ipc.ranks import (
+    FROM_RANKS,
+    Begun,
+    Blocks,
+    Carry,
+    Done,
+    End,
+    Fits,
+    FromRank,
+    Lost,
+    Opened,
+    RankOrders,
+    Share,
+    ToRank,
+    to_rank,
+)
+from weft.kernels import LEVELS, resolve
+from weft.loop.launch import ending
+
+RANK = (sys.executable, "-m", "weft.loop.rank")
+CLOSED = "the device is closed"
+# Seconds that ranks get to end by themselves.
+END_SECONDS = 5.0
+# Seconds that the other ranks get to fail like one that has failed, before it counts as alone.
+FAIL_SECONDS = 1.0
+# Seconds that the listener gives a rank beyond --rank-timeout, so that a rank that waits for it in a seam speaks first.
+GRACE_SECONDS = 1.0
+LAST_WORDS = 200  # milliseconds
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The process of a rank has ended."""
+
+    rank: int
+    words: str
+
+
+class Ranks:
+    """The processes, and the sockets to and from them."""
+
+    def __init__(self, orders: Sequence[RankOrders], folder: Path, command: Sequence[str] = RANK) -> None:
+        self._folder = folder
+        self._receiver: Receiver[FromRank] = Receiver(folder, FROM_RANKS, FromRank)
+        self._senders: list[Sender[ToRank]] = []
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._pidfds: dict[int, int] = {}  # descriptor -> rank
+        self._poller = zmq.Poller()
+        self._poller.register(self._receiver.socket, zmq.POLLIN)
+        try:
+            for order in orders:
+                self._start(order, command)
+        except BaseException:
+            self.close(0.0)
+            raise
+
+    def _start(self, order: RankOrders, command: Sequence[str]) -> None:
+        try:
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+        except OSError as error:
+            raise DeviceError(f"the process of rank {order.rank} cannot be started: {error}") from error
+        self._processes.append(process)
+        descriptor = os.pidfd_open(process.pid)
+        self._pidfds[descriptor] = order.rank
+        self._poller.register(descriptor, zmq.POLLIN)
+        self._senders.append(Sender(self._folder, to_rank(order.rank)))
+        if process.stdin is not None:
+            process.stdin.write(msgspec.json.encode(order) + b"\n")
+            process.stdin.flush()
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def send(self, message: ToRank) -> None:
+        """To all of them."""
+        for sender in self._senders:
+            sender.send(message)
+
+    def listen(self, timeout: float | None = None, also: int | None = None) -> list[FromRank | Gone]:
+        """What has come; waits for it, up to `timeout` seconds, or until the descriptor `also` is readable.
+
+        What a rank has said is told before its end.
+        """
+        if also is not None:
+            self._poller.register(also, zmq.POLLIN)
+        ready = dict(self._poller.poll(None if timeout is None else max(0, round(1000 * timeout))))
+        found: list[FromRank | Gone] = [*self._arrived()]
+        for descriptor in ready.keys() & self._pidfds.keys():
+            rank = self._pidfds[descriptor]
+            self._poller.unregister(descriptor)
+            words = ending(self._processes[rank].wait())
+            # The last words of a process that has ended may still be on their way.
+            if not any(isinstance(message, Lost) for message in found) and self._receiver.socket.poll(LAST_WORDS):
+                found += self._arrived()
+            found.append(Gone(rank, words))
+        return found
+
+    def _arrived(self) -> Iterator[FromRank]:
+        while (message := self._receiver.take()) is not None:
+            yield message
+
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """End the processes: they get so many seconds to do it by themselves, having been told."""
+        end = time.monotonic() + seconds
+        for process in self._processes:
+            try:
+                process.wait(max(0.0, end - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()  # also one that was stopped
+                process.wait()
+            if process.stdin is not None:
+                process.stdin.close()
+        for descriptor in self._pidfds:
+            os.close(descriptor)
+        self._pidfds.clear()
+        for sender in self._senders:
+            sender.close()
+        self._receiver.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def open_ranks(
+    config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str] = RANK
+) -> RankedDevice:
+    """The model of the folder `model` on --tensor-parallel-size ranks of this machine.
+
+    say: told the phases of rank 0's start-up. Raises ConfigError, CheckpointError or DeviceError: whatever the first
+    rank that could not start has died of.
+    """
+    count, cores = config.tensor_parallel_size, usable_cores(config.cores)
+    port = _free_port() if _collective(config) == "gloo" else None
+    folder, group = make_folder(), f"weft-{secrets.token_hex(8)}"
+    orders = [
+        RankOrders(
+            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, rank, count)))),
+            rank=rank,
+            ranks=count,
+            model=os.fspath(model),
+            folder=os.fspath(folder),
+            group=group,
+            port=port,
+            crowded=len(cores) < count,
+            log_level=logging.getLevelName(logging.getLogger("weft").getEffectiveLevel()).lower(),
+        )
+        for rank in range(count)
+    ]
+    ranks = Ranks(orders, folder, command)
+    try:
+        opened = _start_up(ranks, say)
+    except BaseException:
+        ranks.close(0.0)
+        raise
+    return RankedDevice(ranks, opened, config.rank_timeout, cores=len(cores))
+
+
+def _start_up(ranks: Ranks, say: Callable[[str], None]) -> list[Opened]:
+    """Until all ranks take plans."""
+    fits: dict[int, int] = {}
+    opened: dict[int, Opened] = {}
+    while len(opened) < len(ranks):
+        for message in ranks.listen():
+            match message:
+                case Begun(0, phase):
+                    say(phase)
+                case Fits(rank, blocks):
+                    fits[rank] = blocks
+                    if len(fits) == len(ranks):
+                        ranks.send(Blocks(min(fits.values())))
+                case Opened(rank):
+                    opened[rank] = message
+                case Lost(rank, error, code):
+                    kind = by_code(code)
+                    raise kind(error if issubclass(kind, ConfigError) else f"rank {rank}: {error}")
+                case Gone(rank, words):
+                    raise DeviceError(f"rank {rank} {words} before it served")
+    return [opened[rank] for rank in range(len(ranks))]
+
+
+class RankedDevice:
+    """A Device (see devices/base.py). timeout: seconds that ranks may be apart. cores: of all ranks."""
+
+    def __init__(self, ranks: Ranks, opened: Sequence[Opened], timeout: float, *, cores: int) -> None:
+        self._ranks = ranks
+        self._first = opened[0]
+        self._memory = tuple((what, sum(dict(one.memory)[what] for one in opened)) for what, _ in self._first.memory)
+        self._cores = cores
+        self._partition = self._first.partition
+        self._timeout = timeout
+        self._votes = Votes(len(ranks), timeout)
+        self._results: SimpleQueue[Result | None] = (
+            SimpleQueue()
+        )  # None: look up, somebody called wake() or all is over
+        self._dead: RankLost | None = None
+        self._closed = False
+        self._stop, self._stopper = os.pipe()
+        self._thread = threading.Thread(target=self._listen, name="ranks", daemon=True)
+        self._thread.start()
+
+    def capacity(self) -> Capacity:
+        return self._first.capacity
+
+    def describe(self) -> Description:
+        first, cores = self._first, f"{self._cores} core{'s' if self._cores > 1 else ''}"
+        device = f"cpu, {len(self._ranks)} ranks on {cores}"
+        return Description(device, first.dtype, first.kernels, first.notes)
+
+    def lanes(self) -> tuple[Lane, ...]:
+        return self._first.lanes
+
+    def submit(self, plan: Plan) -> Ticket:
+        if plan.lane not in self._first.lanes:
+            raise DeviceError(f"a plan for lane {plan.lane.value}; this device has {', '.join(self._first.lanes)}")
+        self._check()
+        self._ranks.send(Carry(plan))
+        return Ticket(plan.step, plan.lane)
+
+    def poll(self, timeout: float | None) -> list[Result]:
+        if not self._closed:
+            self._check()
+        found: list[Result] = []
+        try:
+            result = self._results.get(timeout=0.0 if self._closed else timeout)
+            while True:
+                if result is not None:
+                    found.append(result)
+                result = self._results.get_nowait()
+        except Empty:
+            pass
+        if not (found or self._closed):
+            self._check()
+        return found
+
+    def wake(self) -> None:
+        self._results.put(None)
+
+    def partition(self) -> Partition | None:
+        return self._partition
+
+    def set_partition(self, partition: Partition) -> None:
+        if self._partition is None:
+            raise DeviceError("this device has one mixed lane; open it with --partition P:D to have shares")
+        shares = self._first.capacity.shares
+        if min(partition.prefill, partition.decode) < 1 or max(partition.prefill, partition.decode) > shares:
+            raise DeviceError(
+                f"partition {partition.prefill}:{partition.decode}; each lane needs a core, and a rank has {shares}"
+            )
+        self._check()
+        self._ranks.send(Share(partition))
+        self._partition = partition
+
+    def memory(self) -> tuple[tuple[str, int], ...]:
+        return self._memory
+
+    def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        os.close(self._stopper)
+        self._thread.join()
+        os.close(self._stop)
+        if self._dead is None:
+            self._ranks.send(End())
+        self._ranks.close(END_SECONDS if self._dead is None else 0.0)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise DeviceError(CLOSED)
+        if self._dead is not None:
+            raise self._dead
+
+    def _listen(self) -> None:
+        """The listener's thread, until `close` or the first loss."""
+        try:
+            while True:
+                for message in self._ranks.listen(self._votes.patience(time.monotonic()), self._stop):
+                    self._take(message)
+                self._votes.check(time.monotonic())
+                if self._closed:
+                    return
+        except RankLost as error:
+            self._dead = error
+        except Exception as error:  # without this thread nothing ends any more
+            log.exception("the listener to the ranks died")
+            self._dead = RankLost(f"the listener to the ranks died: {type(error).__name__}: {error}")
+        self.wake()
+
+    def _take(self, message: FromRank | Gone) -> None:
+        match message:
+            case Done():
+                if (result := self._votes.add(message, time.monotonic())) is not None:
+                    self._results.put(result)
+            case Lost(rank, error):
+                raise RankLost(self._votes.cause() or f"rank {rank}: {error}")
+            case Gone(rank, words):
+                raise RankLost(f"the process of rank {rank} {words}")
+
+
+class Votes:
+    """What the ranks have said of the steps that not all of them have ended. Raises RankLost where they differ."""
+
+    def __init__(self, ranks: int, timeout: float) -> None:
+        self._ranks = ranks
+        self._timeout = timeout
+        self._open: dict[tuple[int, int], dict[int, Done]] = {}
+        self._since: dict[tuple[int, int], float] = {}
+
+    def add(self, done: Done, now: float) -> Result | None:
+        """Rank 0's result, once all ranks have said the same."""
+        key = done.step, done.part
+        said = self._open.setdefault(key, {})
+        self._since.setdefault(key, now)
+        said[done.rank] = done
+        if len(said) < self._ranks:
+            return None
+        if (cause := self._alone(said)) is not None:
+            raise RankLost(cause)
+        del self._open[key], self._since[key]
+        for other in said.values():
+            if other.digest != said[0].digest:
+                raise RankLost(f"rank {other.rank} sampled other tokens in step {done.step} than rank 0")
+        return said[0].result
+
+    def patience(self, now: float) -> float | None:
+        """Seconds until `check` has something to say."""
+        limits = [self._limit(key) - now for key in self._open]
+        return max(0.0, min(limits)) if limits else None
+
+    def check(self, now: float) -> None:
+        for key, said in self._open.items():
+            if now < self._limit(key):
+                continue
+            late = " and ".join(str(rank) for rank in range(self._ranks) if rank not in said)
+            raise RankLost(
+                self._alone(said) or f"rank {late} did not end step {key[0]} within {self._timeout:g} s of the others"
+            )
+
+    def cause(self) -> str | None:
+        """Why a rank does not come, where it has said so itself."""
+        return next((cause for said in self._open.values() if (cause := self._alone(said))), None)
+
+    def _limit(self, key: tuple[int, int]) -> float:
+        failed = self._alone(self._open[key]) is not None
+        return self._since[key] + (FAIL_SECONDS if failed else self._timeout + GRACE_SECONDS)
+
+    def _alone(self, said: dict[int, Done]) -> str | None:
+        """In words, that a rank has failed in a step and not all have."""
+        failed = [done for done in said.values() if done.result is not None and done.result.error is not None]
+        if not failed or len(failed) == self._ranks:
+            return None
+        done = failed[0]
+        return f"rank {done.rank} failed in step {done.step}: {done.result.error if done.result else ''}"
+
+
+def _collective(config: EngineConfig) -> str:
+    """shm or gloo, for --collective."""
+    if config.collective != "auto":
+        return config.collective
+    name, _ = resolve(config.kernels)
+    return "shm" if name in LEVELS and config.weave != "plain" else "gloo"
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        port: int = chosen.getsockname()[1]
+        return port
