@@ -308,8 +308,12 @@ class RankedDevice:
         """The listener's thread, until `close` or the first loss."""
         try:
             while True:
-                for message in self._ranks.listen(self._votes.patience(time.monotonic()), self._stop):
-                    self._take(message)
+                heard = self._ranks.listen(self._votes.patience(time.monotonic()), self._stop)
+                for message in heard:
+                    if isinstance(message, Done) and (result := self._votes.add(message, time.monotonic())) is not None:
+                        self._results.put(result)
+                if losses := [message for message in heard if isinstance(message, Lost | Gone)]:
+                    raise RankLost(self._explain(losses))
                 self._votes.check(time.monotonic())
                 if self._closed:
                     return
@@ -320,15 +324,17 @@ class RankedDevice:
             self._dead = RankLost(f"the listener to the ranks died: {type(error).__name__}: {error}")
         self.wake()
 
-    def _take(self, message: FromRank | Gone) -> None:
-        match message:
-            case Done():
-                if (result := self._votes.add(message, time.monotonic())) is not None:
-                    self._results.put(result)
-            case Lost(rank, error):
-                raise RankLost(self._votes.cause() or f"rank {rank}: {error}")
-            case Gone(rank, words):
-                raise RankLost(f"the process of rank {rank} {words}")
+    def _explain(self, losses: list[Lost | Gone]) -> str:
+        """Why ranks are lost: that the process of one has ended unasked, rather than that others miss it."""
+        end = time.monotonic() + LAST_WORDS / 1000
+        while True:
+            said = {loss.rank: loss.error for loss in losses if isinstance(loss, Lost)}
+            ended = [loss for loss in losses if isinstance(loss, Gone) and loss.rank not in said]
+            if ended:
+                return f"the process of rank {ended[0].rank} {ended[0].words}"
+            if (left := end - time.monotonic()) <= 0:
+                return self._votes.cause() or "; ".join(f"rank {rank}: {error}" for rank, error in said.items())
+            losses = losses + [loss for loss in self._ranks.listen(left) if isinstance(loss, Lost | Gone)]
 
 
 class Votes:
