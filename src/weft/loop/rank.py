@@ -10,6 +10,7 @@ import logging
 import signal
 import sys
 import threading
+from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,16 @@ from weft.ipc.ranks import (
 )
 from weft.loop.worker import Inbox, died
 
+# (orders; is told the phases of the start-up; takes how many KV blocks fit here, and gives how many fit everywhere)
+OpenDevice = Callable[[RankOrders, Callable[[str], None], Callable[[int], int]], Device]
 log = logging.getLogger(__name__)
 
 
-def main() -> int:
-    """Read the orders, open the device and carry out plans until told to end. Returns the exit code: 1 after a Lost."""
+def main(open_device: OpenDevice | None = None) -> int:
+    """Read the orders, open the device and carry out plans until told to end. open_device: `open_rank`, by default.
+
+    Returns the exit code: 1 after a Lost.
+    """
     # The engine process decides when to end, also when a terminal or a service manager signals the whole group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
@@ -55,7 +61,11 @@ def main() -> int:
     sender: Sender[FromRank] = Sender(folder, FROM_RANKS)
     device: Device | None = None
     try:
-        device = _open(orders, inbox, sender)
+        device = (open_device or open_rank)(
+            orders,
+            lambda phase: sender.send(Begun(orders.rank, phase)),
+            lambda blocks: _agree(orders.rank, blocks, inbox, sender),
+        )
         inbox.wake = device.wake
         sender.send(_opened(orders.rank, device))
         carry(orders.rank, device, inbox, sender)
@@ -103,14 +113,8 @@ def digest(result: Result) -> int:
     return int.from_bytes(blake2b(same, digest_size=8).digest(), "little") >> 1
 
 
-def _open(orders: RankOrders, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> Device:
-    def say(phase: str) -> None:
-        sender.send(Begun(orders.rank, phase))
-
-    def agree(blocks: int) -> int:
-        sender.send(Fits(orders.rank, blocks))
-        return _blocks(inbox)
-
+def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[int], int]) -> Device:
+    """A rank on the CPU. Raises ConfigError, CheckpointError or DeviceError."""
     say("import torch")
     from weft.devices.cpu import open_cpu
     from weft.devices.group import Group
@@ -127,8 +131,9 @@ def _open(orders: RankOrders, inbox: Inbox[ToRank], sender: Sender[FromRank]) ->
     return open_cpu(orders.config, Path(orders.model), say, group)
 
 
-def _blocks(inbox: Inbox[ToRank]) -> int:
+def _agree(rank: int, blocks: int, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> int:
     """What all ranks have room for, once the engine process has heard of all."""
+    sender.send(Fits(rank, blocks))
     arrived = threading.Event()
     inbox.wake = arrived.set
     while True:

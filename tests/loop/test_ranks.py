@@ -1,0 +1,179 @@
+"""Ranks as one device: around processes of a simulated device (stub_rank.py), with faults in rank 1."""
+
+from __future__ import annotations
+
+import os
+import runpy
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from weft.config import EngineConfig
+from weft.core.plan import Lane, Partition, Plan, Result, Sampled, Sampling, Slice, Ticket
+from weft.core.sampling import SamplingParams
+from weft.devices.cores import cores_of_rank
+from weft.devices.simulated import continuation
+from weft.errors import CheckpointError, ConfigError, DeviceError, RankLost
+from weft.ipc.ranks import Done
+from weft.loop.rank import digest
+from weft.loop.ranks import FAIL_SECONDS, GRACE_SECONDS, RankedDevice, Votes, open_ranks
+
+SCRIPT = Path(__file__).with_name("stub_rank.py")
+stub = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
+GREEDY = SamplingParams(temperature=0.0)
+
+
+@contextmanager
+def ranks(
+    model: str = "good", count: int = 2, timeout: float = 20.0, said: list[str] | None = None
+) -> Iterator[RankedDevice]:
+    config = EngineConfig(tensor_parallel_size=count, rank_timeout=timeout)
+    say = (lambda _phase: None) if said is None else said.append
+    device = open_ranks(config, Path(model), say, (sys.executable, str(SCRIPT)))
+    try:
+        yield device
+    finally:
+        device.close()
+
+
+def plan(step: int, first: int) -> Plan:
+    tokens = (first, 8, 9)
+    return Plan(step, Lane.MIXED, (Slice(step, 0, tokens, (step,), Sampling(GREEDY, seed=0, position=3)),))
+
+
+def collect(device: RankedDevice, count: int) -> list[Result]:
+    results: list[Result] = []
+    while len(results) < count:
+        results += device.poll(20.0)
+    return results
+
+
+def test_ranks_are_one_device() -> None:
+    said: list[str] = []
+    with ranks(count=3, said=said) as device:
+        assert said == ["phase of rank 0"]
+        assert device.capacity().blocks == 40  # what fits on all
+        assert device.lanes() == (Lane.MIXED,) and device.partition() is None
+        assert "3 ranks" in device.describe().device
+        assert all(size > 0 for _, size in device.memory())
+        for step in range(1, 30):
+            assert device.submit(plan(step, 100 + step)) == Ticket(step, Lane.MIXED)
+        results = collect(device, 29)
+        assert [result.ticket.step for result in results] == list(range(1, 30))
+        for result in results:
+            (sampled,) = result.sampled
+            assert (sampled.token,) == continuation([100 + sampled.sequence, 8, 9], 1, 4096)
+        device.wake()
+        assert device.poll(None) == [] and device.poll(0.0) == []
+        with pytest.raises(DeviceError, match="one mixed lane"):
+            device.set_partition(Partition(1, 1))
+        with pytest.raises(DeviceError, match="lane decode"):
+            device.submit(Plan(99, Lane.DECODE, ()))
+    device.close()
+    with pytest.raises(DeviceError, match="closed"):
+        device.submit(plan(1, 100))
+    assert device.poll(None) == []
+
+
+def test_a_step_that_fails_on_all_ranks_fails_alone() -> None:
+    with ranks() as device:
+        device.submit(plan(1, stub.ALL_FAIL))
+        device.submit(plan(2, 100))
+        first, second = collect(device, 2)
+        assert first.error == "rank 0 stumbled" and second.error is None
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("KILLED", "the process of rank 1 was killed by SIGKILL"),
+        ("HANGS", "rank 1 did not end step 2 within 0.5 s of the others"),
+        ("FAILS", "rank 1 failed in step 2: rank 1 stumbled"),
+        ("OTHER_TOKENS", "rank 1 sampled other tokens in step 2 than rank 0"),
+        ("RAISES", "rank 0: seam 9: rank 1 did not come within 1 s"),
+    ],
+)
+def test_a_rank_that_is_lost_ends_the_device_in_words(fault: str, words: str) -> None:
+    with ranks(timeout=0.5) as device:
+        device.submit(plan(1, 100))
+        collect(device, 1)
+        device.submit(plan(2, getattr(stub, fault)))
+        begun = time.monotonic()
+        with pytest.raises(RankLost, match=words):
+            collect(device, 1)
+        with pytest.raises(RankLost, match=words):
+            device.poll(0.0)
+        with pytest.raises(RankLost, match=words):
+            device.submit(plan(3, 100))
+        device.close()
+        assert time.monotonic() - begun < 5
+
+
+@pytest.mark.parametrize(
+    ("model", "kind", "words"),
+    [
+        ("broken", CheckpointError, "rank 1: model.safetensors is cut short"),
+        ("gone", DeviceError, "rank 1 ended with exit code 7 before it served"),
+    ],
+)
+def test_a_rank_that_cannot_start(model: str, kind: type[Exception], words: str) -> None:
+    before = os.listdir("/proc/self/fd")
+    with pytest.raises(kind, match=words), ranks(model):
+        pass
+    assert len(os.listdir("/proc/self/fd")) <= len(before)
+
+
+def test_no_process_and_no_kernels() -> None:
+    with pytest.raises(DeviceError, match="rank 0 cannot be started"):
+        open_ranks(EngineConfig(tensor_parallel_size=2), Path("x"), lambda _: None, ("/nowhere/python",))
+    with pytest.raises(ConfigError, match="--cores names core 4000"):
+        open_ranks(EngineConfig(tensor_parallel_size=2, cores="4000"), Path("x"), lambda _: None)
+
+
+def done(rank: int, step: int, digest: int = 1, error: str | None = None) -> Done:
+    result = Result(Ticket(step, Lane.MIXED), error=error) if rank == 0 or error is not None else None
+    return Done(rank, step, 0, digest, result)
+
+
+def test_votes_are_counted_by_step() -> None:
+    votes = Votes(2, timeout=3.0)
+    assert votes.patience(0.0) is None
+    assert votes.add(done(1, 1), 10.0) is None and votes.add(done(1, 2), 11.0) is None
+    assert votes.patience(11.0) == 10.0 + 3.0 + GRACE_SECONDS - 11.0
+    first = done(0, 1)
+    assert votes.add(first, 12.0) == first.result
+    votes.check(11.0 + 3.0)
+    with pytest.raises(RankLost, match="rank 0 did not end step 2 within 3 s"):
+        votes.check(11.0 + 3.0 + GRACE_SECONDS)
+
+
+def test_a_rank_that_fails_alone_is_not_waited_for_so_long() -> None:
+    votes = Votes(3, timeout=30.0)
+    votes.add(done(0, 5, error="out of memory"), 1.0)
+    assert votes.cause() == "rank 0 failed in step 5: out of memory"
+    votes.check(1.0)
+    with pytest.raises(RankLost, match="rank 0 failed in step 5: out of memory"):
+        votes.check(1.0 + FAIL_SECONDS)
+
+
+def test_the_digest_is_of_tokens_and_failures() -> None:
+    ticket = Ticket(1, Lane.MIXED)
+    one = Result(ticket, (Sampled(1, 7), Sampled(2, 8)))
+    assert digest(one) == digest(Result(ticket, one.sampled, seconds=3.0))
+    others = [
+        Result(ticket, (Sampled(1, 7), Sampled(2, 9))),
+        Result(ticket, (Sampled(1, 7),), failed=((2, "NaN"),)),
+        Result(ticket, error="x"),
+        Result(ticket),
+    ]
+    assert len({digest(result) for result in (one, *others)}) == 5
+
+
+def test_cores_are_divided() -> None:
+    assert [cores_of_rank((0, 1, 2, 5, 6), rank, 2) for rank in range(2)] == [(0, 1), (2, 5, 6)]
+    assert [cores_of_rank((3, 4), rank, 3) for rank in range(3)] == [(3,), (4,), (3,)]
