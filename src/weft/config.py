@@ -217,22 +217,11 @@ class EngineConfig:
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}; a step of that many sequences would not fit"
             )
-        if not 1 <= self.tensor_parallel_size <= MAX_RANKS:
-            found.append(f"--tensor-parallel-size is {self.tensor_parallel_size}; it must be from 1 to {MAX_RANKS}")
-        elif self.tensor_parallel_size > 1 and self.device not in ("auto", "cpu"):
-            found.append(
-                f"--tensor-parallel-size is {self.tensor_parallel_size}, and --device {self.device} has one rank; "
-                "--device cpu has several"
-            )
-        if not 0 < self.rank_timeout < 86400:
-            found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
-        if (self.weave, self.collective) == ("plain", "shm"):
-            found.append("--weave is plain, which --collective shm does not have; --collective gloo does")
         if not 0 < self.gpu_memory_utilization <= 1:
             found.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"
             )
-        return found + self._target_problems() + _form_problems(self)
+        return found + self._target_problems() + self._rank_problems() + _form_problems(self)
 
     def _target_problems(self) -> list[str]:
         found = []
@@ -245,6 +234,23 @@ class EngineConfig:
                 found.append(
                     f"{flag} is {given}, and --partition {self.partition} has no use for it; auto and paper do"
                 )
+        return found
+
+    def _rank_problems(self) -> list[str]:
+        found, ranks = [], self.tensor_parallel_size
+        if not 1 <= ranks <= MAX_RANKS:
+            found.append(f"--tensor-parallel-size is {ranks}; it must be from 1 to {MAX_RANKS}")
+        elif ranks > 1 and self.device not in ("auto", "cpu"):
+            found.append(
+                f"--tensor-parallel-size is {ranks}, and --device {self.device} has one rank; --device cpu has several"
+            )
+        for flag, value in (("--weave", self.weave), ("--collective", self.collective)):
+            if value != "auto" and ranks == 1:
+                found.append(f"{flag} is {value}, and one rank has no use for it; --tensor-parallel-size 2 has")
+        if (self.weave, self.collective) == ("plain", "shm"):
+            found.append("--weave is plain, which --collective shm does not have; --collective gloo does")
+        if not 0 < self.rank_timeout < 86400:
+            found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
         return found
 
     def validate(self) -> None:

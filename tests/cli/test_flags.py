@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 import typing
@@ -35,6 +36,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.just("off") | st.tuples(st.integers(1, 99), st.integers(1, 99)).map(
             lambda pair: f"{pair[0]}:{pair[1]}"
         )
+    if name == "rank_timeout":
+        return st.floats(0.1, 1000)
     if name == "gpu_memory_utilization":
         return st.floats(0.01, 1)
     if name == "cores":
@@ -49,9 +52,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
     return st.lists(one, min_size=1, max_size=3).map(tuple) if item.many else one
 
 
-# Without the targets, which only two values of --partition go with.
-# Those that go with some values of --partition only have tests of their own.
-DEPENDENT = ("slo_ttft", "slo_tpot", "partition_record")
+# Those that go with some values of --partition only, or with several ranks only, have tests of their own.
+DEPENDENT = ("slo_ttft", "slo_tpot", "partition_record", "tensor_parallel_size", "weave", "collective")
 GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if name not in DEPENDENT})
 
 
@@ -300,6 +302,26 @@ def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> N
     with pytest.raises(ConfigError, match=r"--slo-ttft is 0\.0; it must be more than 0"):
         EngineConfig(partition="auto", slo_ttft=0.0).validate()
     EngineConfig(partition="auto", slo_ttft=0.5, slo_tpot=0.1).validate()
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"tensor_parallel_size": 0}, "--tensor-parallel-size is 0; it must be from 1 to 64"),
+        ({"tensor_parallel_size": 2, "device": "cuda"}, "--device cuda has one rank; --device cpu has several"),
+        ({"weave": "woven"}, "--weave is woven, and one rank has no use for it; --tensor-parallel-size 2 has"),
+        ({"collective": "gloo"}, "--collective is gloo, and one rank has no use for it"),
+        ({"tensor_parallel_size": 2, "weave": "plain", "collective": "shm"}, "--collective gloo does"),
+        ({"rank_timeout": 0.0}, "--rank-timeout is 0.0; it must be more than 0"),
+        ({"tensor_parallel_size": 2, "weave": "x"}, "--weave is 'x'; it must be one of auto, plain, fused, woven"),
+    ],
+)
+def test_settings_of_ranks(given: dict[str, Any], words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        EngineConfig(**given).validate()
+    EngineConfig(tensor_parallel_size=4, weave="plain", device="cpu", rank_timeout=0.5).validate()
+    for flags in (["-tp", "3"], ["-tp=3"], ["--tensor-parallel-size=3"], ["--tensor_parallel_size", "3"]):
+        assert read(flags, {})[0].tensor_parallel_size == 3
 
 
 def test_validate_raises_what_problems_found() -> None:

@@ -1,12 +1,13 @@
-"""Which cores there are, and how ranks share them."""
+"""Which cores there are, how ranks share them, and what ranks exchange rows through."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
 
-from weft.config import parse_cores
+from weft.config import EngineConfig, parse_cores
 from weft.errors import ConfigError
+from weft.kernels import LEVELS, resolve
 
 Cores = tuple[int, ...]
 
@@ -29,6 +30,14 @@ def cores_of_rank(cores: Cores, rank: int, ranks: int) -> Cores:
     if len(cores) < ranks:
         return (cores[rank % len(cores)],)
     return cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+
+
+def collective_of(config: EngineConfig) -> str:
+    """shm or gloo, for --collective. Raises DeviceError for kernels that are not there."""
+    if config.collective != "auto":
+        return config.collective
+    name, _ = resolve(config.kernels)
+    return "shm" if name in LEVELS and config.weave != "plain" else "gloo"
 
 
 def _list(cores: Sequence[int]) -> str:

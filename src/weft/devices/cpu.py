@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,6 @@ from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
 from weft.models.ranked import Ranked
 from weft.models.shard import WHOLE, shard_config
-
 
 
 def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], group: Group | None = None) -> CpuDevice:
@@ -72,13 +71,14 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
             pool = size_pool(replace(config, num_blocks=blocks), model.context, kept, free_memory() // part.ranks)
         decode = decode_blocks(config, pool.blocks, pool.max_model_len)
         say("KV pool")
+        store = None if group is None else group.meet()
         decoders = {
             lane: Decoder(own_model, second if lane is Lane.DECODE else weights, own, pool.max_model_len)
             for lane, own in kernels.items()
         }
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
         forwards: dict[Lane, Forward] = {
-            lane: open_ranked(config, group, lane.value, decoder, kernels[lane], shares[lane], kv, pool.blocks)
+            lane: open_ranked(config, group, store, lane.value, decoder, kernels[lane], shares[lane], kv, pool.blocks)
             if group is not None
             else open_forward(
                 decoder,

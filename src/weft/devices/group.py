@@ -34,17 +34,30 @@ SPIN = 100e-6
 class Group:
     """The group that a rank belongs to.
 
-    name: by which its ranks find one another in shared memory. store: of torch.distributed, by which they find one
-    another with gloo; None for shared memory. timeout: seconds that they wait for one another. crowded: whether ranks
-    share cores. agree: takes how many KV blocks this rank has room for, and gives how many all have.
+    name: by which its ranks find one another in shared memory. port: on the loopback interface, where rank 0 listens;
+    None where they use shared memory. timeout: seconds that they wait for one another. crowded: whether ranks share
+    cores. agree: takes how many KV blocks this rank has room for, and gives how many all have.
     """
 
-    part: Part
+    rank: int
+    ranks: int
     name: str
-    store: Any
+    port: int | None
     timeout: float
     crowded: bool
     agree: Callable[[int], int]
+
+    @property
+    def part(self) -> Part:
+        return Part(self.rank, self.ranks)
+
+    def meet(self) -> Any:
+        """A store of torch.distributed, where its ranks find one another; None where they use shared memory."""
+        if self.port is None:
+            return None
+        from weft.weave.distributed import meet
+
+        return meet("127.0.0.1", self.port, self.rank, self.ranks, timeout=self.timeout)
 
 
 class Chooser:
@@ -65,6 +78,7 @@ class Chooser:
 def open_ranked(
     config: EngineConfig,
     group: Group,
+    store: Any,
     lane: str,
     decoder: Decoder,
     kernels: Kernels,
@@ -72,18 +86,18 @@ def open_ranked(
     kv: list[Any],
     blocks: int,
 ) -> Ranked:
-    """The forward pass of a lane with so many KV blocks. All ranks open their lanes in the same order.
+    """The forward pass of a lane with so many KV blocks; store: of `meet`. All ranks open their lanes in the same order.
 
     Raises ConfigError for kernels that these collectives cannot use, DeviceError or RankLost.
     """
     with ExitStack() as stack:
         collectives: dict[Mode, Collective] = {}
-        for mode in _modes(config, group):
+        for mode in _modes(config, store):
             own = kernels
             if mode is Mode.WOVEN:  # its seams run in a thread, which has kernels of its own on the last core
                 own = open_kernels(kernels.name, cores[-1:], exact_a4=config.exact_a4)
                 stack.callback(own.close)
-            collective = _connect(config, group, f"{lane}-{mode.value}", mode, own, decoder)
+            collective = _connect(config, group, store, f"{lane}-{mode.value}", mode, own, decoder)
             collectives[mode] = Background(collective, cores[-1:]) if mode is Mode.WOVEN else collective
             stack.callback(collectives[mode].close)
         costs = None
@@ -97,18 +111,18 @@ def open_ranked(
         )
 
 
-def _modes(config: EngineConfig, group: Group) -> list[Mode]:
+def _modes(config: EngineConfig, store: Any) -> list[Mode]:
     """Those that steps may be carried out in."""
     if config.weave != "auto":
         return [Mode(config.weave)]
-    return [mode for mode in Mode if group.store is not None or mode is not Mode.PLAIN]
+    return [mode for mode in Mode if store is not None or mode is not Mode.PLAIN]
 
 
 def _connect(
-    config: EngineConfig, group: Group, name: str, mode: Mode, kernels: Kernels, decoder: Decoder
+    config: EngineConfig, group: Group, store: Any, name: str, mode: Mode, kernels: Kernels, decoder: Decoder
 ) -> Collective:
-    rank, ranks = group.part.rank, group.part.ranks
-    if group.store is None:
+    rank, ranks = group.rank, group.ranks
+    if store is None:
         from weft.kernels.cpu import CpuKernels
         from weft.weave.shm import ShmCollective
 
@@ -122,7 +136,7 @@ def _connect(
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
 
-    joined = connect(PrefixStore(name, group.store), rank, ranks, timeout=group.timeout)
+    joined = connect(PrefixStore(name, store), rank, ranks, timeout=group.timeout)
     if mode is Mode.PLAIN:
         return AllReduceCollective(joined, rank, ranks, _join_rows(kernels), timeout=group.timeout)
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
@@ -118,16 +117,10 @@ def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
     say("import torch")
     from weft.devices.cpu import open_cpu
     from weft.devices.group import Group
-    from weft.models.shard import Part
 
-    store: Any = None
-    timeout = orders.config.rank_timeout
-    if orders.port is not None:
-        from weft.weave.distributed import meet
-
-        store = meet("127.0.0.1", orders.port, orders.rank, orders.ranks, timeout=timeout)
-    part = Part(orders.rank, orders.ranks)
-    group = Group(part, orders.group, store, timeout, orders.crowded, agree)
+    group = Group(
+        orders.rank, orders.ranks, orders.group, orders.port, orders.config.rank_timeout, orders.crowded, agree
+    )
     return open_cpu(orders.config, Path(orders.model), say, group)
 
 

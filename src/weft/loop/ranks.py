@@ -29,7 +29,7 @@ import zmq
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
-from weft.devices.cores import cores_of_rank, usable_cores
+from weft.devices.cores import collective_of, cores_of_rank, usable_cores
 from weft.errors import ConfigError, DeviceError, RankLost, by_code
 from weft.ipc.channel import Receiver, Sender, make_folder
 from weft.ipc.ranks import (
@@ -48,7 +48,6 @@ from weft.ipc.ranks import (
     ToRank,
     to_rank,
 )
-from weft.kernels import LEVELS, resolve
 from weft.loop.launch import ending
 
 RANK = (sys.executable, "-m", "weft.loop.rank")
@@ -164,7 +163,7 @@ def open_ranks(
     rank that could not start has died of.
     """
     count, cores = config.tensor_parallel_size, usable_cores(config.cores)
-    port = _free_port() if _collective(config) == "gloo" else None
+    port = _free_port() if collective_of(config) == "gloo" else None
     folder, group = make_folder(), f"weft-{secrets.token_hex(8)}"
     orders = [
         RankOrders(
@@ -391,14 +390,6 @@ class Votes:
             return None
         done = failed[0]
         return f"rank {done.rank} failed in step {done.step}: {done.result.error if done.result else ''}"
-
-
-def _collective(config: EngineConfig) -> str:
-    """shm or gloo, for --collective."""
-    if config.collective != "auto":
-        return config.collective
-    name, _ = resolve(config.kernels)
-    return "shm" if name in LEVELS and config.weave != "plain" else "gloo"
 
 
 def _free_port() -> int:
