@@ -163,9 +163,10 @@ class EngineConfig:
     weave: str = setting(
         "auto",
         help="how ranks are joined between two stages of a layer: plain (all-reduce, then every rank normalises "
-        "everything), fused (each rank sums and normalises its part), woven (fused, in two halves of which one "
-        "computes while the other is joined); auto: what was fastest at start-up, step by step",
-        choices=("auto", "plain", "fused", "woven"),
+        "everything), one-shot (likewise, with all partial sums sent to all), fused (each rank sums and normalises its "
+        "part), woven (fused, in two halves of which one computes while the other is joined); auto: what was fastest "
+        "at start-up, step by step",
+        choices=("auto", "plain", "one-shot", "fused", "woven"),
     )
     collective: str = setting(
         "auto",
@@ -247,8 +248,8 @@ class EngineConfig:
         for flag, value in (("--weave", self.weave), ("--collective", self.collective)):
             if value != "auto" and ranks == 1:
                 found.append(f"{flag} is {value}, and one rank has no use for it; --tensor-parallel-size 2 has")
-        if (self.weave, self.collective) == ("plain", "shm"):
-            found.append("--weave is plain, which --collective shm does not have; --collective gloo does")
+        if self.weave in ("plain", "one-shot") and self.collective == "shm":
+            found.append(f"--weave is {self.weave}, which --collective shm does not have; --collective gloo does")
         if not 0 < self.rank_timeout < 86400:
             found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
         return found

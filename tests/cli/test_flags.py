@@ -313,7 +313,10 @@ def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> N
         ({"collective": "gloo"}, "--collective is gloo, and one rank has no use for it"),
         ({"tensor_parallel_size": 2, "weave": "plain", "collective": "shm"}, "--collective gloo does"),
         ({"rank_timeout": 0.0}, "--rank-timeout is 0.0; it must be more than 0"),
-        ({"tensor_parallel_size": 2, "weave": "x"}, "--weave is 'x'; it must be one of auto, plain, fused, woven"),
+        (
+            {"tensor_parallel_size": 2, "weave": "x"},
+            "--weave is 'x'; it must be one of auto, plain, one-shot, fused, woven",
+        ),
     ],
 )
 def test_settings_of_ranks(given: dict[str, Any], words: str) -> None:

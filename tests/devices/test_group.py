@@ -37,7 +37,7 @@ def test_a_step_is_cut_only_where_it_is_woven() -> None:
     assert (mode, at) == (Mode.WOVEN, 48)
     assert Chooser("woven", None)(slices(WAVE - 1)) == (Mode.WOVEN, WAVE - 1)  # one wave: one strand
     stage, seam = Curve(((1, 0.0), (1000, 1.0))), Curve(((1, 0.0), (1000, 0.5)))
-    costs = Costs(8, stage, stage, seam, None, 0.0)
+    costs = Costs(8, stage, stage, {Mode.FUSED: seam}, 0.0)
     assert Chooser("auto", costs)(slices(48, 48)) == (Mode.WOVEN, 48)
     assert Chooser("auto", replace(costs, drag=1.0))(slices(48, 48)) == (Mode.FUSED, 96)
 
@@ -62,8 +62,8 @@ def test_ranks_measure_together_and_go_by_the_same_numbers() -> None:
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(one, zip(*groups, strict=True))
     assert first == second
-    assert first.layers == config.layers and first.plain is None
+    assert first.layers == config.layers and [*first.seams] == [Mode.FUSED]
     assert first.drag is not None and 0 <= first.drag <= 1
-    for curve in (first.attend, first.feed, first.fused):
+    for curve in (first.attend, first.feed, first.seams[Mode.FUSED]):
         assert [tokens for tokens, _ in curve.points] == [1, 16, 50]
         assert all(seconds > 0 for _, seconds in curve.points)

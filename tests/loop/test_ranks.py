@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import runpy
 import sys
 import time
@@ -114,6 +113,10 @@ def test_a_rank_that_is_lost_ends_the_device_in_words(fault: str, words: str) ->
         assert time.monotonic() - begun < 5
 
 
+def open_files() -> int:
+    return len([*Path("/proc/self/fd").iterdir()])
+
+
 @pytest.mark.parametrize(
     ("model", "kind", "words"),
     [
@@ -122,10 +125,10 @@ def test_a_rank_that_is_lost_ends_the_device_in_words(fault: str, words: str) ->
     ],
 )
 def test_a_rank_that_cannot_start(model: str, kind: type[Exception], words: str) -> None:
-    before = os.listdir("/proc/self/fd")
+    before = open_files()
     with pytest.raises(kind, match=words), ranks(model):
         pass
-    assert len(os.listdir("/proc/self/fd")) <= len(before)
+    assert open_files() <= before
 
 
 def test_no_process_and_no_kernels() -> None:

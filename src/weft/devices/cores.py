@@ -37,7 +37,7 @@ def collective_of(config: EngineConfig) -> str:
     if config.collective != "auto":
         return config.collective
     name, _ = resolve(config.kernels)
-    return "shm" if name in LEVELS and config.weave != "plain" else "gloo"
+    return "shm" if name in LEVELS and config.weave not in ("plain", "one-shot") else "gloo"
 
 
 def _list(cores: Sequence[int]) -> str:

@@ -86,7 +86,7 @@ def open_ranked(
     kv: list[Any],
     blocks: int,
 ) -> Ranked:
-    """The forward pass of a lane with so many KV blocks; store: of `meet`. All ranks open their lanes in the same order.
+    """The forward pass of a lane with so many KV blocks; store: of `meet`. All ranks open lanes in the same order.
 
     Raises ConfigError for kernels that these collectives cannot use, DeviceError or RankLost.
     """
@@ -115,7 +115,7 @@ def _modes(config: EngineConfig, store: Any) -> list[Mode]:
     """Those that steps may be carried out in."""
     if config.weave != "auto":
         return [Mode(config.weave)]
-    return [mode for mode in Mode if store is not None or mode is not Mode.PLAIN]
+    return list(Mode) if store is not None else [Mode.FUSED, Mode.WOVEN]
 
 
 def _connect(
@@ -136,11 +136,12 @@ def _connect(
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
 
-    joined = connect(PrefixStore(name, store), rank, ranks, timeout=group.timeout)
+    messages = connect(PrefixStore(name, store), rank, ranks, timeout=group.timeout)
     if mode is Mode.PLAIN:
-        return AllReduceCollective(joined, rank, ranks, _join_rows(kernels), timeout=group.timeout)
+        return AllReduceCollective(messages, _join_rows(kernels))
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize
-    return DistributedCollective(joined, rank, ranks, _join_rows(kernels), timeout=group.timeout, capacity=capacity)
+    one_round = mode is Mode.ONE_SHOT
+    return DistributedCollective(messages, _join_rows(kernels), capacity=capacity, one_round=one_round)
 
 
 def _join_rows(kernels: Kernels) -> JoinRows:

@@ -45,7 +45,7 @@ def measure(
     Overwrites the keys and values in the first blocks of the first layer.
     """
     numbers: list[float] = []
-    alone = [mode for mode in (Mode.FUSED, Mode.PLAIN) if mode in collectives]
+    alone = [mode for mode in collectives if mode is not Mode.WOVEN]
     for tokens in sizes:
         stages = _measure_stages(decoder, kv, block_size, tokens)
         numbers += [stages.attend, stages.feed]
@@ -60,12 +60,12 @@ def measure(
         Curve(tuple((tokens, agreed[width * at + column]) for at, tokens in enumerate(sizes)))
         for column in range(width)
     ]
+    attend, feed, *seams = curves
     return Costs(
         layers=decoder.config.layers,
-        attend=curves[0],
-        feed=curves[1],
-        fused=curves[2],
-        plain=curves[3] if Mode.PLAIN in collectives else None,
+        attend=attend,
+        feed=feed,
+        seams=dict(zip(alone, seams, strict=True)),
         drag=agreed[-1] if drags else None,
     )
 

@@ -13,7 +13,7 @@ much as a whole one, weaving loses, and is not chosen.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
@@ -23,12 +23,14 @@ GAIN = 0.03  # of a step's time that a less simple mode must be expected to save
 class Mode(str, Enum):
     """How the seams of a step are carried out.
 
-    plain: one strand; every rank sums and normalises all rows (AllReduce + RMSNorm). fused: one strand; each rank sums
-    and normalises its own rows, which are then gathered. woven: two strands; the seam of one is on its way while the
-    other computes.
+    plain: one strand; every rank sums and normalises all rows (AllReduce + RMSNorm). one-shot: likewise, but every rank
+    sends all it has to all others: more bytes among more than two ranks, and one latency instead of two. fused: one
+    strand; each rank sums and normalises its own rows, which are then gathered. woven: two strands; the fused seam of
+    one is on its way while the other computes.
     """
 
     PLAIN = "plain"
+    ONE_SHOT = "one-shot"
     FUSED = "fused"
     WOVEN = "woven"
 
@@ -51,33 +53,34 @@ class Curve:
 
 @dataclass(frozen=True, slots=True)
 class Costs:
-    """What one layer costs on the slowest rank. attend, feed: its two stages. fused, plain: a seam with nothing beside
-    it; plain: None where there is no such way. drag: of a seam beside a stage; None where no seam can be."""
+    """What one layer costs on the slowest rank. attend, feed: its two stages. seams: one with nothing beside it, in
+    each mode of one strand that there is; fused is always among them. drag: of a fused seam beside a stage; None where
+    none can be."""
 
     layers: int
     attend: Curve
     feed: Curve
-    fused: Curve
-    plain: Curve | None
+    seams: Mapping[Mode, Curve]
     drag: float | None
 
     def seconds(self, mode: Mode, tokens: int, prefix: int) -> float:
         """Of a step of so many tokens, of which `prefix` are the first strand's, where there are two."""
         if mode is Mode.WOVEN and self.drag is not None and 0 < prefix < tokens:
             return self._woven(prefix, tokens - prefix, self.drag)
-        seam = self.plain if mode is Mode.PLAIN and self.plain is not None else self.fused
+        seam = self.seams[mode]
         return self.layers * (self.attend(tokens) + self.feed(tokens) + 2 * seam(tokens))
 
     def _woven(self, prefix: int, suffix: int, drag: float) -> float:
         """Each stage beside the other strand's seam; the last seam of the second strand beside nothing."""
+        before, after = self.seams[Mode.FUSED](prefix), self.seams[Mode.FUSED](suffix)
         pairs = (
-            (self.attend(prefix), self.fused(suffix)),
-            (self.attend(suffix), self.fused(prefix)),
-            (self.feed(prefix), self.fused(suffix)),
-            (self.feed(suffix), self.fused(prefix)),
+            (self.attend(prefix), after),
+            (self.attend(suffix), before),
+            (self.feed(prefix), after),
+            (self.feed(suffix), before),
         )
         layer = sum(max(pair) + drag * min(pair) for pair in pairs)
-        return self.layers * layer + self.fused(suffix)
+        return self.layers * layer + after
 
 
 def choose_mode(costs: Costs, tokens: int, prefix: int) -> Mode:
@@ -85,8 +88,7 @@ def choose_mode(costs: Costs, tokens: int, prefix: int) -> Mode:
 
     prefix: tokens of the first strand, if the step were woven; all of them where it cannot be cut.
     """
-    best = Mode.FUSED if costs.plain is None else Mode.PLAIN
-    rivals = [] if costs.plain is None else [Mode.FUSED]
+    best, *rivals = [mode for mode in Mode if mode in costs.seams]
     if costs.drag is not None and 0 < prefix < tokens:
         rivals.append(Mode.WOVEN)
     for rival in rivals:
