@@ -1,0 +1,318 @@
+"""Two ranks, one core each, joined by a shaped link: what weaving hides of it.
+
+    python benchmarks/weave_link.py [--quick] [--json FILE] [--plot FILE] [--layers N]        as root
+
+The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
+once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
+a 1.1B model, in BF16 and in W4A8, random weights; `--layers` of its 22, for time, and all ratios are per layer. Modes
+take turns, and every ratio is of one round; those that must give the same bits are compared first.
+
+    plain                     all-reduce over gloo, then every rank normalises all rows: the baseline
+    fused                     reduce-scatter, norm of own rows, all-gather; one strand
+    woven                     two strands, the seams in a thread of their own
+    woven, quantised gather   rows travel as the next linear takes them (W4A8)
+    no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten
+                              but by not normalising all rows on every rank
+    split, no communication   the same in two strands: what splitting costs
+
+* woven_gain_at_25_percent_comm: plain / woven where communication is 20 to 30 % of plain; the median of such cells.
+* woven_gain_500mbit: plain / woven at 500 Mbit/s without more latency, the median over sizes and precisions.
+* woven_tax_percent: woven over no communication, from 1024 tokens on where the link is not saturated; the worst.
+* gather_bytes_saved_int8, gather_bytes_saved_int4: of the bytes that a woven step sends, by the interface's counter.
+* worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import common
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "max_position_embeddings": 4096,
+}
+PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
+NOTHING, SPLIT = "no communication", "split, no communication"
+MODES = (PLAIN, FUSED, WOVEN, QUANTISED, NOTHING, SPLIT)
+MBIT = (2000, 1000, 500, 250)
+LATENCIES = (0.0, 1e-4, 1e-3)
+TOKENS = (256, 512, 1024, 2048)
+PORT = 29517  # within a namespace
+SATURATED = 0.8  # a link that needs more than this part of the time of computing
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """mbit: of the link; None where it is not shaped. latency: seconds added to each round."""
+
+    mbit: int | None
+    latency: float
+    precision: str
+    tokens: int
+
+
+def main() -> None:
+    arguments = _arguments()
+    if reason := _missing():
+        print(f"skipped: {reason}")
+        return
+    watch = common.LoadWatch()
+    rounds = 3 if arguments.quick else 7
+    cells = list(grid(arguments.quick))
+    rows = []
+    precisions = [*dict.fromkeys(cell.precision for cell in cells)]
+    with _namespaces() as link, closing(Ranks(link, arguments.layers, precisions)) as ranks:
+        for cell in cells:
+            link.shape(cell.mbit)
+            rows.append(row(cell, ranks.job(cell, rounds)))
+            common.say(f"{cell}: {', '.join(f'{name} {rows[-1][name]}' for name in MODES if name in rows[-1])}")
+    print(common.table(HEAD, [_cells(one) for one in rows]), "\n")
+    if arguments.plot is not None:
+        _plot(arguments.plot, rows)
+    note = common.load_note(watch)
+    notes = [f"{arguments.layers} of 22 layers", *([note] if note else [])]
+    common.report(arguments, claims(rows), rows, notes)
+
+
+def grid(quick: bool) -> Iterator[Cell]:
+    """Every link and size; latency on one link only, since it matters where bandwidth does not."""
+    yield Cell(None, 0.0, "w4a4", 256)  # for its bytes only
+    for precision in ("bf16", "w4a8"):
+        for mbit in (1000, 500) if quick else MBIT:
+            for latency in LATENCIES if mbit == 1000 and not quick else LATENCIES[:1]:
+                for tokens in (256, 1024) if quick else TOKENS:
+                    yield Cell(mbit, latency, precision, tokens)
+
+
+def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
+    """Figures of one cell; ratios are of one round each."""
+    seconds = answer["seconds"]
+
+    def ratio(over: str, under: str) -> common.Figure:
+        return common.Figure.of([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
+
+    found: dict[str, Any] = {
+        "mbit": cell.mbit,
+        "latency": cell.latency,
+        "precision": cell.precision,
+        "tokens": cell.tokens,
+        **{name: common.Figure.of([1000 * one for one in seconds[name]]) for name in MODES if name in seconds},
+        "communication": 1 - 1 / ratio(PLAIN, NOTHING).median,
+        "link_load": ratio(FUSED, NOTHING).median - 1,
+        "gain": ratio(PLAIN, WOVEN),
+        "tax": ratio(WOVEN, NOTHING).median - 1,
+        "chosen": answer["chosen"],
+        "chosen_vs_plain": ratio(PLAIN, answer["chosen"]).median,
+    }
+    if QUANTISED in seconds:
+        found["quantised_gain"] = ratio(PLAIN, QUANTISED)
+        found["bytes_saved"] = 1 - answer["sent"][QUANTISED] / answer["sent"][WOVEN]
+    return found
+
+
+def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Those that the rows have cells for."""
+    timed = [one for one in rows if one["precision"] != "w4a4"]
+    found = {
+        "woven_gain_at_25_percent_comm": _median(
+            [one["gain"].median for one in timed if 0.2 <= one["communication"] <= 0.3]
+        ),
+        "woven_gain_500mbit": _median(
+            [one["gain"].median for one in timed if one["mbit"] == 500 and one["latency"] == 0]
+        ),
+        "woven_tax_percent": max(
+            (100 * one["tax"] for one in timed if one["tokens"] >= 1024 and one["link_load"] < SATURATED), default=None
+        ),
+        "gather_bytes_saved_int8": _median([one["bytes_saved"] for one in rows if one["precision"] == "w4a8"]),
+        "gather_bytes_saved_int4": _median([one["bytes_saved"] for one in rows if one["precision"] == "w4a4"]),
+        "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in timed), default=None),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _median(values: Sequence[float]) -> float | None:
+    return statistics.median(values) if values else None
+
+
+class Link:
+    """Two namespaces and the veth pair between them."""
+
+    def __init__(self, name: str) -> None:
+        self.spaces = (f"{name}-0", f"{name}-1")
+        self.interfaces = ("weft0", "weft1")
+        self.addresses = ("10.77.0.1", "10.77.0.2")
+
+    def open(self) -> None:
+        for space in self.spaces:
+            _run("ip", "netns", "add", space)
+        first, second = self.interfaces
+        _run("ip", "-n", self.spaces[0], "link", "add", first, "type", "veth", "peer", "name", second)
+        _run("ip", "-n", self.spaces[0], "link", "set", second, "netns", self.spaces[1])
+        for space, interface, address in zip(self.spaces, self.interfaces, self.addresses, strict=True):
+            _run("ip", "-n", space, "addr", "add", f"{address}/24", "dev", interface)
+            _run("ip", "-n", space, "link", "set", interface, "up")
+            _run("ip", "-n", space, "link", "set", "lo", "up")
+
+    def shape(self, mbit: int | None) -> None:
+        """Let this many megabits a second through, each way; None: as many as there can be."""
+        for space, interface in zip(self.spaces, self.interfaces, strict=True):
+            device = ("dev", interface, "root")
+            subprocess.run(("tc", "-n", space, "qdisc", "del", *device), check=False, capture_output=True)
+            if mbit is not None:
+                burst = max(64 * 1024, mbit * 1_000_000 // 8 // 500)  # two milliseconds
+                limits = ("burst", str(burst), "limit", str(8 * 2**20))
+                _run("tc", "-n", space, "qdisc", "add", *device, "tbf", "rate", f"{mbit}mbit", *limits)
+
+    def close(self) -> None:
+        for space in self.spaces:
+            subprocess.run(("ip", "netns", "del", space), check=False, capture_output=True)
+
+    def within(self, rank: int) -> tuple[str, ...]:
+        """What a command begins with that runs where this rank is."""
+        return ("ip", "netns", "exec", self.spaces[rank])
+
+
+@contextmanager
+def _namespaces() -> Iterator[Link]:
+    link = Link(f"weft-{os.getpid()}")
+    try:
+        link.open()
+        yield link
+    finally:
+        link.close()
+
+
+class Ranks:
+    """The two processes (weave_ranks.py)."""
+
+    def __init__(self, link: Any, layers: int, precisions: Sequence[str], tokens: int = max(TOKENS)) -> None:
+        from weft.kernels import resolve
+
+        cores = sorted(os.sched_getaffinity(0))
+        script = str(Path(__file__).with_name("weave_ranks.py"))
+        self._processes = [
+            subprocess.Popen(
+                (*link.within(rank), sys.executable, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            )
+            for rank in range(2)
+        ]
+        for rank, process in enumerate(self._processes):
+            orders = {
+                "rank": rank,
+                "core": cores[rank % len(cores)],
+                "level": resolve("auto")[0],
+                "shape": SHAPE | {"num_hidden_layers": layers},
+                "tokens": tokens,
+                "precisions": list(precisions),
+                "address": link.addresses[0],
+                "port": PORT,
+                "bind": link.addresses[rank],
+                "interface": link.interfaces[rank],
+            }
+            self._tell(process, orders)
+        for process in self._processes:
+            self._answer(process)
+
+    def job(self, cell: Cell, rounds: int) -> dict[str, Any]:
+        """Rank 0's answer."""
+        for process in self._processes:
+            self._tell(
+                process,
+                {
+                    "latency": cell.latency,
+                    "precision": cell.precision,
+                    "tokens": cell.tokens,
+                    "rounds": 1 if cell.precision == "w4a4" else rounds,
+                },
+            )
+        answer, _ = [self._answer(process) for process in self._processes]
+        return dict(answer)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.communicate(timeout=30)  # closes its input, which ends it
+
+    @staticmethod
+    def _tell(process: subprocess.Popen[str], what: dict[str, Any]) -> None:
+        if process.stdin is not None:
+            process.stdin.write(json.dumps(what) + "\n")
+            process.stdin.flush()
+
+    @staticmethod
+    def _answer(process: subprocess.Popen[str]) -> Any:
+        line = process.stdout.readline() if process.stdout is not None else ""
+        if not line:
+            raise RuntimeError(f"a rank has ended with exit code {process.wait()}")
+        return json.loads(line)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = common.parser(__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 6, with --quick 4)")
+    arguments = parser.parse_args()
+    arguments.layers = arguments.layers or (4 if arguments.quick else 6)
+    return arguments
+
+
+def _missing() -> str | None:
+    """Why this cannot run here."""
+    if os.geteuid():
+        return "network namespaces need root"
+    if absent := [name for name in ("ip", "tc") if shutil.which(name) is None]:
+        return f"no {absent[0]} here"
+    return None if common.cores() > 1 else "two ranks need a core each"
+
+
+def _run(*command: str) -> None:
+    subprocess.run(command, check=True)
+
+
+HEAD = ["link", "model", "tokens", *(f"{name}, ms" for name in MODES), "comm", "woven gain", "chosen", "vs plain"]
+
+
+def _cells(one: dict[str, Any]) -> list[object]:
+    link = "not shaped" if one["mbit"] is None else f"{one['mbit']} Mbit/s"
+    if one["latency"]:
+        link += f" + {1000 * one['latency']:g} ms"
+    times = [one.get(name, "-") for name in MODES]
+    shares = [f"{one['communication']:.0%}", one["gain"], one["chosen"], f"{one['chosen_vs_plain']:.2f}"]
+    return [link, one["precision"], one["tokens"], *times, *shares]
+
+
+def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    from matplotlib import pyplot
+
+    precisions = ("bf16", "w4a8")
+    figure, axes = pyplot.subplots(1, len(precisions), figsize=(11, 4), squeeze=False, sharey=True)
+    for axis, precision in zip(axes[0], precisions, strict=True):
+        for mbit in MBIT:
+            some = [one for one in rows if (one["precision"], one["mbit"], one["latency"]) == (precision, mbit, 0.0)]
+            axis.plot(
+                [one["tokens"] for one in some], [one["gain"].median for one in some], "o-", label=f"{mbit} Mbit/s"
+            )
+        axis.axhline(1.0, color="grey", linestyle=":")
+        axis.set(xscale="log", xlabel="tokens", ylabel="plain / woven", title=precision)
+    axes[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+if __name__ == "__main__":
+    main()

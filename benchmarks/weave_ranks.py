@@ -1,0 +1,231 @@
+"""One rank of benchmarks/weave_link.py: a process that is given jobs on its standard input, one JSON line each.
+
+A job is a step of one prompt, in every mode, in turns. Rank 0 answers with seconds, bytes sent, and what the cost model
+of weft would have chosen.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.distributed_c10d import PrefixStore
+
+from weft.core.plan import Slice
+from weft.devices.group import WAVE
+from weft.kernels.cpu import CpuKernels
+from weft.kernels.wire import FusedRows, input_format
+from weft.models.batch import make_batch
+from weft.models.decoder import Decoder
+from weft.models.families import parse_config
+from weft.models.loader import Dummy, LayerWeights, Weights
+from weft.models.measure import measure
+from weft.models.rope import Rotary
+from weft.models.shard import Part, shard_config
+from weft.weave.background import Background
+from weft.weave.choice import Mode, choose_mode
+from weft.weave.collective import Collective, Join, Joined
+from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect, meet
+from weft.weave.rows import JoinRows
+from weft.weave.split import choose_cut, divide
+from weft.weave.weaver import Weaver, no_format
+
+RANKS, TIMEOUT, KV_BLOCK = 2, 300.0, 16
+PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
+NOTHING, SPLIT = "no communication", "split, no communication"
+ROUNDS_OF_A_SEAM = 2  # one after the other, in an all-reduce of two ranks as well
+
+
+class Delayed:
+    """A collective over a link with more latency: `seconds` for each round of a seam."""
+
+    def __init__(self, inner: Collective) -> None:
+        self.rank, self.ranks, self.owned, self.gather = inner.rank, inner.ranks, inner.owned, inner.gather
+        self.start, self.close = inner.start, inner.close
+        self.seconds = 0.0
+        self._inner = inner
+
+    def finish(self, pending: Any) -> Joined:
+        joined = self._inner.finish(pending)
+        if self.seconds:
+            time.sleep(ROUNDS_OF_A_SEAM * self.seconds)
+        return joined
+
+
+class Silent:
+    """Nothing is exchanged: every rank goes on with its own partial sums, all rows of them. The results are wrong."""
+
+    def __init__(self, rank: int, join_rows: JoinRows) -> None:
+        self.rank, self.ranks = rank, RANKS
+        self._join_rows = join_rows
+
+    def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
+        return 0, bounds[-1]
+
+    def start(self, join: Join) -> Join:
+        return join
+
+    def finish(self, pending: Join) -> Joined:
+        return Joined(*self._join_rows([pending.partial], pending.residual, pending.weight, pending.eps, None))
+
+    def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        return [rows] * RANKS
+
+    def close(self) -> None:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """A decoder of this rank and its KV. formats: how rows travel quantised, if the model's linears take them so."""
+
+    decoder: Decoder
+    kv: list[Any]
+    quantised: bool
+
+
+def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: str, tokens: int) -> Model:
+    """Random weights of this rank's shapes. precision: bf16, w4a8 or w4a4."""
+    whole = parse_config(raw)
+    config, quantised = shard_config(whole, part), precision != "bf16"
+    draw = torch.Generator().manual_seed(part.rank)
+
+    def linear(outputs: int, inputs: int) -> Any:
+        if quantised:
+            values = torch.randint(-8, 8, (outputs, inputs), generator=draw, dtype=torch.int8)
+            scales = torch.full((outputs, inputs // 128), 2.0**-8)
+            return kernels.pack_w4ax(values, scales, exact_a4=precision == "w4a4")
+        return kernels.pack_linear((torch.rand(outputs, inputs, generator=draw) * 0.07 - 0.035).bfloat16())
+
+    hidden, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    ones = torch.ones(hidden, dtype=torch.bfloat16)
+    layers = tuple(
+        LayerWeights(
+            input_norm=ones,
+            mlp_norm=ones,
+            q_norm=None,
+            k_norm=None,
+            qkv=linear(queries + 2 * keys, hidden),
+            output=linear(hidden, queries),
+            gate_up=linear(2 * inner, hidden),
+            down=linear(hidden, inner),
+        )
+        for _ in range(config.layers)
+    )
+    table = Dummy({"e": (config.vocabulary, hidden)}, 1).take(["e"])["e"].bfloat16()
+    rotary = Rotary(config.rope, config.head_dim)
+    embedding = kernels.pack_embedding(table)
+    head = kernels.pack_linear(table[:64])
+    weights = Weights(torch.bfloat16, embedding, layers, ones, head, rotary, 0)
+    decoder = Decoder(config, weights, kernels, config.context)
+    return Model(decoder, decoder.make_kv(-(-tokens // KV_BLOCK), KV_BLOCK), quantised)
+
+
+class Rank:
+    """What jobs are carried out with."""
+
+    def __init__(self, orders: dict[str, Any]) -> None:
+        self.rank, self.orders = orders["rank"], orders
+        core = orders["core"]
+        os.sched_setaffinity(0, {core})  # and the threads of gloo
+        torch.set_num_threads(1)
+        self.kernels = CpuKernels(orders["level"], (core,))
+        own = CpuKernels(orders["level"], (core,))
+        raw, most = orders["shape"], orders["tokens"]
+        part = Part(self.rank, RANKS)
+        self.models = {name: make_model(raw, part, self.kernels, name, most) for name in orders["precisions"]}
+        store = meet(orders["address"], orders["port"], self.rank, RANKS, timeout=TIMEOUT)
+
+        def messages(name: str) -> Any:
+            return connect(PrefixStore(name, store), self.rank, RANKS, bind=orders["bind"], timeout=TIMEOUT)
+
+        capacity = most * raw["hidden_size"] * 4
+        self.plain = Delayed(AllReduceCollective(messages("plain"), FusedRows(self.kernels)))
+        self.fused = Delayed(DistributedCollective(messages("fused"), FusedRows(self.kernels), capacity=capacity))
+        self.behind = Delayed(DistributedCollective(messages("woven"), FusedRows(own), capacity=capacity))
+        self.woven = Background(self.behind, (core,))
+        self.silent = Silent(self.rank, FusedRows(self.kernels))
+
+    def modes(self, model: Model) -> dict[str, tuple[Collective, bool, bool]]:
+        """(collective, two strands, quantised gather) by name."""
+        found: dict[str, tuple[Collective, bool, bool]] = {
+            PLAIN: (self.plain, False, False),
+            FUSED: (self.fused, False, False),
+            WOVEN: (self.woven, True, False),
+            NOTHING: (self.silent, False, False),
+            SPLIT: (self.silent, True, False),
+        }
+        return found | ({QUANTISED: (self.woven, True, True)} if model.quantised else {})
+
+    @torch.inference_mode()
+    def step(self, model: Model, tokens: int, collective: Collective, *, split: bool, quantised: bool) -> torch.Tensor:
+        """Of a prompt of so many tokens, the last row is kept."""
+        prompt = Slice(0, 0, tuple(range(tokens)), tuple(range(-(-tokens // KV_BLOCK))))
+        at = choose_cut([tokens], WAVE) if split else tokens
+        parts = divide([prompt], at)
+        strands = []
+        for own, last in zip(parts, (at == tokens, True), strict=True):
+            if own:
+                rows = sum(len(piece.tokens) for piece in own)
+                strands.append(model.decoder.strand(make_batch(own, KV_BLOCK, [rows - 1] if last else []), model.kv))
+        formats = (lambda packed: input_format(self.kernels, packed)) if quantised else no_format
+        return torch.cat(Weaver(collective, formats).weave(strands))
+
+    def job(self, job: dict[str, Any]) -> dict[str, Any]:
+        """Seconds and bytes by mode, and the mode that the cost model chooses."""
+        for delayed in (self.plain, self.fused, self.behind):
+            delayed.seconds = job["latency"]
+        model, tokens = self.models[job["precision"]], job["tokens"]
+        modes = self.modes(model)
+        self._compare(model, tokens, modes)
+        seconds: dict[str, list[float]] = {name: [] for name in modes}
+        sent: dict[str, int] = {}
+        for _ in range(job["rounds"]):
+            for name, (collective, split, quantised) in modes.items():
+                self.fused.gather(torch.zeros(1))
+                begun, before = time.perf_counter(), _sent(self.orders["interface"])
+                self.step(model, tokens, collective, split=split, quantised=quantised)
+                seconds[name].append(time.perf_counter() - begun)
+                sent[name] = _sent(self.orders["interface"]) - before
+        return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, tokens)}
+
+    def _chosen(self, model: Model, tokens: int) -> str:
+        collectives: dict[Mode, Collective] = {Mode.PLAIN: self.plain, Mode.FUSED: self.fused, Mode.WOVEN: self.woven}
+        sizes = sorted({64, tokens // 2, tokens})
+        costs = measure(model.decoder, model.kv, KV_BLOCK, collectives, sizes)
+        return choose_mode(costs, tokens, choose_cut([tokens], WAVE)).value
+
+    def _compare(self, model: Model, tokens: int, modes: dict[str, tuple[Collective, bool, bool]]) -> None:
+        """Also warms up. Raises ArithmeticError where the modes that must have the same bits do not."""
+        same = [name for name in modes if name not in (PLAIN, NOTHING, SPLIT)]
+        found = {
+            name: self.step(model, tokens, collective, split=split, quantised=quantised)
+            for name, (collective, split, quantised) in modes.items()
+        }
+        for name in same:
+            if not torch.equal(found[name], found[FUSED]):
+                raise ArithmeticError(f"{name} and {FUSED} do not agree for {tokens} tokens")
+
+
+def _sent(interface: str) -> int:
+    """Bytes that a network interface has sent."""
+    return int(Path(f"/sys/class/net/{interface}/statistics/tx_bytes").read_text())
+
+
+def main() -> None:
+    rank = Rank(json.loads(sys.stdin.readline()))
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        answer = rank.job(json.loads(line))
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

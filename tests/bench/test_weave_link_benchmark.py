@@ -1,0 +1,99 @@
+"""The benchmark of a shaped link: its claims follow from its rows, and its ranks compute what they say."""
+
+from __future__ import annotations
+
+import importlib
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weft.kernels import LEVELS, available
+
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.fixture
+def weave_link(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FOLDER))
+    return importlib.import_module("weave_link")
+
+
+def answer(chosen: str = "woven", **seconds: list[float]) -> dict[str, Any]:
+    names = {"quantised": "woven, quantised gather", "nothing": "no communication", "split": "split, no communication"}
+    sent = {"woven": 4000, "woven, quantised gather": 3000}
+    return {"seconds": {names.get(name, name): took for name, took in seconds.items()}, "sent": sent, "chosen": chosen}
+
+
+def test_claims_follow_from_rows(weave_link: Any) -> None:
+    def row(mbit: int, precision: str, tokens: int, found: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = weave_link.row(weave_link.Cell(mbit, 0.0, precision, tokens), found)
+        return made
+
+    quarter = row(
+        1000,
+        "bf16",
+        1024,
+        answer(plain=[4.0, 8.0], fused=[3.9, 8.0], woven=[3.2, 6.0], nothing=[3.0, 6.0], split=[3, 6]),
+    )
+    assert quarter["communication"] == pytest.approx(0.25) and "bytes_saved" not in quarter
+    assert quarter["gain"].median == pytest.approx((4 / 3.2 + 8 / 6) / 2)
+    half = row(
+        500,
+        "w4a8",
+        1024,
+        answer("plain", plain=[4.0], fused=[4.0], woven=[2.5], quantised=[2.0], nothing=[2.0], split=[2.0]),
+    )
+    assert half["bytes_saved"] == 0.25 and half["chosen_vs_plain"] == 1.0
+    found = weave_link.claims([quarter, half])
+    assert found["woven_gain_at_25_percent_comm"] == quarter["gain"].median
+    assert found["woven_gain_500mbit"] == pytest.approx(1.6)
+    assert found["woven_tax_percent"] == pytest.approx(100 * (3.2 / 3 + 1) / 2 - 100)  # the other link is saturated
+    assert found["gather_bytes_saved_int8"] == 0.25 and "gather_bytes_saved_int4" not in found
+    assert found["worst_case_vs_plain"] == 1.0
+    assert weave_link.claims([]) == {}
+
+
+def test_the_grid_has_a_cell_for_every_claim(weave_link: Any) -> None:
+    for quick in (False, True):
+        cells = list(weave_link.grid(quick))
+        assert {cell.precision for cell in cells} == {"bf16", "w4a8", "w4a4"}
+        assert len(set(cells)) == len(cells)
+        assert any(cell.mbit == 500 and cell.tokens >= 1024 for cell in cells)
+
+
+def test_without_root_it_says_why(
+    weave_link: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    monkeypatch.setattr("sys.argv", ["weave_link.py"])
+    weave_link.main()
+    assert capsys.readouterr().out == "skipped: network namespaces need root\n"
+
+
+class Loopback:
+    """Both ranks in this namespace."""
+
+    interfaces = ("lo", "lo")
+    addresses = ("127.0.0.1", "127.0.0.1")
+
+    def within(self, _rank: int) -> tuple[str, ...]:
+        return ()
+
+
+@pytest.mark.skipif(not set(LEVELS) & set(available()), reason="the C++ extension is not built")
+def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        monkeypatch.setattr(weave_link, "PORT", chosen.getsockname()[1])
+    monkeypatch.setattr(weave_link, "SHAPE", weave_link.SHAPE | TINY | {"vocab_size": 256})
+    ranks = weave_link.Ranks(Loopback(), 2, ["w4a8"], 96)
+    try:
+        cell = weave_link.Cell(None, 1e-3, "w4a8", 96)
+        found = weave_link.row(cell, ranks.job(cell, 2))
+    finally:
+        ranks.close()
+    assert found["woven"].count == 2 and found["plain"].median > 2 * 4 * 1.0  # milliseconds: two for each seam
+    assert found["no communication"].median < found["plain"].median
+    assert 0.1 < found["bytes_saved"] < 0.4
