@@ -96,6 +96,14 @@ def parse_cores(text: str) -> tuple[int, ...]:
     return tuple(sorted(found))
 
 
+def parse_address(text: str) -> tuple[str, int]:
+    """Host and port of an address such as 10.0.0.1:29500. Raises ValueError."""
+    host, _, port = text.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise ValueError("it must be a host and a port, such as 10.0.0.1:29500")
+    return host.strip("[]"), int(port)
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process needs to know."""
@@ -172,6 +180,15 @@ class EngineConfig:
         "auto",
         help="what ranks exchange rows through; auto takes shm (shared memory) where the C++ extension is there",
         choices=("auto", "shm", "gloo"),
+    )
+    nnodes: int = setting(1, help="hosts that the ranks are divided among; weft serve is started on each of them")
+    node_rank: int = setting(0, help="number of this host, from 0; 0 has the front end and the engine")
+    dist_init_addr: str | None = setting(
+        None,
+        help="address of host 0, at which it listens for the others and its ranks meet theirs; nothing there asks who "
+        "connects",
+        metavar="HOST:PORT",
+        parse=parse_address,
     )
     rank_timeout: float = setting(30.0, help="seconds that a rank waits for another one before that counts as lost")
     cores: str | None = setting(
@@ -250,6 +267,19 @@ class EngineConfig:
                 found.append(f"{flag} is {value}, and one rank has no use for it; --tensor-parallel-size 2 has")
         if self.weave in ("plain", "one-shot") and self.collective == "shm":
             found.append(f"--weave is {self.weave}, which --collective shm does not have; --collective gloo does")
+        if self.nnodes < 1 or ranks % max(self.nnodes, 1):
+            found.append(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {ranks}")
+        if not 0 <= self.node_rank < max(self.nnodes, 1):
+            found.append(
+                f"--node-rank is {self.node_rank}; it must be from 0 to {max(self.nnodes, 1) - 1}, of --nnodes"
+            )
+        if (self.nnodes > 1) is not (self.dist_init_addr is not None):
+            found.append(
+                f"--nnodes is {self.nnodes} and --dist-init-addr {self.dist_init_addr or 'not given'}; "
+                "several hosts need an address, and one has no use for it"
+            )
+        if self.nnodes > 1 and self.collective == "shm":
+            found.append("--collective is shm, which is for ranks of one host; --collective gloo is for --nnodes 2")
         if not 0 < self.rank_timeout < 86400:
             found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
         return found

@@ -90,7 +90,7 @@ def test_a_step_that_fails_on_all_ranks_fails_alone() -> None:
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("KILLED", "the process of rank 1 was killed by SIGKILL"),
+        ("KILLED", "rank 1 was killed by SIGKILL"),
         ("HANGS", "rank 1 did not end step 2 within 0.5 s of the others"),
         ("FAILS", "rank 1 failed in step 2: rank 1 stumbled"),
         ("OTHER_TOKENS", "rank 1 sampled other tokens in step 2 than rank 0"),

@@ -22,7 +22,26 @@ def main(arguments: Sequence[str]) -> int:
     if loaded.given:
         print(f"settings: {loaded.summary()}", file=sys.stderr)
     engine, server = loaded.configs
+    if engine.node_rank:
+        return _node(engine, server)
     from weft.server.run import serve  # the server is not needed to say what is wrong with a flag
 
     code: int = serve(engine, server)
     return code
+
+
+def _node(engine: EngineConfig, server: ServerConfig) -> int:
+    """Ranks for another host, which has the front end."""
+    import signal
+
+    from weft import log
+    from weft.loop.nodes import serve_node
+    from weft.text.hub import resolve_model
+
+    log.set_up(server.log_level)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        serve_node(engine, resolve_model(engine.model, engine.revision))
+    except KeyboardInterrupt:  # its ranks have ended, and host 0 says so
+        return 1
+    return 0

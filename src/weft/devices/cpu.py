@@ -65,10 +65,10 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
         apart, second = disaggregated(config.partition), weights
         if apart:  # loaded twice: what disaggregation takes elsewhere, it takes here
             second = load_weights(folder, model, kernels[Lane.DECODE], dtype, dummy_seed=seed, say=say, part=part)
-        pool = size_pool(config, model.context, kept, free_memory() // part.ranks)
+        free = free_memory() // (1 if group is None else group.neighbours)
+        pool = size_pool(config, model.context, kept, free)
         if group is not None:
-            blocks = group.agree(pool.blocks)
-            pool = size_pool(replace(config, num_blocks=blocks), model.context, kept, free_memory() // part.ranks)
+            pool = size_pool(replace(config, num_blocks=group.agree(pool.blocks)), model.context, kept, free)
         decode = decode_blocks(config, pool.blocks, pool.max_model_len)
         say("KV pool")
         store = None if group is None else group.meet()

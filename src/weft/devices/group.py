@@ -34,15 +34,19 @@ SPIN = 100e-6
 class Group:
     """The group that a rank belongs to.
 
-    name: by which its ranks find one another in shared memory. port: on the loopback interface, where rank 0 listens;
-    None where they use shared memory. timeout: seconds that they wait for one another. crowded: whether ranks share
-    cores. agree: takes how many KV blocks this rank has room for, and gives how many all have.
+    neighbours: how many of its ranks share this host's memory. name: by which its ranks find one another in shared
+    memory. host, port: where rank 0 listens; port None where they use shared memory. bind: this rank's address.
+    timeout: seconds that they wait for one another. crowded: whether ranks share cores. agree: takes how many KV blocks
+    this rank has room for, and gives how many all have.
     """
 
     rank: int
     ranks: int
+    neighbours: int
     name: str
+    host: str
     port: int | None
+    bind: str
     timeout: float
     crowded: bool
     agree: Callable[[int], int]
@@ -57,7 +61,7 @@ class Group:
             return None
         from weft.weave.distributed import meet
 
-        return meet("127.0.0.1", self.port, self.rank, self.ranks, timeout=self.timeout)
+        return meet(self.host, self.port, self.rank, self.ranks, timeout=self.timeout)
 
 
 class Chooser:
@@ -136,7 +140,7 @@ def _connect(
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
 
-    messages = connect(PrefixStore(name, store), rank, ranks, timeout=group.timeout)
+    messages = connect(PrefixStore(name, store), rank, ranks, bind=group.bind, timeout=group.timeout)
     if mode is Mode.PLAIN:
         return AllReduceCollective(messages, _join_rows(kernels))
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize

@@ -1,4 +1,4 @@
-"""Everything that crosses between the engine process and its tensor-parallel ranks: closed unions of structs."""
+"""Everything that crosses between the engine process, other nodes and ranks: closed unions of msgspec structs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result
 
 
-class RankOrders(msgspec.Struct, frozen=True):
-    """The first line of a rank's standard input, as JSON. The rest stays open: it ends when the engine process does.
+class Meeting(msgspec.Struct, frozen=True):
+    """Where the ranks of a group find one another. name: in shared memory. host, port: where rank 0 listens; port None
+    where they share memory."""
 
-    config: with the cores of this rank. model: the folder. folder: of the sockets. group: a name by which the ranks
-    find one another. port: on the loopback interface, where rank 0 listens; None where they share memory. crowded:
-    whether ranks share cores.
+    name: str
+    host: str
+    port: int | None
+
+
+class RankOrders(msgspec.Struct, frozen=True):
+    """The first line of a rank's standard input, as JSON. The rest stays open: it ends when its parent does.
+
+    config: with the cores of this rank. neighbours: ranks on its host, itself among them. model: the folder. folder: of
+    the sockets. bind: the address at which other ranks reach this one. crowded: whether ranks share cores.
     """
 
     config: EngineConfig
     rank: int
     ranks: int
+    neighbours: int
     model: str
     folder: str
-    group: str
-    port: int | None
+    meeting: Meeting
+    bind: str
     crowded: bool
     log_level: str
 
@@ -95,13 +104,40 @@ class Lost(msgspec.Struct, frozen=True, tag=True):
     code: str | None
 
 
+class Gone(msgspec.Struct, frozen=True, tag=True):
+    """The process of a rank has ended: said by who has started it."""
+
+    rank: int
+    words: str
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """The first word of another node. digest: of everything that must be the same on all nodes."""
+
+    node: int
+    digest: str
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """The answer: start your ranks."""
+
+    meeting: Meeting
+
+
+class Refusal(msgspec.Struct, frozen=True, tag=True):
+    """The other answer."""
+
+    error: str
+
+
 FROM_RANKS = "from-ranks"
+ToRank = Carry | Share | Blocks | End
+FromRank = Begun | Fits | Opened | Done | Lost
+Heard = Begun | Fits | Opened | Done | Lost | Gone
+ToNode = Welcome | Refusal | Carry | Share | Blocks | End
+FromNode = Hello | Begun | Fits | Opened | Done | Lost | Gone
 
 
 def to_rank(rank: int) -> str:
     """The name of the socket to a rank."""
     return f"to-rank-{rank}"
-
-
-ToRank = Carry | Share | Blocks | End
-FromRank = Begun | Fits | Opened | Done | Lost

@@ -119,7 +119,16 @@ def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
     from weft.devices.group import Group
 
     group = Group(
-        orders.rank, orders.ranks, orders.group, orders.port, orders.config.rank_timeout, orders.crowded, agree
+        rank=orders.rank,
+        ranks=orders.ranks,
+        neighbours=orders.neighbours,
+        name=orders.meeting.name,
+        host=orders.meeting.host,
+        port=orders.meeting.port,
+        bind=orders.bind,
+        timeout=orders.config.rank_timeout,
+        crowded=orders.crowded,
+        agree=agree,
     )
     return open_cpu(orders.config, Path(orders.model), say, group)
 

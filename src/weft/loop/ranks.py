@@ -12,183 +12,80 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import shutil
-import socket
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
-
-import msgspec
-import zmq
+from typing import Protocol
 
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
-from weft.devices.cores import collective_of, cores_of_rank, usable_cores
+from weft.devices.cores import collective_of
 from weft.errors import ConfigError, DeviceError, RankLost, by_code
-from weft.ipc.channel import Receiver, Sender, make_folder
 from weft.ipc.ranks import (
-    FROM_RANKS,
     Begun,
     Blocks,
     Carry,
     Done,
     End,
     Fits,
-    FromRank,
+    Gone,
+    Heard,
     Lost,
+    Meeting,
     Opened,
-    RankOrders,
     Share,
     ToRank,
-    to_rank,
 )
-from weft.loop.launch import ending
+from weft.loop.nodes import LOOPBACK, free_port, open_nodes
+from weft.loop.rank_processes import END_SECONDS, LAST_WORDS, RANK, start_ranks
 
-RANK = (sys.executable, "-m", "weft.loop.rank")
 CLOSED = "the device is closed"
-# Seconds that ranks get to end by themselves.
-END_SECONDS = 5.0
 # Seconds that the other ranks get to fail like one that has failed, before it counts as alone.
 FAIL_SECONDS = 1.0
 # Seconds that the listener gives a rank beyond --rank-timeout, so that a rank that waits for it in a seam speaks first.
 GRACE_SECONDS = 1.0
-LAST_WORDS = 200  # milliseconds
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Gone:
-    """The process of a rank has ended."""
+class Members(Protocol):
+    """All ranks, wherever they are: the processes of this host, or nodes."""
 
-    rank: int
-    words: str
-
-
-class Ranks:
-    """The processes, and the sockets to and from them."""
-
-    def __init__(self, orders: Sequence[RankOrders], folder: Path, command: Sequence[str] = RANK) -> None:
-        self._folder = folder
-        self._receiver: Receiver[FromRank] = Receiver(folder, FROM_RANKS, FromRank)
-        self._senders: list[Sender[ToRank]] = []
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._pidfds: dict[int, int] = {}  # descriptor -> rank
-        self._poller = zmq.Poller()
-        self._poller.register(self._receiver.socket, zmq.POLLIN)
-        try:
-            for order in orders:
-                self._start(order, command)
-        except BaseException:
-            self.close(0.0)
-            raise
-
-    def _start(self, order: RankOrders, command: Sequence[str]) -> None:
-        try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
-        except OSError as error:
-            raise DeviceError(f"the process of rank {order.rank} cannot be started: {error}") from error
-        self._processes.append(process)
-        descriptor = os.pidfd_open(process.pid)
-        self._pidfds[descriptor] = order.rank
-        self._poller.register(descriptor, zmq.POLLIN)
-        self._senders.append(Sender(self._folder, to_rank(order.rank)))
-        if process.stdin is not None:
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
-
-    def __len__(self) -> int:
-        return len(self._processes)
-
-    def send(self, message: ToRank) -> None:
-        """To all of them."""
-        for sender in self._senders:
-            sender.send(message)
-
-    def listen(self, timeout: float | None = None, also: int | None = None) -> list[FromRank | Gone]:
-        """What has come; waits for it, up to `timeout` seconds, or until the descriptor `also` is readable.
-
-        What a rank has said is told before its end.
-        """
-        if also is not None:
-            self._poller.register(also, zmq.POLLIN)
-        ready = dict(self._poller.poll(None if timeout is None else max(0, round(1000 * timeout))))
-        found: list[FromRank | Gone] = [*self._arrived()]
-        for descriptor in ready.keys() & self._pidfds.keys():
-            rank = self._pidfds[descriptor]
-            self._poller.unregister(descriptor)
-            words = ending(self._processes[rank].wait())
-            # The last words of a process that has ended may still be on their way.
-            if not any(isinstance(message, Lost) for message in found) and self._receiver.socket.poll(LAST_WORDS):
-                found += self._arrived()
-            found.append(Gone(rank, words))
-        return found
-
-    def _arrived(self) -> Iterator[FromRank]:
-        while (message := self._receiver.take()) is not None:
-            yield message
-
-    def close(self, seconds: float = END_SECONDS) -> None:
-        """End the processes: they get so many seconds to do it by themselves, having been told."""
-        end = time.monotonic() + seconds
-        for process in self._processes:
-            try:
-                process.wait(max(0.0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()  # also one that was stopped
-                process.wait()
-            if process.stdin is not None:
-                process.stdin.close()
-        for descriptor in self._pidfds:
-            os.close(descriptor)
-        self._pidfds.clear()
-        for sender in self._senders:
-            sender.close()
-        self._receiver.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+    def __len__(self) -> int: ...
+    def send(self, message: ToRank) -> None: ...
+    def listen(self, timeout: float | None = None, also: Collection[int] = ()) -> list[Heard]: ...
+    def close(self, seconds: float = END_SECONDS) -> None: ...
 
 
 def open_ranks(
     config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str] = RANK
 ) -> RankedDevice:
-    """The model of the folder `model` on --tensor-parallel-size ranks of this machine.
+    """The model of the folder `model` on --tensor-parallel-size ranks, of this host or of --nnodes.
 
     say: told the phases of rank 0's start-up. Raises ConfigError, CheckpointError or DeviceError: whatever the first
     rank that could not start has died of.
     """
-    count, cores = config.tensor_parallel_size, usable_cores(config.cores)
-    port = _free_port() if collective_of(config) == "gloo" else None
-    folder, group = make_folder(), f"weft-{secrets.token_hex(8)}"
-    orders = [
-        RankOrders(
-            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, rank, count)))),
-            rank=rank,
-            ranks=count,
-            model=os.fspath(model),
-            folder=os.fspath(folder),
-            group=group,
-            port=port,
-            crowded=len(cores) < count,
-            log_level=logging.getLevelName(logging.getLogger("weft").getEffectiveLevel()).lower(),
-        )
-        for rank in range(count)
-    ]
-    ranks = Ranks(orders, folder, command)
+    members = _gather(config, model, say, command)
     try:
-        opened = _start_up(ranks, say)
+        opened = _start_up(members, say)
     except BaseException:
-        ranks.close(0.0)
+        members.close(0.0)
         raise
-    return RankedDevice(ranks, opened, config.rank_timeout, cores=len(cores))
+    return RankedDevice(members, opened, config.rank_timeout)
 
 
-def _start_up(ranks: Ranks, say: Callable[[str], None]) -> list[Opened]:
+def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str]) -> Members:
+    if config.nnodes > 1:
+        return open_nodes(config, model, say, command)
+    port = free_port(LOOPBACK) if collective_of(config) == "gloo" else None
+    meeting = Meeting(f"weft-{secrets.token_hex(8)}", LOOPBACK, port)
+    return start_ranks(config, model, range(config.tensor_parallel_size), meeting, LOOPBACK, command)
+
+
+def _start_up(ranks: Members, say: Callable[[str], None]) -> list[Opened]:
     """Until all ranks take plans."""
     fits: dict[int, int] = {}
     opened: dict[int, Opened] = {}
@@ -212,13 +109,13 @@ def _start_up(ranks: Ranks, say: Callable[[str], None]) -> list[Opened]:
 
 
 class RankedDevice:
-    """A Device (see devices/base.py). timeout: seconds that ranks may be apart. cores: of all ranks."""
+    """A Device (see devices/base.py). timeout: seconds that ranks may be apart."""
 
-    def __init__(self, ranks: Ranks, opened: Sequence[Opened], timeout: float, *, cores: int) -> None:
+    def __init__(self, ranks: Members, opened: Sequence[Opened], timeout: float) -> None:
         self._ranks = ranks
         self._first = opened[0]
         self._memory = tuple((what, sum(dict(one.memory)[what] for one in opened)) for what, _ in self._first.memory)
-        self._cores = cores
+        self._cores = sum(one.capacity.shares for one in opened)
         self._partition = self._first.partition
         self._timeout = timeout
         self._votes = Votes(len(ranks), timeout)
@@ -307,7 +204,7 @@ class RankedDevice:
         """The listener's thread, until `close` or the first loss."""
         try:
             while True:
-                heard = self._ranks.listen(self._votes.patience(time.monotonic()), self._stop)
+                heard = self._ranks.listen(self._votes.patience(time.monotonic()), (self._stop,))
                 for message in heard:
                     if isinstance(message, Done) and (result := self._votes.add(message, time.monotonic())) is not None:
                         self._results.put(result)
@@ -330,7 +227,7 @@ class RankedDevice:
             said = {loss.rank: loss.error for loss in losses if isinstance(loss, Lost)}
             ended = [loss for loss in losses if isinstance(loss, Gone) and loss.rank not in said]
             if ended:
-                return f"the process of rank {ended[0].rank} {ended[0].words}"
+                return f"rank {ended[0].rank} {ended[0].words}"
             if (left := end - time.monotonic()) <= 0:
                 return self._votes.cause() or "; ".join(f"rank {rank}: {error}" for rank, error in said.items())
             losses = losses + [loss for loss in self._ranks.listen(left) if isinstance(loss, Lost | Gone)]
@@ -390,9 +287,3 @@ class Votes:
             return None
         done = failed[0]
         return f"rank {done.rank} failed in step {done.step}: {done.result.error if done.result else ''}"
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as chosen:
-        port: int = chosen.getsockname()[1]
-        return port

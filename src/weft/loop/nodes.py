@@ -1,0 +1,219 @@
+"""Ranks on several hosts, started by hand: `weft serve` with --nnodes, once on each.
+
+Node 0 has the front end, the engine and the first ranks. It listens at --dist-init-addr, and at no other address; the
+others connect to it, are told where the ranks meet, start theirs, and pass messages between them and the engine:
+
+    engine on node 0 ──▶ its own ranks (rank_processes.py)
+           └──── TCP ──▶ node 1 ──▶ its ranks
+
+The connections carry plans and results, not rows; those go from rank to rank over gloo. Nobody asks who connects: the
+addresses must be ones that only the nodes can reach.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import secrets
+import select
+import socket
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from weft.config import EngineConfig, parse_address
+from weft.errors import DeviceError
+from weft.ipc.ranks import End, FromNode, Gone, Heard, Hello, Meeting, Refusal, ToNode, ToRank, Welcome
+from weft.ipc.stream import Message, Stream
+from weft.loop.rank_processes import END_SECONDS, RANK, Ranks, start_ranks
+
+LOOPBACK = "127.0.0.1"
+# Seconds in which the nodes must have been started.
+MEET_SECONDS = 600.0
+RETRY_SECONDS = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class Nodes:
+    """All ranks: those of this host, and those of others."""
+
+    def __init__(self, ranks: int, local: Ranks, others: dict[Stream[FromNode], range]) -> None:
+        """others: their connections, and which ranks they have."""
+        self._ranks = ranks
+        self._local = local
+        self._others = dict(others)
+
+    def __len__(self) -> int:
+        return self._ranks
+
+    def send(self, message: ToRank) -> None:
+        self._local.send(message)
+        for node, ranks in self._others.items():
+            try:
+                node.send(message)
+            except OSError as error:  # `listen` will say what has become of them
+                log.warning("ranks %d to %d cannot be told anything: %s", ranks[0], ranks[-1], error)
+
+    def listen(self, timeout: float | None = None, also: Collection[int] = ()) -> list[Heard]:
+        found = self._local.listen(timeout, [*also, *(node.fileno() for node in self._others)])
+        for node, ranks in list(self._others.items()):
+            try:
+                found += [message for message in node.take() if not isinstance(message, Hello)]
+            except OSError as error:
+                del self._others[node]
+                node.close()
+                found += [Gone(rank, f"is out of reach: {error}") for rank in ranks]
+        return found
+
+    def close(self, seconds: float = END_SECONDS) -> None:
+        """The others end their ranks when the connection does."""
+        self._local.close(seconds)
+        for node in self._others:
+            node.close()
+        self._others.clear()
+
+
+def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str] = RANK) -> Nodes:
+    """Node 0: wait for the others, and start everybody's ranks. Raises ConfigError or DeviceError."""
+    host, port = parse_address(config.dist_init_addr or "")
+    try:
+        listener = socket.create_server((host, port))
+    except OSError as error:
+        raise DeviceError(f"--dist-init-addr is {host}:{port}, and node 0 cannot listen there: {error}") from error
+    say(f"wait for {config.nnodes - 1} other node{'s' if config.nnodes > 2 else ''}")
+    others: dict[int, Stream[FromNode]] = {}
+    try:
+        with listener:
+            _meet(listener, config, agreement(config, model), others)
+        meeting = Meeting(f"weft-{secrets.token_hex(8)}", host, free_port(host))
+        for node in others.values():
+            node.send(Welcome(meeting))
+        local = start_ranks(config, model, ranks_of(config, 0), meeting, host, command)
+    except BaseException:
+        for node in others.values():
+            node.close()
+        raise
+    return Nodes(
+        config.tensor_parallel_size, local, {node: ranks_of(config, number) for number, node in others.items()}
+    )
+
+
+def serve_node(config: EngineConfig, model: Path, command: Sequence[str] = RANK) -> None:
+    """Another node: ranks for node 0, until it is done with them. Raises DeviceError when it is gone otherwise."""
+    host, port = parse_address(config.dist_init_addr or "")
+    connection = _connect(host, port, config.node_rank)
+    node: Stream[ToNode] = Stream(connection, ToNode, config.rank_timeout)
+    try:
+        node.send(Hello(config.node_rank, agreement(config, model)))
+        log.info("node %d waits for the others", config.node_rank)
+        answer = _first(node)
+        if isinstance(answer, Refusal):
+            raise DeviceError(answer.error)
+        if not isinstance(answer, Welcome):
+            raise DeviceError(f"node 0 said {type(answer).__name__} before it welcomed this node")
+        ranks = start_ranks(config, model, ranks_of(config, config.node_rank), answer.meeting, node.address, command)
+        try:
+            ended = _pass_on(node, ranks)
+        except BaseException:
+            ranks.close(0.0)
+            raise
+        ranks.close(END_SECONDS if ended else 0.0)
+    except OSError as error:
+        raise DeviceError(f"node 0 at {host}:{port} is gone: {error}") from error
+    finally:
+        node.close()
+
+
+def _pass_on(node: Stream[ToNode], ranks: Ranks) -> bool:
+    """Between node 0 and the ranks, until an End comes (True) or the last rank has ended."""
+    left = len(ranks)
+    while left:
+        for heard in ranks.listen(None, (node.fileno(),)):
+            node.send(heard)
+            left -= isinstance(heard, Gone)
+        for message in node.take():
+            if isinstance(message, Welcome | Refusal):
+                raise DeviceError("node 0 does not remember this node")
+            ranks.send(message)
+            if isinstance(message, End):
+                return True
+    return False
+
+
+def ranks_of(config: EngineConfig, node: int) -> range:
+    each = config.tensor_parallel_size // config.nnodes
+    return range(node * each, (node + 1) * each)
+
+
+def agreement(config: EngineConfig, model: Path) -> str:
+    """A digest of what must be the same on all nodes: the settings, but for those of a host, and the model's shape."""
+    common = replace(config, node_rank=0, cores=None, model="", revision=None)
+    file = model / "config.json"
+    shape = file.read_bytes() if file.exists() else b""
+    return hashlib.sha256(repr(common).encode() + shape).hexdigest()
+
+
+def free_port(host: str) -> int:
+    """One that nobody listens at now."""
+    with socket.create_server((host, 0)) as chosen:
+        port: int = chosen.getsockname()[1]
+        return port
+
+
+def _meet(listener: socket.socket, config: EngineConfig, agreed: str, others: dict[int, Stream[FromNode]]) -> None:
+    """Fill `others`, by node. Raises DeviceError when one is missing for too long."""
+    end = time.monotonic() + MEET_SECONDS
+    while len(others) < config.nnodes - 1:
+        listener.settimeout(max(0.0, end - time.monotonic()))
+        try:
+            connection, peer = listener.accept()
+        except (TimeoutError, BlockingIOError):
+            missing = [str(node) for node in range(1, config.nnodes) if node not in others]
+            raise DeviceError(f"node {' and '.join(missing)} did not come within {MEET_SECONDS:g} s") from None
+        node: Stream[FromNode] = Stream(connection, FromNode, config.rank_timeout)
+        try:
+            hello = _first(node, config.rank_timeout)
+            refusal = _refusal(hello, config, agreed, others)
+            if refusal is not None:
+                node.send(Refusal(refusal))
+        except (OSError, DeviceError) as error:
+            refusal = str(error)
+        if refusal is None and isinstance(hello, Hello):
+            others[hello.node] = node
+        else:
+            log.warning("%s:%d was refused: %s", *peer[:2], refusal)
+            node.close()
+
+
+def _refusal(hello: FromNode, config: EngineConfig, agreed: str, others: Collection[int]) -> str | None:
+    if not isinstance(hello, Hello):
+        return f"the first word was {type(hello).__name__}"
+    if not 1 <= hello.node < config.nnodes or hello.node in others:
+        return f"--node-rank is {hello.node}; node 0 still waits for one of 1 to {config.nnodes - 1}"
+    if hello.digest != agreed:
+        return "the settings or the model's config.json differ from node 0's; only --node-rank and --cores may"
+    return None
+
+
+def _connect(host: str, port: int, node: int) -> socket.socket:
+    end = time.monotonic() + MEET_SECONDS
+    while True:
+        try:
+            return socket.create_connection((host, port), timeout=10)
+        except OSError as error:
+            if time.monotonic() > end:
+                raise DeviceError(f"node {node} does not reach node 0 at {host}:{port}: {error}") from error
+            time.sleep(RETRY_SECONDS)
+
+
+def _first(node: Stream[Message], timeout: float | None = None) -> Message:
+    """The first message of a connection. Raises OSError, or DeviceError when it does not come in time."""
+    end = None if timeout is None else time.monotonic() + timeout
+    while True:
+        left = None if end is None else max(0.0, end - time.monotonic())
+        if not select.select([node.fileno()], [], [], left)[0]:
+            raise DeviceError(f"the first word did not come within {timeout:g} s")
+        if found := node.take():
+            return found[0]
