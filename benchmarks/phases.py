@@ -26,7 +26,7 @@ import common
 import phases_cpu
 import phases_simulated as simulated
 from phases_loads import CHANGING, Load, changing, recorded
-from phases_tables import Row, chosen_elsewhere, claims, draw, row, show
+from phases_tables import Row, chosen_elsewhere, claims, draw, no_room, row, show
 
 from weft.bench.stats import Slo, summarise
 
@@ -48,6 +48,7 @@ def main() -> None:
         f"SIMULATED: {simulated.COST}, {simulated.SHARES} shares, targets TTFT {targets.ttft:g} s and TPOT "
         f"{targets.tpot:g} s; part {parts[-1]}"
     ]
+    notes += no_room(shown)
     made = {} if arguments.only else claims(shown, "simulated_")
     if len(parts) == 2 and not arguments.only:
         made |= chosen_elsewhere(found["tune"], shown, "simulated_")

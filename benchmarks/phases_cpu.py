@@ -25,7 +25,7 @@ import numpy as np
 import peer_models
 import quantised_models
 from phases_loads import CHANGING, Load, Mix, Scale, changing, recorded
-from phases_tables import Row, claims, draw, ratios, row, show
+from phases_tables import Row, claims, draw, no_room, ratios, row, show
 from serving import READY_SECONDS, STOP_SECONDS, Server, ServerError, free_port
 
 import models
@@ -179,7 +179,7 @@ def main(arguments: argparse.Namespace) -> None:
         left = 60 * (0.7 if arguments.quick else arguments.minutes) - (time.monotonic() - started)
         cell = max(2.0, left / (len(chosen) * len(rates) * len(entrants)))
         rows = asyncio.run(_contest(entrants, servers, chosen, rates, machine, cell, vocabulary))
-    notes += _notes(arguments, machine, cell)
+    notes += _notes(arguments, machine, cell) + no_room(rows)
     if (note := common.load_note(watch)) is not None:
         notes.append(note)
     if arguments.plot is not None:

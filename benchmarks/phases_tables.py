@@ -98,6 +98,21 @@ def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
     return found
 
 
+def no_room(rows: Sequence[Row], wanted: float = 1.1) -> list[str]:
+    """Where the mix changes and a fixed policy still does so well that none could be `wanted` times better: notes."""
+    found = []
+    for (trace, rate), here in cells(rows).items():
+        fixed = [one for one in here if one["kind"] in FIXED]
+        if trace == CHANGING and fixed:
+            best = max(fixed, key=_attained)
+            if _attained(best) * wanted > 1.0:
+                found.append(
+                    f"{trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that nothing "
+                    f"could be {wanted:g} times better"
+                )
+    return found
+
+
 def chosen_elsewhere(tuned: Sequence[Row], reported: Sequence[Row], prefix: str = "") -> dict[str, float]:
     """auto against the fixed policy that was best on the other part of the same load: what an operator could choose."""
     best = {}

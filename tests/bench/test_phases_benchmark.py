@@ -84,6 +84,26 @@ def test_claims_are_the_least_ratio_to_the_best_in_hindsight(scripts: Any) -> No
     assert chosen == {"auto_vs_chosen_before": pytest.approx(0.72 / 0.5)}
 
 
+def test_a_fixed_policy_that_leaves_no_room_is_named(scripts: Any) -> None:
+    tables = scripts("phases_tables")
+    attained = {("changing", 0.4, "chunk 64", "chunk"): 0.9, ("changing", 0.4, "split 8:4", "split"): 0.92}
+    attained |= {("changing", 1.0, "chunk 64", "chunk"): 0.9, ("changing", 1.0, "pd 1:1", "pd"): 0.99}
+    attained |= {("conv", 1.0, "chunk 64", "chunk"): 1.0}
+    (note,) = tables.no_room(rows_of(attained))
+    assert note == "changing at 0.4: split 8:4 has 92.0% in target, so that nothing could be 1.1 times better"
+
+
+def test_disaggregation_has_two_devices_and_twice_the_requests(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    phases, simulated = scripts("phases"), scripts("phases_simulated")
+    flags = ["phases.py", "--loads", "changing", "--rates", "1", "--seconds", "1.5", "--only", "pd", "chunk 256"]
+    monkeypatch.setattr(sys, "argv", flags)
+    rows = {one["kind"]: one for one in phases.run(phases._arguments(), "tune")}
+    assert rows["pd"]["requests"] == pytest.approx(2 * rows["chunk"]["requests"], abs=2)
+    assert rows["pd"]["goodput"] == pytest.approx(rows["pd"]["attainment"] * rows["pd"]["offered"] / 2)
+    assert rows["chunk"]["goodput"] == pytest.approx(rows["chunk"]["attainment"] * rows["chunk"]["offered"])
+    assert {one.devices for one in simulated.contestants() if one.kind != "pd"} == {1}
+
+
 def test_every_policy_serves_every_request_the_same_way_each_time(scripts: Any) -> None:
     loads, simulated = scripts("phases_loads"), scripts("phases_simulated")
     shots = loads.changing(simulated.MIXES).make("tune", 1.0, 3.0, simulated.CAPACITY.vocabulary)

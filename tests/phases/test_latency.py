@@ -157,6 +157,17 @@ def test_a_device_that_becomes_slower_is_followed(seed: int) -> None:
     assert model.predict(16, 8000, 0.4) == pytest.approx(after.predict(16, 8000, 0.4), rel=0.08)
 
 
+def test_each_part_of_a_step_that_is_cut_costs_the_fixed_part_anew() -> None:
+    truth, rng, steps = StepModel(2e-3, 4e-3, 5e-5, 1e-8), random.Random(4), []
+    for number in range(120):
+        share, parts, tokens = rng.choice([0.25, 0.5, 1.0]), rng.choice([1, 2, 8]), rng.randint(64, 512)
+        seconds = truth.predict(tokens, 3000, share, parts=parts) * rng.uniform(0.99, 1.01)
+        steps.append(Stepped(float(number) / 10, Lane.PREFILL, seconds, tokens, 0, 3000, share, parts=parts))
+    found = fit_steps(steps, 12.0)
+    assert isinstance(found, StepModel) and found.fixed == pytest.approx(truth.fixed, rel=0.1)
+    assert found.predict(512, 3000, 0.5, parts=8) == pytest.approx(truth.predict(512, 3000, 0.5, parts=8), rel=0.03)
+
+
 def test_from_one_share_the_costs_there_are_known() -> None:
     rng, truth = random.Random(7), StepModel(0.0, 0.01, 1e-3, 1e-6)
     model = fit_one_share(steps(truth, rng, shares=(0.5,), noise=0.0), now=24.0)

@@ -91,7 +91,7 @@ def machine() -> Iterator[Finding]:
     usable, every = len(os.sched_getaffinity(0)), os.cpu_count() or 0
     yield Finding("machine", "cores", f"{usable} usable of {every}")
     if usable < 2:
-        yield Finding("machine", "lanes", "one core", "note", "--partition needs two cores or more")
+        yield Finding("machine", "lanes", "one core", "note", "--partition P:D and pd:P:D need two cores")
     line = re.search(r"^(?:flags|Features)\s*: (.*)$", text, re.MULTILINE)
     flags = line[1].split() if line else []
     found = [level for level in SIMD if level in flags]
