@@ -35,12 +35,12 @@ import common
 from gpu_results import Results, Row
 
 if TYPE_CHECKING:
+    from gpu_bench import Bench
     from gpu_model import Sizes
-    from gpu_rows import Bench
 
 SECONDS = 525.0  # of a run, with some to spare of nine minutes
 BUDGET, QUICK_BUDGET = 15.0, 4.0  # seconds of a row once it is warm
-MODELS = ("BF16", "W4A8KV4", "W4A16")
+BF16, W4A8KV4, W4A16 = MODELS = ("BF16", "W4A8KV4", "W4A16")
 CACHES = ("bf16", "int8", "int4")
 LIMITS = {"copy": "copy", "product BF16": "bf16", "product INT8": "int8"}  # rows by what they are the limit of
 STOPPED = 3  # exit status where the device is lost and --resume would go on
@@ -78,7 +78,7 @@ def main() -> None:
         except ValueError as error:
             raise SystemExit(f"gpu.py: {error}") from error
     results.write()
-    from gpu_rows import Bench
+    from gpu_bench import Bench
 
     bench = Bench(gpu, sizes, QUICK_BUDGET if arguments.quick else BUDGET)
     gpu.adopt()
@@ -125,6 +125,7 @@ def _give_up(reason: str) -> None:
 
 def _rows(sizes: Sizes, *, claims_only: bool) -> dict[str, Callable[[Bench], Row]]:
     """What is measured, most valuable first."""
+    import gpu_bench
     import gpu_rows
 
     def decode(name: str, batch: int, context: int) -> None:
@@ -144,19 +145,22 @@ def _rows(sizes: Sizes, *, claims_only: bool) -> dict[str, Callable[[Bench], Row
     short, long = sizes.contexts
     one, _, many, _ = sizes.batches
     found: dict[str, Callable[[Bench], Row]] = {
-        "copy": gpu_rows.copy_row,
-        "product BF16": lambda bench: gpu_rows.product_row(bench, "bf16"),
-        "product INT8": lambda bench: gpu_rows.product_row(bench, "int8"),
+        "copy": gpu_bench.copy_row,
+        "product BF16": lambda bench: gpu_bench.product_row(bench, "bf16"),
+        "product INT8": lambda bench: gpu_bench.product_row(bench, "int8"),
     }
     attention(CACHES[0], many, long)
-    for name in MODELS:
+    decode(BF16, many, short)
+    decode(BF16, one, short)
+    prefill(BF16, sizes.prompts[1])
+    largest(BF16)
+    largest(W4A8KV4)
+    if claims_only:
+        return found
+    for name in (W4A8KV4, W4A16):
         decode(name, many, short)
         decode(name, one, short)
         prefill(name, sizes.prompts[1])
-        if name != "W4A16":
-            largest(name)
-    if claims_only:
-        return {name: row for name, row in found.items() if not name.startswith("W4A16")}
     for cache in CACHES[1:]:
         attention(cache, many, long)
     for name in MODELS:  # what was measured already keeps its place
@@ -188,14 +192,14 @@ def claims(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, float]:
         if len(there) == len(values):
             found[name] = fold(there)
 
-    decode = [f"BF16 decode, {batch} at {short}" for batch in (one, many)]
+    decode = [f"{BF16} decode, {batch} at {short}" for batch in (one, many)]
     claim("decode_of_bandwidth", [value(name, "of_limit") for name in decode], min)
-    claim("prefill_of_matmul_peak", [value(f"BF16 prefill, {sizes.prompts[1]}", "of_limit")], min)
+    claim("prefill_of_matmul_peak", [value(f"{BF16} prefill, {sizes.prompts[1]}", "of_limit")], min)
     attention = f"attention {CACHES[0]}, {many} at {long}"
     claim("attention_decode_of_bandwidth", [value(attention, "of_limit")], min)
     claim("host_gap_percent", [value(name, "host_gap") for name in decode], lambda gaps: 100 * max(gaps))
     claim("throughput_vs_transformers", [value(decode[1], "times_transformers")], min)
-    rates = [value(_largest(name, long), "tokens_per_second") for name in ("W4A8KV4", "BF16")]
+    rates = [value(_largest(name, long), "tokens_per_second") for name in (W4A8KV4, BF16)]
     claim("w4a8kv4_vs_bf16_throughput", rates, lambda both: both[0] / both[1])
     return found
 

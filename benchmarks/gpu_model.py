@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ class Stuck(Exception):
 @dataclass(frozen=True)
 class Sizes:
     """What is measured. raw: the model's config.json. room: positions that a decode row goes through, half of them
-    before its context. warmup: steps before any that counts. steps: most decode steps in a round. copied: bytes of the
-    copy that is called bandwidth. matmul: rows, columns and depth of the product that is called the peak. reserve:
-    bytes left for activations and graphs. largest: no batch has more sequences."""
+    before its context. warmup: steps before any that counts. calls: of a kernel in a row. steps: most decode steps in a
+    round. copied: bytes of the copy that is called bandwidth. matmul: rows, columns and depth of the product that is
+    called the peak. reserve: bytes left for activations and graphs. largest: no batch has more sequences."""
 
     raw: dict[str, Any]
     prompts: tuple[int, ...]
@@ -53,6 +53,7 @@ class Sizes:
     contexts: tuple[int, ...]
     room: int
     warmup: int
+    calls: int
     steps: int
     rounds: int
     copied: int
@@ -61,7 +62,7 @@ class Sizes:
     largest: int
 
     def quick(self) -> Sizes:
-        return Sizes(**{**vars(self), "rounds": min(self.rounds, 2), "steps": min(self.steps, 16)})
+        return replace(self, rounds=min(self.rounds, 2), steps=min(self.steps, 16))
 
 
 def _raw(
@@ -91,6 +92,7 @@ REAL = Sizes(
     contexts=(1024, 8192),
     room=256,
     warmup=4,
+    calls=10,
     steps=40,
     rounds=5,
     copied=4 * GIB,
@@ -105,12 +107,13 @@ TINY = Sizes(
     contexts=(20, 40),
     room=16,
     warmup=1,
+    calls=1,
     steps=1,
     rounds=1,
     copied=2**16,
     matmul=32,
     reserve=0,
-    largest=5,
+    largest=2,
 )
 
 

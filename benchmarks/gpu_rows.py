@@ -6,136 +6,23 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import common
 import torch
-from gpu_model import (
-    BLOCK_SIZE,
-    DoesNotFit,
-    Model,
-    Sizes,
-    answer,
-    check_room,
-    collect,
-    fill,
-    free,
-    opened,
-    plain_model,
-    quantised_model,
-    quantised_weights,
-    settle,
-)
-from gpu_peer import Peer
+from gpu_bench import Bench
+from gpu_model import BLOCK_SIZE, DoesNotFit, Model, Sizes, answer, check_room, collect, fill, free, opened, settle
+from gpu_results import Row
 
 from weft.core.plan import Lane, Plan, Sampling, Slice
 from weft.core.sampling import SamplingParams
 from weft.devices.base import Device
 from weft.devices.cuda_inputs import layout_of, send
-from weft.devices.cuda_streams import Gpu
 from weft.kernels.triton import TritonKernels
 from weft.models.batch import make_batch
 from weft.models.families import parse_config
-from weft.models.loader import Weights
 
-Row = dict[str, Any]
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
-CALLS = 10  # of a kernel in a row
-
-
-@dataclass
-class Bench:
-    """limits: bytes or operations a second, by name, as far as they were measured. budget: seconds that a row may take
-    once it is warm. One model at a time is in memory; `peer` is for BF16, or the reason why there is none."""
-
-    gpu: Gpu
-    sizes: Sizes
-    budget: float
-    limits: dict[str, float] = field(default_factory=dict)
-    _models: dict[str, Model] = field(default_factory=dict)
-    _quantised: Weights | None = None
-    _peer: Peer | str | None = None
-
-    def model(self, name: str) -> Model:
-        if name in self._models:
-            return self._models[name]
-        raw = self.sizes.raw
-        if name == "BF16":
-            self._models, self._quantised = {}, None
-            collect(self.gpu)
-            self._models = {name: plain_model(self.gpu, raw)}
-        else:
-            self._models.pop("BF16", None)
-            self._peer = self._peer if isinstance(self._peer, str) else None
-            collect(self.gpu)
-            if self._quantised is None:
-                self._quantised = quantised_weights(self.gpu, raw)
-            self._models[name] = quantised_model(self.gpu, raw, self._quantised, sixteen=name == "W4A16")
-        return self._models[name]
-
-    def peer(self, model: Model) -> Peer | str:
-        if model.name != "BF16":
-            return "transformers computes BF16 only here"
-        if self._peer is None:
-            try:
-                self._peer = Peer(self.gpu, model, self.sizes.raw)
-            except Exception as error:  # whatever is wrong with it, weft's own rows are to be had
-                self._peer = f"{type(error).__name__}: {error}"
-        return self._peer
-
-    def limit(self, moved: float, operations: float, units: str, others: float = 0.0) -> Row:
-        """The least seconds for so many bytes and operations on these units; others: operations on BF16 units."""
-        if not {"copy", "bf16", units} <= self.limits.keys():
-            return {"limit": "not measured"}
-        memory = moved / self.limits["copy"]
-        arithmetic = operations / self.limits[units] + others / self.limits["bf16"]
-        return {
-            "bytes": moved,
-            "operations": operations + others,
-            "limit": "bandwidth" if memory >= arithmetic else "arithmetic",
-            "limit_seconds": max(memory, arithmetic),
-        }
-
-    def timed(self, work: Callable[[], Any], count: int) -> list[float]:
-        """Seconds of each of `count` runs on the device, after one that does not count."""
-        stream, found = self.gpu.stream(), []
-        with stream.use(), torch.inference_mode():
-            work()
-            for _ in range(count):
-                began = stream.mark()
-                work()
-                found.append((began, stream.mark()))
-        stream.check()
-        return [done.seconds_since(began) for began, done in found]
-
-
-# -- the device's own limits -------------------------------------------------------------------------------------------
-
-
-def copy_row(bench: Bench) -> Row:
-    """Bytes read and written each second by a copy within the device."""
-    source = torch.randint(0, 255, (bench.sizes.copied,), dtype=torch.uint8, device=bench.gpu.device)
-    target = torch.empty_like(source)
-    settle(bench.gpu)
-    rates = [2 * len(source) / max(seconds, 1e-9) for seconds in bench.timed(lambda: target.copy_(source), CALLS)]
-    return {"rate": max(rates), "spread": common.Figure.of(rates).as_json()}
-
-
-def product_row(bench: Bench, units: str) -> Row:
-    """Operations each second of a large square product."""
-    size, device = bench.sizes.matmul, bench.gpu.device
-    if units == "bf16":
-        a, b = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-        work = partial(torch.matmul, a, b.T)
-    else:
-        a, b = (torch.randint(-127, 128, (size, size), device=device, dtype=torch.int8) for _ in range(2))
-        work = partial(torch._int_mm, a, b.T)
-    settle(bench.gpu)
-    rates = [2.0 * size**3 / max(seconds, 1e-9) for seconds in bench.timed(work, 2 * CALLS)]
-    return {"rate": max(rates), "spread": common.Figure.of(rates).as_json()}
-
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -188,12 +75,12 @@ def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool 
         check_room(bench.gpu, model, batch * each * BLOCK_SIZE + bench.sizes.reserve // model.token_bytes)
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}; {largest_batch(bench, model, context)} sequences would fit") from error
-    rival = _rival(bench, model, batch, context) if peer else "not asked for"
+    rival = _rival(bench, model, batch, context) if peer else ""
     with opened(bench.gpu, model, batch=batch, length=length, blocks=batch * each) as device:
         decoding = Decoding(device, batch * each, batch, context - sizes.room // 2)
         warm = [decoding.step() for _ in range(sizes.warmup)]  # the first of them compiles and records
         count = _count(sizes, bench.budget, warm[-1])
-        ours, theirs = _rounds(bench, decoding, rival, count)
+        ours, theirs, rival = _rounds(bench, decoding, rival, count)
     seconds = [whole / count for whole, _ in ours]
     row = {
         "kind": "decode",
@@ -291,11 +178,11 @@ def attention_row(bench: Bench, cache: str, batch: int, context: int) -> Row:
 
     @torch.inference_mode()
     def calls() -> None:
-        for _ in range(CALLS):
+        for _ in range(bench.sizes.calls):
             kernels.attention(q, kv, inputs, config.heads, config.kv_heads, config.head_dim**-0.5)
 
     replay = gpu.stream().capture(calls)
-    seconds = [whole / CALLS for whole in bench.timed(replay, bench.sizes.rounds)]
+    seconds = [whole / bench.sizes.calls for whole in bench.timed(replay, bench.sizes.rounds)]
     moved = batch * context * token
     operations = 4.0 * config.heads * config.head_dim * batch * context
     row = {
@@ -327,13 +214,13 @@ def _rival(bench: Bench, model: Model, batch: int, context: int) -> Any:
 
 
 def _guarded(bench: Bench, peer: Any, work: Callable[[Any], Any]) -> tuple[Any, Any]:
-    """(what `work` gives, the peer); or (None, why the peer is out), where it fails for want of memory."""
+    """(what `work` gives, the peer); or (None, why the peer is out), where it fails: our own row goes on."""
     if isinstance(peer, str):
         return None, peer
     try:
         return work(peer), peer
-    except torch.OutOfMemoryError as error:
-        reason = f"out of memory: {str(error).splitlines()[0]}"
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
     collect(bench.gpu)
     return None, reason
 
@@ -344,8 +231,11 @@ def _count(sizes: Sizes, budget: float, seconds: float) -> int:
     return max(1, min(room, sizes.steps, int(budget / 4 / sizes.rounds / max(seconds, 1e-6))))
 
 
-def _rounds(bench: Bench, decoding: Decoding, rival: Any, count: int) -> tuple[list[tuple[float, float]], list[float]]:
-    """Each takes its turn, as often as the row's time allows: (our seconds, of which on the device), theirs a step."""
+def _rounds(
+    bench: Bench, decoding: Decoding, rival: Any, count: int
+) -> tuple[list[tuple[float, float]], list[float], Any]:
+    """Each takes its turn, as often as the row's time allows: (our seconds, of which on the device), theirs a step, and
+    the rival, or why it is out by now."""
     ours, theirs = [], []
     if not isinstance(rival, str):
         _, rival = _guarded(bench, rival, lambda one: one.steps(1))
@@ -358,7 +248,7 @@ def _rounds(bench: Bench, decoding: Decoding, rival: Any, count: int) -> tuple[l
         theirs += [] if other is None else [other]
         if time.monotonic() > deadline:
             break
-    return ours, theirs
+    return ours, theirs, rival
 
 
 def _beside(row: Row, rival: Any, theirs: Sequence[float], ours: Sequence[float]) -> Row:
@@ -366,7 +256,7 @@ def _beside(row: Row, rival: Any, theirs: Sequence[float], ours: Sequence[float]
     if theirs:
         row["transformers_seconds"] = common.Figure.of(theirs).as_json()
         row["times_transformers"] = statistics.median(their / our for our, their in zip(ours, theirs, strict=False))
-    elif isinstance(rival, str):
+    elif rival:
         row["transformers"] = rival
     return _share(row)
 

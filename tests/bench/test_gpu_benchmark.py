@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -18,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from weft.devices.cuda_streams import open_gpu
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 CLAIMS = {
@@ -51,10 +52,15 @@ def results(gpu: Any, path: Path, planned: list[str], sizes: Any) -> Any:
     return module.Results(arguments, planned, about, lambda rows: gpu.claims(rows, sizes))
 
 
+def open_bench() -> Any:
+    sizes = importlib.import_module("gpu_model").TINY
+    return importlib.import_module("gpu_bench").Bench(open_gpu(), sizes, 1.0)
+
+
 def test_a_killed_run_leaves_its_rows_and_goes_on(
     gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """All kinds of rows but W4A16's, and all claims."""
+    """All kinds of rows, and all claims."""
     out = tmp_path / "gpu.json"
     arguments = ["--dry-run", "--quick", "--json", str(out), "--commit", "abc"]
     process = subprocess.Popen([sys.executable, str(FOLDER / "gpu.py"), *arguments], stderr=subprocess.DEVNULL)
@@ -81,8 +87,8 @@ def test_a_killed_run_leaves_its_rows_and_goes_on(
     decode = rows["BF16 decode, 3 at 20"]
     assert decode["tokens_per_second"] == pytest.approx(3 / decode["seconds"]["median"])
     assert decode["of_limit"] == pytest.approx(decode["limit_seconds"] / decode["seconds"]["median"])
-    assert decode["times_transformers"] > 0 and "transformers" in rows["W4A8KV4 decode, 3 at 20"]
-    # Linear layers: q, k, v, o, gate, up, down and the output layer, two bytes a weight; and two norms and the last.
+    assert decode["times_transformers"] > 0 and "times_transformers" not in rows["W4A8KV4 decode, as many as fit at 40"]
+    # Linear layers: q, k, v, o, gate, up, down and the output layer, two bytes a weight.
     linears = 128 * (128 + 32 + 32 + 128 + 3 * 128 + 128)
     kv = 3 * 20 * 2 * 32 * 2
     assert decode["bytes"] == 2 * linears + kv
@@ -101,6 +107,17 @@ def test_the_whole_run_has_every_row_of_the_issue(gpu: Any) -> None:
     quick = list(gpu._rows(sizes, claims_only=True))
     assert [name for name in rows if name in quick] == quick  # what claims need comes first
     assert max(map(rows.index, quick)) < rows.index("BF16 decode, 8 at 1024")
+
+
+def test_four_bits_with_sixteen_bit_activations(gpu: Any) -> None:
+    bench, rows = open_bench(), importlib.import_module("gpu_rows")
+    bench.limits = {"copy": 1e12, "bf16": 1e15, "int8": 2e15}
+    row = rows.prefill_row(bench, "W4A16", 3)
+    # Half a byte a weight, and a scale of two bytes for 128 of them.
+    linears = 128 * (128 + 32 + 32 + 128 + 3 * 128 + 128)
+    assert row["bytes"] == linears // 2 + 2 * linears // 128 + 3 * 2 * 32 * 2
+    assert row["limit_seconds"] == max(row["bytes"] / 1e12, row["operations"] / 1e15)
+    assert bench.model("W4A8KV4").weights is bench.model("W4A16").weights
 
 
 def test_rows_that_fail_say_why_and_the_others_go_on(gpu: Any, tmp_path: Path) -> None:
@@ -136,23 +153,20 @@ def test_no_row_begins_when_the_time_is_over(gpu: Any, tmp_path: Path) -> None:
     assert found.missing() == ["one"]
 
 
-def test_a_lost_device_ends_the_run_with_what_there_is(gpu: Any, tmp_path: Path) -> None:
-    """In a process of its own, which ends at once: its threads cannot be waited for."""
-    code = f"""
-import argparse, pathlib, sys, time, types
-sys.path.insert(0, {str(FOLDER)!r})
-import gpu, gpu_model, gpu_results
-def stuck(bench):
-    raise gpu_model.Stuck("a step gave no result within 120 s")
-arguments = argparse.Namespace(json=pathlib.Path(sys.argv[1]), quick=False)
-results = gpu_results.Results(arguments, ["one", "two"], {{}}, lambda rows: {{}})
-bench = types.SimpleNamespace(budget=1.0, limits={{}})
-gpu._measure(bench, {{"one": stuck, "two": stuck}}, results, time.monotonic() + 60)
-"""
-    out = tmp_path / "out.json"
-    done = subprocess.run([sys.executable, "-c", code, str(out)], env=os.environ, capture_output=True, text=True)
-    assert done.returncode == 3 and "--resume goes on" in done.stderr
-    content = json.loads(out.read_text())
+def test_a_lost_device_ends_the_run_with_what_there_is(
+    gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = importlib.import_module("gpu_model")
+
+    def stuck(bench: Any) -> Any:
+        raise model.Stuck("a step gave no result within 120 s")
+
+    found = results(gpu, tmp_path / "out.json", ["one", "two"], model.REAL)
+    monkeypatch.setattr(gpu.os, "_exit", sys.exit)  # which waits for threads that a lost device keeps
+    with pytest.raises(SystemExit) as ended:
+        gpu._measure(SimpleNamespace(budget=1.0, limits={}), {"one": stuck, "two": stuck}, found, time.monotonic() + 60)
+    assert ended.value.code == 3 and "--resume goes on" in capsys.readouterr().err
+    content = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["one"] and content["missing"] == ["two"]
 
 
@@ -168,16 +182,25 @@ def test_what_another_device_measured_is_not_gone_on_with(gpu: Any, tmp_path: Pa
 
 def test_without_transformers_rows_say_so(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
-    model, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_rows"))
-    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
+    bench, rows = open_bench(), importlib.import_module("gpu_rows")
     row = rows.decode_row(bench, "BF16", 1, 20)
     assert row["transformers"].startswith("ModuleNotFoundError") and row["seconds"]["median"] > 0
     assert row["limit"] == "not measured" and "of_limit" not in row
 
 
+def test_a_peer_that_fails_on_the_way_is_left_out(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, peer, rows = open_bench(), importlib.import_module("gpu_peer"), importlib.import_module("gpu_rows")
+
+    def no_memory(self: Any, count: int) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(peer.Decoding, "steps", no_memory)
+    row = rows.decode_row(bench, "BF16", 1, 20)
+    assert row["transformers"] == "OutOfMemoryError: CUDA out of memory." and row["seconds"]["median"] > 0
+
+
 def test_a_peer_that_computes_another_model_is_left_out(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, peer, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_peer", "gpu_rows"))
-    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
+    bench, peer = open_bench(), importlib.import_module("gpu_peer")
     plain = bench.model("BF16")
     state = peer._state(plain)
     wrong = {**state, "model.layers.0.mlp.gate_proj.weight": torch.randn_like(state["lm_head.weight"])}
@@ -187,10 +210,10 @@ def test_a_peer_that_computes_another_model_is_left_out(gpu: Any, monkeypatch: p
 
 
 def test_what_does_not_fit_names_what_would(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = open_bench()
     model, rows = (importlib.import_module(name) for name in ("gpu_model", "gpu_rows"))
-    bench = rows.Bench(importlib.import_module("weft.devices.cuda_streams").open_gpu(), model.TINY, 1.0)
     plain = bench.model("BF16")
     slots = 32  # of one sequence at 20 tokens and half the room, in whole blocks
-    monkeypatch.setattr(bench.gpu, "memory", lambda: (3 * slots * plain.token_bytes, 10**9))
-    with pytest.raises(model.DoesNotFit, match="3 sequences would fit"):
+    monkeypatch.setattr(bench.gpu, "memory", lambda: (2 * slots * plain.token_bytes, 10**9))
+    with pytest.raises(model.DoesNotFit, match="2 sequences would fit"):
         rows.decode_row(bench, "BF16", 4, 20)
