@@ -55,7 +55,7 @@ class Bench:
             try:
                 self._peer = Peer(self.gpu, model, self.sizes.raw)
             except Exception as error:  # whatever is wrong with it, weft's own rows are to be had
-                self._peer = f"{type(error).__name__}: {error}"
+                self._peer = first_line(error)
         return self._peer
 
     def limit(self, moved: float, operations: float, units: str, others: float = 0.0) -> Row:
@@ -110,3 +110,7 @@ def product_row(bench: Bench, units: str) -> Row:
     settle(bench.gpu)
     rates = [2.0 * size**3 / max(seconds, 1e-9) for seconds in bench.timed(work, 2 * bench.sizes.calls)]
     return {"rate": max(rates), "spread": common.Figure.of(rates).as_json()}
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -10,7 +10,7 @@ from typing import Any
 
 import common
 import torch
-from gpu_bench import Bench
+from gpu_bench import Bench, first_line
 from gpu_model import BLOCK_SIZE, DoesNotFit, Model, Sizes, answer, check_room, collect, fill, free, opened, settle
 from gpu_results import Row
 
@@ -220,7 +220,7 @@ def _guarded(bench: Bench, peer: Any, work: Callable[[Any], Any]) -> tuple[Any, 
     try:
         return work(peer), peer
     except Exception as error:
-        reason = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        reason = first_line(error)
     collect(bench.gpu)
     return None, reason
 
