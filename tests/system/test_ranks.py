@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -151,3 +153,63 @@ def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: sig
         assert server.process.wait(10) == 1
         words = server.log.read_text()
     assert f"rank 1 {'did not come within 2 s' if stops else 'was killed by SIGKILL'}" in words.splitlines()[-1], words
+
+
+CLIENT = """
+import json, sys, time, httpx
+url, body = sys.argv[1], json.loads(sys.argv[2])
+end = time.monotonic() + 120
+while time.monotonic() < end:
+    try:
+        if httpx.get(url + "/health/ready", timeout=5).status_code == 200:
+            break
+    except httpx.TransportError:
+        pass
+    time.sleep(0.1)
+print(httpx.post(url + "/v1/completions", json=body, timeout=60).text)
+"""
+
+
+@contextmanager
+def namespaces() -> Iterator[tuple[str, str]]:
+    """Two network namespaces, of the addresses 10.78.0.1 and 10.78.0.2."""
+    names = f"weft-test-{os.getpid()}-0", f"weft-test-{os.getpid()}-1"
+    first, second = names
+    links = [("10.78.0.1/24", "weft0"), ("10.78.0.2/24", "weft1")]
+    try:
+        for name in names:
+            subprocess.run(["ip", "netns", "add", name], check=True)
+        subprocess.run(
+            ["ip", "-n", first, "link", "add", "weft0", "type", "veth", "peer", "name", "weft1", "netns", second],
+            check=True,
+        )
+        for name, (address, link) in zip(names, links, strict=True):
+            subprocess.run(["ip", "-n", name, "addr", "add", address, "dev", link], check=True)
+            for each in (link, "lo"):
+                subprocess.run(["ip", "-n", name, "link", "set", each, "up"], check=True)
+        yield names
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip")
+def test_two_hosts_answer_like_one(tmp_path: Path) -> None:
+    flags = ["--dtype", "float32", "--rank-timeout", "20", "-tp", "2", "--nnodes", "2", *POOL]
+    flags += ["--dist-init-addr", "10.78.0.1:29500", "--port", "8000"]
+    with namespaces() as names, ExitStack() as stack:
+        logs = [tmp_path / "0", tmp_path / "1"]
+        nodes = []
+        for number, (name, log) in enumerate(zip(names, logs, strict=True)):
+            command = ["ip", "netns", "exec", name, sys.executable, "-m", "weft", "serve", *flags]
+            words = stack.enter_context(log.open("w"))
+            nodes.append(subprocess.Popen([*command, "--node-rank", str(number)], stdout=words, stderr=words))
+            stack.callback(nodes[-1].wait)
+            stack.callback(nodes[-1].kill)
+        asking = ["ip", "netns", "exec", names[0], sys.executable, "-c", CLIENT, "http://127.0.0.1:8000"]
+        content = json.dumps(body(PROMPTS, LENGTH, stream=False))
+        reply = subprocess.run([*asking, content], capture_output=True, text=True, timeout=180, check=False)
+        assert reply.returncode == 0, (reply.stderr, [log.read_text() for log in logs])
+        assert [choice["token_ids"] for choice in json.loads(reply.stdout)["choices"]] == greedy_of_one()
+        nodes[0].send_signal(signal.SIGTERM)
+        assert [node.wait(30) for node in nodes] == [0, 0], [log.read_text() for log in logs]
