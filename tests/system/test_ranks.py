@@ -152,7 +152,9 @@ def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: sig
             assert answer.ended - when < (2 + 1 if stops else 0) + 5
         assert server.process.wait(10) == 1
         words = server.log.read_text()
-    assert f"rank 1 {'did not come within 2 s' if stops else 'was killed by SIGKILL'}" in words.splitlines()[-1], words
+    # Who is stopped is missed at a seam by the other rank, or at the end of a step by the engine.
+    last = words.splitlines()[-1]
+    assert "rank 1" in last and ("within 2 s" if stops else "was killed by SIGKILL") in last, words
 
 
 CLIENT = """
