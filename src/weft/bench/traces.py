@@ -1,8 +1,8 @@
 """Recorded loads: when each request arrived, how long it and its answer were, and which prompts began alike.
 
-Two forms are read: CSV (or CSV.gz) with the columns arrival_s, input_tokens, output_tokens, as Azure's traces have been
-written here; and Mooncake's JSON lines (.jsonl or .jsonl.gz), whose prompts name their blocks, so that two prompts that
-begin with the same names begin with the same tokens.
+Two forms are read: CSV (or CSV.gz) with the columns arrival_s, input_tokens, output_tokens, or with those of Azure's
+own files, TIMESTAMP, ContextTokens, GeneratedTokens; and Mooncake's JSON lines (.jsonl or .jsonl.gz), whose prompts
+name their blocks, so that two prompts that begin with the same names begin with the same tokens.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import gzip
 import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ import numpy as np
 from weft.errors import ConfigError
 
 TRACE_COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
+CLIENT_COLUMN = "client_id"
 MAX_TRACE_TOKENS = 10**7
 HASHED_TOKENS = 512  # of a prompt, in each block that Mooncake's traces name
 SPREAD_SEED = 0
@@ -55,20 +58,45 @@ def read_trace(path: Path) -> list[Row]:
     return sorted(rows, key=lambda row: row[0])
 
 
+def read_clients(path: Path) -> list[list[Row]]:
+    """The rows of each client of a CSV that has a client_id, too, in order of arrival. Raises ConfigError."""
+    found: dict[str, list[Row]] = {}
+    for row, values in _csv_rows(path, read_text(path), (*TRACE_COLUMNS, CLIENT_COLUMN)):
+        found.setdefault(values[CLIENT_COLUMN], []).append(row)
+    if not found:
+        raise ConfigError(f"{path}: the trace has no rows")
+    return [sorted(rows, key=lambda row: row[0]) for rows in found.values()]
+
+
 def _read_csv(path: Path, text: str) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(text))
-    missing = [name for name in TRACE_COLUMNS if name not in (reader.fieldnames or ())]
+    columns = AZURE_COLUMNS if text.lstrip("\ufeff").startswith(AZURE_COLUMNS[0]) else TRACE_COLUMNS
+    rows = [row for row, _ in _csv_rows(path, text, columns)]
+    if columns is AZURE_COLUMNS and rows:
+        first = min(arrival for arrival, _ in rows)
+        rows = [(arrival - first, size) for arrival, size in rows]
+    return rows
+
+
+def _csv_rows(path: Path, text: str, columns: Sequence[str]) -> Iterator[tuple[Row, dict[str, str]]]:
+    """Each row with what it was made of. columns: of the arrival, the tokens in and those out; others must be there."""
+    reader = csv.DictReader(io.StringIO(text.lstrip("\ufeff")))
+    missing = [name for name in columns if name not in (reader.fieldnames or ())]
     if missing:
-        raise ConfigError(f"{path}: the first line must name the columns {', '.join(TRACE_COLUMNS)}; no {missing[0]}")
-    rows = []
+        raise ConfigError(f"{path}: the first line must name the columns {', '.join(columns)}; no {missing[0]}")
+    when, read, written = columns[:3]
     for row in reader:
         where = f"{path}, line {reader.line_num}"
         try:
-            arrival, size = float(row["arrival_s"]), Size(int(row["input_tokens"]), int(row["output_tokens"]))
+            arrival = _seconds(row[when]) if columns is AZURE_COLUMNS else float(row[when])
+            size = Size(int(row[read]), int(row[written]))
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
-        rows.append(_checked(where, arrival, size))
-    return rows
+        yield _checked(where, arrival, size), row
+
+
+def _seconds(text: str) -> float:
+    """Of a moment such as 2023-11-16 18:15:46.6805900, since some fixed day."""
+    return (datetime.fromisoformat(text).replace(tzinfo=None) - datetime(2000, 1, 1)).total_seconds()
 
 
 def _read_mooncake(path: Path, text: str) -> list[Row]:
@@ -127,14 +155,18 @@ def scale_trace(
     output_scale: for the lengths of answers, if not the same.
     """
     longer = length_scale if output_scale is None else output_scale
-
-    def stretched(size: Size) -> Size:
-        read, written = max(1, round(size.input * length_scale)), max(1, round(size.output * longer))
-        return Size(read, written, size.hashes, max(1, round(size.block * length_scale)) if size.hashes else size.block)
-
     kept = rows[:count]
     start = kept[0][0]
-    return [(arrival - start) / rate_scale for arrival, _ in kept], [stretched(size) for _, size in kept]
+    return [(arrival - start) / rate_scale for arrival, _ in kept], [
+        stretched(size, length_scale, longer) for _, size in kept
+    ]
+
+
+def stretched(size: Size, input_scale: float, output_scale: float) -> Size:
+    """Lengths times a factor, at least 1; blocks that the prompt names grow with it."""
+    read, written = max(1, round(size.input * input_scale)), max(1, round(size.output * output_scale))
+    block = max(1, round(size.block * input_scale)) if size.hashes else size.block
+    return Size(read, written, size.hashes, block)
 
 
 def clip(sizes: Sequence[Size], most_input: int | None, most_output: int | None) -> tuple[list[Size], int]:

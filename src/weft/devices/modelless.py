@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from weft.core.plan import Capacity, Lane, Partition
 from weft.devices.base import Description
-from weft.devices.oracle import Executor, Faults
+from weft.devices.oracle import Executor, Faults, Lengths
 from weft.errors import DeviceError
 
 DESCRIPTION = Description("simulated", "none", "none", ("no model: each token is a hash of those before it",))
 
 
 class Modelless:
-    """Half of a Device (see base.py). partition: the shares of each lane; None for one mixed lane."""
+    """Half of a Device (see base.py). partition: the shares of each lane; None for one mixed lane. executor: what
+    computes tokens; None for the oracle, with faults."""
 
-    def __init__(self, capacity: Capacity, partition: Partition | None, faults: Faults | None) -> None:
-        self._executor = Executor(capacity, faults or Faults())
+    def __init__(
+        self,
+        capacity: Capacity,
+        partition: Partition | None,
+        faults: Faults | None,
+        executor: Lengths | None = None,
+    ) -> None:
+        self._executor = executor or Executor(capacity, faults or Faults())
         self._partition = partition
         self._lanes: tuple[Lane, ...] = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
 
@@ -43,7 +50,7 @@ class Modelless:
         self._partition = partition
 
     def memory(self) -> tuple[tuple[str, int], ...]:
-        return (("KV pool (simulated)", self._executor.slots.nbytes),)
+        return (("KV pool (simulated)", self._executor.nbytes),)
 
     def _share(self, lane: Lane) -> float:
         """The part of the device that the lane has, in (0, 1]."""

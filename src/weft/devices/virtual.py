@@ -9,45 +9,72 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Protocol
 
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
-from weft.devices.cost import FREE, CostModel
+from weft.devices.cost import FREE
 from weft.devices.modelless import Modelless
-from weft.devices.oracle import Faults
+from weft.devices.oracle import Faults, Lengths
 from weft.errors import DeviceError
+
+
+class Cost(Protocol):
+    """How long a step takes: a pure function, so that a step whose surroundings have not changed is not asked about
+    again."""
+
+    def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
+        """Of the whole step. share: the lane's part of the device, in (0, 1]. rival: that of a lane that computes beside
+        it, or 0."""
+        ...
 
 
 @dataclass(slots=True)
 class Job:
-    """A step under way. left: the part of it that is still to be done. share: the lane's when it began."""
+    """A step under way. share: the lane's when it began. At the pace of `since` it takes `seconds` in all, of which the
+    part `left` was still to be done then, so that it ends at `ends`. rival: what that pace was made for."""
 
     plan: Plan
     began: float
     share: float
+    since: float
+    rival: float = -1.0
+    seconds: float = 0.0
     left: float = 1.0
+    ends: float = math.inf
 
 
 class VirtualDevice(Modelless):
-    """partition: the shares of each lane; None for one mixed lane. Faults other than failed and nan are not for it."""
+    """partition: the shares of each lane; None for one mixed lane. Faults other than failed and nan are not for it.
+    lengths: computes no tokens, so that only their number means something (see oracle.Lengths); takes no faults."""
 
     def __init__(
         self,
         capacity: Capacity,
         partition: Partition | None = None,
         *,
-        cost: CostModel = FREE,
+        cost: Cost = FREE,
         faults: Faults | None = None,
+        lengths: bool = False,
     ) -> None:
-        super().__init__(capacity, partition, faults)
+        super().__init__(capacity, partition, faults, Lengths(capacity) if lengths else None)
         self._cost = cost
         self._plans: dict[Lane, deque[Plan]] = {lane: deque() for lane in self._lanes}
         self._jobs: dict[Lane, Job] = {}
+        self._paced = True
         self._results: list[Result] = []
         self._woken = False
         self._now = 0.0
 
     def clock(self) -> float:
         return self._now
+
+    @property
+    def next_end(self) -> float:
+        """When the next result comes if nothing is submitted until then; infinite when nothing is under way."""
+        if self._results:
+            return self._now
+        self._pace()
+        return min([job.ends for job in self._jobs.values()], default=math.inf)
 
     def submit(self, plan: Plan) -> Ticket:
         self._plans[plan.lane].append(plan)
@@ -64,6 +91,11 @@ class VirtualDevice(Modelless):
         found, self._results, self._woken = self._results, [], False
         return found
 
+    def pass_until(self, end: float) -> None:
+        """Lets time pass up to `end`, for something that comes from outside then. Results wait for the next poll."""
+        while self._now < end:
+            self._advance(end)
+
     def wake(self) -> None:
         self._woken = True
 
@@ -73,25 +105,30 @@ class VirtualDevice(Modelless):
     def _start(self, lane: Lane) -> None:
         if lane in self._jobs or not self._plans[lane]:
             return
-        self._jobs[lane] = Job(self._plans[lane].popleft(), self._now, self._share(lane))
+        self._jobs[lane] = Job(self._plans[lane].popleft(), self._now, self._share(lane), self._now)
+        self._paced = False
 
     def _advance(self, end: float) -> None:
         """To the next end of a step, or to `end`: nothing else changes how fast the lanes go."""
-        seconds = {lane: self._seconds(lane, job) for lane, job in self._jobs.items()}
-        ends = {lane: self._now + job.left * seconds[lane] for lane, job in self._jobs.items()}
-        before, then = self._now, min([end, *ends.values()])
-        self._now = then
-        for lane, job in list(self._jobs.items()):
-            if ends[lane] <= then:
-                del self._jobs[lane]
-                self._results.append(self._executor.run(job.plan, then - job.began))
-                self._start(lane)
-            else:
-                job.left -= (then - before) / seconds[lane]
+        self._pace()
+        self._now = min([end, *[job.ends for job in self._jobs.values()]])
+        for lane in [lane for lane, job in self._jobs.items() if job.ends <= self._now]:
+            job = self._jobs.pop(lane)
+            self._paced = False
+            self._results.append(self._executor.run(job.plan, self._now - job.began))
+            self._start(lane)
 
-    def _seconds(self, lane: Lane, job: Job) -> float:
-        """Of the whole step, at the pace of this moment."""
-        # Phases with pools of their own have devices of their own.
-        alone = self.capacity().decode_blocks > 0
-        rival = 0.0 if alone else sum(other.share for name, other in self._jobs.items() if name is not lane)
-        return self._cost.seconds(job.plan, job.share, rival)
+    def _pace(self) -> None:
+        """How fast each lane goes from now on. A step whose rival is what it was goes on undisturbed."""
+        if self._paced:
+            return
+        self._paced = True
+        for lane, job in self._jobs.items():
+            rival = sum([other.share for name, other in self._jobs.items() if name is not lane])
+            if rival == job.rival:
+                continue
+            if job.seconds > 0:
+                job.left -= (self._now - job.since) / job.seconds
+            job.since, job.rival = self._now, rival
+            job.seconds = self._cost.seconds(job.plan, job.share, rival)
+            job.ends = self._now + job.left * job.seconds

@@ -1,0 +1,66 @@
+"""One replica of a simulated fleet: the engine, scheduler and controller that serve, on a device in virtual time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from weft.config import EngineConfig, parse_partition
+from weft.core.plan import Capacity, Partition
+from weft.core.request import Event, Request
+from weft.core.sampling import SamplingParams
+from weft.core.scheduler import Scheduler
+from weft.core.sequence import Sequence
+from weft.devices.virtual import Cost, VirtualDevice
+from weft.loop.build import controller, settings
+from weft.loop.engine import Engine
+
+# Nobody can make prompts collide on purpose here, and runs have to be the same each time.
+KEY = b"simulated"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """How a replica is made. config: the settings that scheduler and controller read, as `weft serve` has them.
+    capacity: of all its ranks as one device. cost: seconds of a step on all of them."""
+
+    config: EngineConfig
+    capacity: Capacity
+    cost: Cost
+
+
+class Replica:
+    """began: the virtual time at which it starts."""
+
+    def __init__(self, setup: Setup, began: float = 0.0) -> None:
+        config, capacity = setup.config, setup.capacity
+        shares = parse_partition(config.partition)
+        partition = None if shares is None else Partition(*shares.of(capacity.shares))
+        self.device = VirtualDevice(capacity, partition, cost=setup.cost, lengths=True)
+        self.device.pass_until(began)
+        self.scheduler = Scheduler(capacity, self.device.lanes(), settings(config), key=KEY)
+        self.engine = Engine(
+            self.device, self.scheduler, self.device.clock, step_timeout=None, controller=controller(config, capacity)
+        )
+
+    @property
+    def next_end(self) -> float:
+        """When it has something to tell; infinite when nothing is under way."""
+        return self.device.next_end
+
+    def submit(self, name: str, prompt: tuple[int, ...], output: int, now: float) -> list[Event]:
+        """Take a request at a time that is no later than `next_end`. Raises as Engine.submit."""
+        self.device.pass_until(now)
+        params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
+        self.engine.submit(Request(name, prompt, params))
+        return self.engine.step(0.0)
+
+    def step(self) -> list[Event]:
+        """Let time pass until the next end."""
+        return self.engine.step(None)
+
+    def under_way(self) -> Iterator[Sequence]:
+        """What would be lost if it failed now."""
+        running = self.scheduler.running
+        for line in (running.waiting, running.prefilling, running.decoding):
+            yield from line
