@@ -29,7 +29,7 @@ def as_json(
     for row in rows:
         if not detailed:
             del row["gaps"]
-    content: dict[str, Any] = _finite({"settings": dict(settings), "summary": asdict(summary), "requests": rows})
+    content: dict[str, Any] = finite({"settings": dict(settings), "summary": asdict(summary), "requests": rows})
     return content
 
 
@@ -76,10 +76,10 @@ def _milliseconds(values: Spread) -> list[str]:
     return ["-" if math.isnan(figure) else f"{figure * 1000:.1f}" for figure in figures]
 
 
-def _finite(content: Any) -> Any:
+def finite(content: Any) -> Any:
     """The same content with NaN and infinities as None, which JSON can say."""
     if isinstance(content, dict):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, list | tuple):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return None if isinstance(content, float) and not math.isfinite(content) else content

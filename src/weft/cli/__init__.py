@@ -17,6 +17,8 @@ COMMANDS = {
     "serve": "serve a model over an OpenAI-compatible HTTP API",
     "chat": "talk to a model in the terminal, in this process or on a server",
     "bench": "measure a running server, or this machine's kernels",
+    "simulate": "serve traffic on simulated GPUs in virtual time, from one to a fleet",
+    "plan": "find the cheapest simulated fleet that meets latency targets",
     "quantize": "make a 4-bit checkpoint from a model",
     "doctor": "tell what this machine can do and what is missing",
 }

@@ -1,12 +1,14 @@
 """The seam between policy and device: plain frozen data, to be logged, replayed, sent to ranks, compared in a test.
 
-The scheduler turns sequences into a `Plan`; a device turns a `Plan` into a `Result`.
+The scheduler turns sequences into a `Plan`; a device turns a `Plan` into a `Result`. What is made anew for every token
+is a named tuple, which takes a third of the time that a frozen dataclass takes to be made.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import NamedTuple
 
 from weft.core.sampling import SamplingParams
 
@@ -19,8 +21,7 @@ class Lane(str, Enum):
     DECODE = "decode"
 
 
-@dataclass(frozen=True, slots=True)
-class Sampling:
+class Sampling(NamedTuple):
     """How to draw the token that follows the last token of a slice.
 
     seed: 64-bit seed of the sequence. position: index of the drawn token in the sequence, prompt included.
@@ -37,8 +38,7 @@ class Sampling:
     forbidden: tuple[int, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Slice:
+class Slice(NamedTuple):
     """Tokens [start, start + len(tokens)) of one sequence, to compute now.
 
     blocks: the block table of the sequence, in order, long enough for start + len(tokens) positions. Position p
@@ -82,7 +82,7 @@ class Plan:
 
     @property
     def tokens(self) -> int:
-        return sum(len(piece.tokens) for piece in self.slices)
+        return sum([len(piece.tokens) for piece in self.slices])
 
     @property
     def last(self) -> bool:
@@ -108,8 +108,7 @@ class TokenScore:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Sampled:
+class Sampled(NamedTuple):
     """The token drawn for one slice. `score` where logprobs were asked for."""
 
     sequence: int

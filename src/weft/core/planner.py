@@ -46,6 +46,7 @@ class Planner:
         # The lane that computes both phases; None: each its own.
         self._both = Lane.MIXED if Lane.MIXED in lanes else None
         self._lost: set[Lane] = set()
+        self._decode_first = tuple(sorted(lanes, key=lambda lane: lane is Lane.PREFILL))
 
     # -- who computes what -----------------------------------------------------------------------------------------
 
@@ -82,7 +83,7 @@ class Planner:
         them."""
         if self._turns is not None and not self._lost:
             return self._turns.order()
-        return tuple(sorted(self.lanes, key=lambda lane: lane is Lane.PREFILL))
+        return self._decode_first
 
     def size_rank(self, request: Request) -> float:
         """Seconds that a request is put back for its size."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import NamedTuple
 
 from weft.core.plan import TokenScore
 from weft.core.sampling import SamplingParams
@@ -39,8 +40,7 @@ class Finish(str, Enum):
     ERROR = "error"
 
 
-@dataclass(frozen=True, slots=True)
-class TokenOutput:
+class TokenOutput(NamedTuple):
     """One token of sequence `index` of a request; `finish` on its last one.
 
     A sequence can finish without a token (abort, error): then `token` is None.
@@ -49,7 +49,7 @@ class TokenOutput:
     """
 
     request: str
-    index: int
+    index: int  # type: ignore[assignment]  # a field, and so not the method of tuples
     token: int | None
     score: TokenScore | None = None
     finish: Finish | None = None

@@ -77,6 +77,7 @@ class Scheduler:
             stop_ids=stop_ids,
             forbidden=tuple(sorted(stop_ids)),
             open=set(range(params.n)),
+            penalised=params.penalised,
             parked=params.n > 1,
             scores_due=params.prompt_logprobs is not None,
             back=back,

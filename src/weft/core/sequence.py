@@ -47,9 +47,9 @@ class Live:
     """A request that was accepted and has not ended.
 
     number: in order of arrival. max_len: tokens at which a sequence ends with LENGTH. stop_ids: ids that end one.
-    open: the indices of its sequences that have not ended. parked: siblings are not made before the first
-    sequence has prefilled the prompt that they share. scores: of the prompt, while they are gathered. back: seconds by
-    which its place in the queue is later than its arrival.
+    open: the indices of its sequences that have not ended. penalised: as its parameters say. parked: siblings are not
+    made before the first sequence has prefilled the prompt that they share. scores: of the prompt, while they are
+    gathered. back: seconds by which its place in the queue is later than its arrival.
     """
 
     request: Request
@@ -60,6 +60,7 @@ class Live:
     stop_ids: frozenset[int]
     forbidden: tuple[int, ...]
     open: set[int]
+    penalised: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     parked: bool = False
     scores: list[TokenScore] = field(default_factory=list)

@@ -30,12 +30,13 @@ def prefill_slice(sequence: Sequence, budget: int) -> Slice:
 def sampling(sequence: Sequence) -> Sampling:
     """How to draw the token after the ones that are known."""
     live, tokens = sequence.live, sequence.tokens
-    prompt, params = live.request.prompt, live.request.params
+    params, length = live.request.params, len(tokens)
     # `forbidden` keeps stop ids away until min_tokens were generated.
-    forbidden = live.forbidden if len(tokens) - len(prompt) < params.min_tokens else ()
-    if params.penalised:
-        return Sampling(params, sequence.seed, len(tokens), prompt, tuple(tokens[len(prompt) :]), forbidden)
-    return Sampling(params, sequence.seed, len(tokens), forbidden=forbidden)
+    forbidden = live.forbidden if length - sequence.prompt_len < params.min_tokens else ()
+    if live.penalised:
+        output = tuple(tokens[sequence.prompt_len :])
+        return Sampling(params, sequence.seed, length, live.request.prompt, output, forbidden)
+    return Sampling(params, sequence.seed, length, (), (), forbidden)
 
 
 def shortfall(piece: Slice, drawn: Sampled | None, scores: tuple[TokenScore, ...], vocabulary: int) -> str | None:

@@ -14,7 +14,7 @@ event on the other lane's (`follow`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 
@@ -185,4 +185,4 @@ def _next(piece: Slice, block_size: int) -> Slice | None:
         return None
     if piece.end >= len(piece.blocks) * block_size:
         return None
-    return Slice(piece.sequence, piece.end, (0,), piece.blocks, replace(sampling, position=sampling.position + 1))
+    return Slice(piece.sequence, piece.end, (0,), piece.blocks, sampling._replace(position=sampling.position + 1))

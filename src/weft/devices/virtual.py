@@ -23,8 +23,8 @@ class Cost(Protocol):
     again."""
 
     def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
-        """Of the whole step. share: the lane's part of the device, in (0, 1]. rival: that of a lane that computes beside
-        it, or 0."""
+        """Of the whole step. share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes
+        beside it, or 0."""
         ...
 
 

@@ -107,22 +107,24 @@ class Simulation:
             else:
                 raise DeviceError(f"{len(self._jobs)} requests are under way, and no step that could end them")
 
-    def fail(self, index: int, repair: float) -> None:
-        """A replica is gone, with its KV, for `repair` seconds. What it had goes on elsewhere: each prompt is computed
-        again, with the tokens that the client has got."""
-        replica = self.replicas[index]
-        lost = [(one.live.request.id, one.live.first_token, one.live.generated) for one in replica.under_way()]
-        self.replicas[index] = Replica(self._setups[index], self.now)
-        self._due[index] = math.inf
-        router = self._router_of(index)
-        router.down(index)
-        self.at(self.now + repair, lambda _: router.up(index))
-        for name, first, generated in lost:
-            job = self._jobs.pop(name)
-            self.retried += 1
-            router.ended(index, job.number)
-            job.first = first if job.first is None else job.first
-            job.done += generated
+    def fail(self, indices: Iterable[int], repair: float) -> None:
+        """Replicas are gone at once, with their KV, for `repair` seconds. What they had goes on elsewhere: each prompt
+        is computed again, with the tokens that the client has got."""
+        lost: list[Job] = []
+        for index in indices:
+            router = self._router_of(index)
+            for one in self.replicas[index].under_way():
+                job = self._jobs.pop(one.live.request.id)
+                router.ended(index, job.number)
+                job.first = one.live.first_token if job.first is None else job.first
+                job.done += one.live.generated
+                lost.append(job)
+            self.replicas[index] = Replica(self._setups[index], self.now)
+            self._due[index] = math.inf
+            router.down(index)
+            self.at(self.now + repair, lambda _, router=router, index=index: router.up(index))  # type: ignore[misc]
+        self.retried += len(lost)
+        for job in lost:
             self._place(job)
 
     # -- requests --------------------------------------------------------------------------------------------------
@@ -212,4 +214,3 @@ class Simulation:
         while self._ends and self._due[self._ends[0][1]] != self._ends[0][0]:
             heapq.heappop(self._ends)
         return self._ends[0][0] if self._ends else math.inf
-

@@ -1,0 +1,214 @@
+"""Virtual time: the laws of conservation, and that nothing is kept."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.bench.stats import Record
+from weft.bench.traces import Row, Size
+from weft.config import EngineConfig
+from weft.core.plan import Capacity, Lane, Plan, Result
+from weft.core.request import RequestEnd
+from weft.devices.cost import CostModel
+from weft.devices.virtual import VirtualDevice
+from weft.errors import DeviceError
+from weft.sim import traffic
+from weft.sim.replica import Setup
+from weft.sim.router import LeastLoaded, RoundRobin
+from weft.sim.run import Simulation
+
+COST = CostModel(fixed=1e-3, per_token=1e-4, per_context=1e-7, weights=4e-3, saturation=0.5, contention=0.3)
+
+
+def setup(**given: Any) -> Setup:
+    capacity = {"blocks": 64, "block_size": 16, "max_model_len": 512, "shares": 4, "layers": 4}
+    known = {name: given.pop(name) for name in list(given) if name in capacity}
+    cost = given.pop("cost", COST)
+    config = EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_num_queued_reqs": 10**6, **given})
+    made = Capacity(
+        **{**capacity, **known},
+        max_tokens=config.max_num_batched_tokens,
+        max_slices=config.max_num_seqs,
+        vocabulary=traffic.VOCABULARY,
+    )
+    return Setup(config, made, cost)
+
+
+class Watch:
+    """Looks over the shoulder of one replica: plans, results and ends, and the pool after each of them."""
+
+    def __init__(self, simulation: Simulation, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replica = simulation.replicas[index]
+        self.spans: dict[Lane, list[tuple[float, float]]] = {}
+        self.slices: dict[int, list[tuple[int, int]]] = {}
+        self.names: dict[int, str] = {}
+        self.ends: dict[str, RequestEnd] = {}
+        self.tokens = 0
+        self._plans: dict[int, tuple[Plan, float]] = {}
+        self._now = 0.0
+        device, scheduler = self.replica.device, self.replica.scheduler
+        submit, complete = device.submit, scheduler.complete
+
+        def watched_submit(plan: Plan) -> Any:
+            self._plans[plan.step] = (plan, device.clock())
+            for one in self.replica.under_way():
+                self.names[one.id] = one.live.request.id
+            return submit(plan)
+
+        def watched_complete(result: Result, now: float) -> Any:
+            plan, began = self._plans.pop(result.ticket.step)
+            self.spans.setdefault(plan.lane, []).append((began, now))
+            if plan.last:
+                self.tokens += plan.tokens
+                for piece in plan.slices:
+                    self.slices.setdefault(piece.sequence, []).append((piece.start, piece.end))
+            events = complete(result, now)
+            for event in events:
+                if isinstance(event, RequestEnd):
+                    assert event.request not in self.ends, "a request ends once"
+                    self.ends[event.request] = event
+            self.check(now)
+            return events
+
+        monkeypatch.setattr(device, "submit", watched_submit)
+        monkeypatch.setattr(scheduler, "complete", watched_complete)
+
+    def check(self, now: float) -> None:
+        pool = self.replica.scheduler.pool
+        pool.check()
+        assert 0 <= pool.held + pool.pinned <= pool.total
+        assert now >= self._now, "time goes forward"
+        self._now = now
+
+    def lanes_never_overlap_themselves(self) -> None:
+        for spans in self.spans.values():
+            for (_, ended), (began, _) in pairwise(spans):
+                assert began >= ended
+
+    def work_is_conserved(self) -> None:
+        """Tokens of all steps = prompts + answers but for their last tokens - cached + computed again."""
+        answers = sum(end.prompt_tokens + end.generated_tokens - 1 for end in self.ends.values())
+        cached = sum(end.cached_tokens for end in self.ends.values())
+        again = 0
+        for sequence, slices in self.slices.items():
+            at = self.ends[self.names[sequence]].cached_tokens
+            for start, end in slices:
+                assert start <= at, "no token is left out"
+                again += at - start
+                at = end
+            end_of = self.ends[self.names[sequence]]
+            assert at == end_of.prompt_tokens + end_of.generated_tokens - 1
+        assert self.tokens == answers - cached + again
+        assert again == 0 or self.replica.scheduler.running.preemptions
+
+
+sizes = st.builds(
+    lambda read, written, names: Size(read, written, tuple(names), 16),
+    st.integers(1, 150),
+    st.integers(1, 60),
+    st.lists(st.integers(0, 2), max_size=6),
+)
+loads = st.lists(st.tuples(st.floats(0.0, 0.2), sizes), min_size=1, max_size=25)
+partitions = st.sampled_from(["off", "1:1", "3:1", "100%:100%", "auto", "paper"])
+
+
+def rows_of(gaps: list[tuple[float, Size]]) -> list[Row]:
+    return list(zip(np.cumsum([gap for gap, _ in gaps]).tolist(), [size for _, size in gaps], strict=True))
+
+
+@settings(max_examples=60, deadline=None)
+@given(load=loads, partition=partitions, blocks=st.integers(14, 64), caching=st.booleans(), count=st.integers(1, 3))
+def test_the_laws_of_conservation(
+    load: list[tuple[float, Size]], partition: str, blocks: int, caching: bool, count: int
+) -> None:
+    records: list[Record] = []
+    made = setup(blocks=blocks, partition=partition, enable_prefix_caching=caching, max_model_len=blocks * 16)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        simulation = Simulation([made] * count, LeastLoaded(range(count)), records.append)
+        watches = [Watch(simulation, index, monkeypatch) for index in range(count)]
+        rows = rows_of(load)
+        simulation.run(iter(rows))
+    # Nothing is lost: each request ended once, with all its tokens.
+    assert Counter((one.input_tokens, one.output_tokens, one.error) for one in records) == Counter(
+        (size.input, size.output, None) for _, size in rows
+    )
+    for one in records:
+        assert one.first is not None and one.sent < one.first <= one.ended
+    for watch in watches:
+        pool = watch.replica.scheduler.pool
+        assert (pool.held, pool.pinned) == (0, 0) and watch.replica.engine.idle
+        watch.lanes_never_overlap_themselves()
+        watch.work_is_conserved()
+
+
+def test_a_lone_request_takes_the_seconds_of_its_steps() -> None:
+    records: list[Record] = []
+    Simulation([setup()], RoundRobin([0]), records.append).run([(2.0, Size(100, 3))])
+    (one,) = records
+    chunks = [(64, 64), (36, 100), (1, 101), (1, 102)]
+    seconds = [1e-3 + 1e-4 * tokens + 1e-7 * context + 4e-3 for tokens, context in chunks]
+    assert one.ttft == pytest.approx(sum(seconds[:2]))
+    assert one.tpot == pytest.approx(sum(seconds[2:]) / 2)
+    assert (one.sent, one.ended) == (2.0, pytest.approx(2.0 + sum(seconds)))
+
+
+@pytest.mark.parametrize("partition", ["off", "1:1", "auto"])
+def test_the_same_seed_gives_the_same_run(partition: str) -> None:
+    def once(seed: int) -> list[Record]:
+        found: list[Record] = []
+        rng = np.random.default_rng(seed)
+        load = traffic.renewal(20.0, 0.5, traffic.uniform(100, 20, 0.8, rng), rng)
+        simulation = Simulation([setup(partition=partition)] * 2, LeastLoaded(range(2)), found.append)
+        simulation.run(traffic.until(load, 5.0))
+        return found
+
+    assert once(3) == once(3) != once(4)
+
+
+def test_what_is_refused_and_what_fails_is_told_with_its_code() -> None:
+    records: list[Record] = []
+    simulation = Simulation([setup(max_num_queued_reqs=1, max_num_seqs=1)], RoundRobin([0]), records.append)
+    simulation.run([(0.0, Size(600, 1)), (0.0, Size(10, 2)), (0.0, Size(11, 2)), (0.0, Size(12, 2))])
+    assert {one.input_tokens: one.error for one in records} == {
+        600: "context_length_exceeded",
+        10: None,
+        11: None,
+        12: "queue_full",
+    }
+
+
+def test_a_request_that_can_never_end_is_an_error() -> None:
+    simulation = Simulation([setup()], RoundRobin([0]), lambda _: None)
+    simulation.replicas[0].scheduler.planner.retire(Lane.MIXED)
+    with pytest.raises(DeviceError, match="1 requests are under way"):
+        simulation.run([(0.0, Size(5, 5))])
+
+
+def test_nothing_is_kept_of_requests_that_have_ended() -> None:
+    def kept(count: int) -> int:
+        def load() -> Iterator[Row]:
+            return ((number * 0.05, Size(40, 4)) for number in range(count))
+
+        simulation = Simulation([setup(enable_prefix_caching=False)], RoundRobin([0]), lambda _: None)
+        simulation.run(load())
+        parts = (simulation, simulation.replicas[0], simulation.replicas[0].scheduler, simulation.replicas[0].device)
+        return sum(len(value) for part in parts for value in vars(part).values() if hasattr(value, "__len__"))
+
+    assert kept(400) == kept(40)
+
+
+def test_time_does_not_pass_beyond_an_arrival() -> None:
+    """A device that is asked where it stands is not ahead of the fleet."""
+    device = VirtualDevice(setup().capacity, None, cost=COST, lengths=True)
+    assert device.next_end == math.inf
+    device.pass_until(1.5)
+    assert device.clock() == 1.5
