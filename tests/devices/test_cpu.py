@@ -8,7 +8,6 @@ import math
 import os
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +143,7 @@ def test_only_slices_that_sample_get_a_token(open_tiny: Open, kernels: str) -> N
     if kernels == "reference":  # whose matrix product may round differently in another batch
         assert result.sampled[1].token == alone.sampled[0].token
     else:
-        assert dataclasses.replace(result.sampled[1], sequence=9) == alone.sampled[0]
+        assert result.sampled[1]._replace(sequence=9) == alone.sampled[0]
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
@@ -453,7 +452,7 @@ def test_a_step_in_parts_gives_what_the_whole_gives(open_tiny: Open, kernels: st
     decoded = one(device, other, lane=Lane.DECODE, step=2)
 
     moved = [
-        replace(one, sequence=one.sequence + 2, blocks=tuple(block + 8 for block in one.blocks)) for one in prompts
+        one._replace(sequence=one.sequence + 2, blocks=tuple(block + 8 for block in one.blocks)) for one in prompts
     ]
     shares = [Partition(2, 2), Partition(1, 1), Partition(2, 1)]
 
@@ -485,7 +484,7 @@ def test_a_step_that_is_given_up_between_its_parts_leaves_nothing_behind(open_ti
     prompt = piece(1, list(range(2, 40)))
     wanted = one(device, prompt)
     carry_out(device, Plan(2, Lane.MIXED, (piece(2, [9] * 50, first_block=8),), 0, 2))
-    again = one(device, replace(prompt, sequence=3, blocks=(20, 21, 22)), step=3)
+    again = one(device, prompt._replace(sequence=3, blocks=(20, 21, 22)), step=3)
     assert again.sampled[0].token == wanted.sampled[0].token
 
 

@@ -112,7 +112,7 @@ def test_the_right_token_at_the_wrong_position_changes_the_output() -> None:
     same = Slice(0, 0, (1, 1, 1, 1), (0,))
     moved = Slice(0, 4, (1, 1, 1, 1), (3, 1), sampling(8))
     assert run(device, plan(1, same), plan(2, moved)).sampled[0].token != oracle((1,) * 8, 50)  # block 3 is empty
-    shared = dataclasses.replace(moved, start=8, tokens=(1,), blocks=(0, 0, 2), sample=sampling(9))
+    shared = moved._replace(start=8, tokens=(1,), blocks=(0, 0, 2), sample=sampling(9))
     assert run(device, plan(3, same), plan(4, shared)).sampled[0].token != oracle((1,) * 9, 50)
 
 
@@ -132,7 +132,7 @@ def test_a_plan_reads_when_it_runs_not_when_it_is_submitted() -> None:
 
 def test_a_slice_without_sampling_draws_nothing_and_stop_ids_are_not_drawn() -> None:
     first = oracle(TOKENS, 50)
-    silent = dataclasses.replace(piece(0, 10, (0, 1, 2), 1), sample=None)
+    silent = piece(0, 10, (0, 1, 2), 1)._replace(sample=None)
     stopped = piece(0, 10, (3, 4, 5), 2, forbidden=(first,))
     result = run(ManualDevice(CAPACITY), plan(1, silent, stopped))
     assert [(one.sequence, one.token, one.score) for one in result.sampled] == [(2, (first + 1) % 50, None)]

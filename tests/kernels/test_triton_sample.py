@@ -142,7 +142,7 @@ def test_a_row_that_cannot_be_drawn_from_says_so_and_leaves_the_others(temperatu
     logits[0, 3], logits[1, 4], logits[2] = torch.nan, torch.inf, -torch.inf
     params = SamplingParams(temperature=temperature, logprobs=2)
     given = [Sampling(params, 1, 1) for _ in range(5)]
-    given[3] = replace(given[3], forbidden=tuple(range(VOCABULARY)))
+    given[3] = given[3]._replace(forbidden=tuple(range(VOCABULARY)))
     found = sample(logits.to(DEVICE), parameters_of(given, VOCABULARY).to(DEVICE))
     peaks = found.peaks.tolist()
     assert math.isnan(peaks[0]) and peaks[1:4] == [math.inf, -math.inf, -math.inf] and math.isfinite(peaks[4])

@@ -266,13 +266,13 @@ def test_draws_are_those_of_the_slow_reference(random: int) -> None:
         logits = np.round(logits)
     sampling = random_sampling(rng, vocabulary)
     params = dataclasses.replace(sampling.params, top_p=_away_from_edges(logits, sampling))
-    sampling = dataclasses.replace(sampling, params=params)
+    sampling = sampling._replace(params=params)
     assert token_of(one(logits, sampling)) == reference_draw(logits.tolist(), sampling)
 
 
 def _away_from_edges(logits: Any, sampling: Sampling) -> float:
     """top_p, moved off the points where the float32 of the sampler and the float64 of the reference may part."""
-    whole = dataclasses.replace(sampling, params=dataclasses.replace(sampling.params, top_p=1.0))
+    whole = sampling._replace(params=dataclasses.replace(sampling.params, top_p=1.0))
     weights = list(reference_weights(logits.tolist(), whole).values())
     steps = np.cumsum(weights) / np.sum(weights)
     top_p = sampling.params.top_p

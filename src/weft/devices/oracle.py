@@ -182,6 +182,7 @@ class Lengths:
 
     def __init__(self, capacity: Capacity) -> None:
         self.capacity = capacity
+        self.faults = Faults()
         self.nbytes = 0
 
     def run(self, plan: Plan, seconds: float) -> Result:

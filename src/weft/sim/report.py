@@ -30,23 +30,22 @@ class Run:
 
 
 def print_runs(runs: Sequence[Run], slo: Slo, console: Console) -> None:
-    """A line for each run: throughput, goodput, latencies."""
-    table = Table(
-        "rate", "requests/s", "goodput/s", "in target", "failed", "out tokens/s", *_heads("TTFT", "s"),
-        *_heads("TPOT", "ms"), "cached", "KV most", box=None,
-    )  # fmt: skip
-    for column in table.columns:
+    """Two lines for each run: throughput and goodput, and latencies."""
+    served = Table("rate", "requests/s", "goodput/s", "in target", "failed", "out tok/s", "cached", "KV most", box=None)
+    latencies = Table("rate", *_heads("TTFT", "s"), *_heads("TPOT", "ms"), box=None)
+    for column in (*served.columns, *latencies.columns):
         column.justify = "right"
     for run in runs:
         totals = run.outcome.totals
         kv = max(run.outcome.timeline.kv, default=math.nan)
-        table.add_row(
+        served.add_row(
             f"{run.rate:g}", f"{totals.request_rate:.2f}", f"{totals.goodput:.2f}", f"{totals.attainment:.1%}",
-            f"{totals.failed}", f"{totals.output_rate:.0f}", *_cells(totals.ttft, 1.0, 3), *_cells(totals.tpot, 1e3, 1),
-            f"{run.outcome.cached:.0%}", _number(kv * 100, 0) + "%",
+            f"{totals.failed}", f"{totals.output_rate:.0f}", f"{run.outcome.cached:.0%}", _number(kv * 100, 0) + "%",
         )  # fmt: skip
+        latencies.add_row(f"{run.rate:g}", *_cells(totals.ttft, 1.0, 3), *_cells(totals.tpot, 1e3, 1))
     console.print(f"{SIMULATED}; targets {_targets(slo)}", markup=False, highlight=False)
-    console.print(table)
+    console.print(served)
+    console.print(latencies)
     for run in runs:
         for reason, count in run.outcome.totals.errors:
             console.print(f"rate {run.rate:g}: {count} requests failed: {reason}", markup=False, highlight=False)

@@ -68,8 +68,11 @@ def study(
     on_end: Callable[[Record], None] | None = None,
     on_time: Callable[[float], None] | None = None,
 ) -> Outcome:
-    """Serve the traffic to its end. looks: how often within `seconds` the timeline is taken, and `on_time` told of the
-    virtual time. on_end: told of each request, too. Raises ConfigError for a fleet that cannot be, DeviceError when a request can never end."""
+    """Serve the traffic to its end.
+
+    looks: how often within `seconds` the timeline is taken, and `on_time` told of the virtual time. on_end: told of
+    each request, too. Raises ConfigError for a fleet that cannot be, DeviceError when a request can never end.
+    """
     began = time.perf_counter()
     tally = Tally(slo, warm_up)
 

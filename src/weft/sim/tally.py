@@ -65,7 +65,7 @@ class Sketch:
 
     @staticmethod
     def _middle(bucket: int) -> float:
-        return GROWTH ** (bucket + 0.5)
+        return math.pow(GROWTH, bucket + 0.5)
 
 
 @dataclass(frozen=True, slots=True)
