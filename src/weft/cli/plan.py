@@ -1,0 +1,173 @@
+"""`weft plan`: the cheapest simulated fleet that meets latency targets for some traffic."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from weft.bench.report import finite
+from weft.cli import simulated
+from weft.cli.flags import Parser
+from weft.config import parse_partition
+from weft.errors import ConfigError
+from weft.sim.estimate import GPUS, PRECISIONS, find_gpu, find_model, setup_of
+from weft.sim.load import Load
+from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, search, traffic_of
+from weft.sim.report import SIMULATED
+from weft.sim.study import ROUTERS
+
+EPILOG = (
+    "Every figure is simulated. Prices are yours: a GPU without --price is not looked at. The answer is confirmed on its "
+    "whole fleet; the others were tried on one replica that gets its part of the requests."
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    given = _parser().read(arguments)
+    simulated.check(given)
+    _check(given)
+    load = simulated.load_of(given)
+    traffic = traffic_of(lambda: load.stream(given.rate))
+    targets = Targets(given.slo_ttft, given.slo_tpot, given.percentile)
+    candidates = _candidates(given, load)
+    console = Console()
+    words = f"{load.words(given.rate)}: {traffic.rate:.2f} requests/s, {traffic.input:.0f} in, {traffic.output:.0f} out"
+    console.print(f"{words}\n{SIMULATED}", markup=False, highlight=False)
+    with simulated.Bar(len(candidates), not given.disable_progress) as bar:
+        verdicts = search(candidates, traffic, targets, given.max_gpus, bar.show)
+        if verdicts[0].replicas is not None:
+            bar.show(len(candidates), "confirming the answer on its whole fleet")
+            verdicts[0] = confirmed(verdicts[0], traffic, targets, given.router, given.max_gpus)
+    _print(verdicts, targets, console)
+    if given.json is not None:
+        rows = [_row(one) for one in verdicts]
+        content = {"simulated": True, "settings": simulated.settings_of(given), "traffic": words, "verdicts": rows}
+        simulated.write_json(given.json, finite(content))
+    return 0 if verdicts[0].replicas is not None else 1
+
+
+def _parser() -> Parser:
+    parser = Parser("weft plan", "Find the cheapest simulated fleet that meets latency targets.", EPILOG)
+    looked = parser.add_argument_group("what is looked at")
+    looked.add_argument("--model", default="llama-3-8b", metavar="NAME|FOLDER", help="or a folder with a config.json")
+    looked.add_argument(
+        "--price", type=_price, action="append", default=[], metavar="GPU=X",
+        help=f"of a GPU for an hour; may be repeated. GPUs: {', '.join(GPUS)}",
+    )  # fmt: skip
+    looked.add_argument("--tensor-parallel-sizes", "--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
+    looked.add_argument("--precisions", choices=tuple(PRECISIONS), nargs="+", default=["bf16"])
+    looked.add_argument("--partitions", nargs="+", default=["off", "auto"], metavar="P", help="as in weft serve")
+    looked.add_argument("--max-gpus", type=int, default=64, metavar="N", help="of a fleet at most (64)")
+    looked.add_argument("--router", choices=ROUTERS, default="least-loaded", help="of the fleet that is confirmed")
+    aims = parser.add_argument_group("targets")
+    aims.add_argument("--slo-ttft", type=float, metavar="S", help="seconds to the first token")
+    aims.add_argument("--slo-tpot", type=float, metavar="S", help="seconds for each later token")
+    aims.add_argument("--percentile", type=int, choices=(50, 90, 99), default=90, help="that must meet them (90)")
+    simulated.add_engine(parser)
+    simulated.add_traffic(parser, "the trace once, or 600")
+    parser.add_argument("--rate", type=float, default=1.0, metavar="X", help="of the trace's own, or requests/s (1)")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", type=Path, metavar="FILE", help="write settings and verdicts")
+    output.add_argument("--disable-progress", action="store_true", help="no progress bar")
+    return parser
+
+
+def _check(given: argparse.Namespace) -> None:
+    found = []
+    if not given.price:
+        found.append("there is no --price; give one for each GPU to look at, such as --price h100=2.5")
+    if given.slo_ttft is None and given.slo_tpot is None:
+        found.append("there is no target; give --slo-ttft, --slo-tpot or both")
+    if not 0 < given.rate < math.inf:
+        found.append(f"--rate is {given.rate}; it must be more than 0")
+    if given.max_gpus < 1:
+        found.append(f"--max-gpus is {given.max_gpus}; it must be at least 1")
+    if min(given.tensor_parallel_sizes) < 1:
+        found.append(f"--tensor-parallel-sizes has {min(given.tensor_parallel_sizes)}; each must be at least 1")
+    for text in given.partitions:
+        try:
+            parse_partition(text)
+        except ValueError as error:
+            found.append(f"--partitions has {text!r}; {error}")
+    if found:
+        raise ConfigError("\n".join(found))
+
+
+def _price(text: str) -> tuple[str, float]:
+    name, _, number = text.partition("=")
+    try:
+        price = float(number)
+    except ValueError:
+        price = 0.0
+    if not 0 < price < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not GPU=X with a price of more than 0, such as h100=2.5")
+    return find_gpu(name).name, price
+
+
+def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
+    model = find_model(given.model)
+    found = []
+    for name, price in dict(given.price).items():
+        for ranks in sorted(set(given.tensor_parallel_sizes)):
+            for precision in dict.fromkeys(given.precisions):
+                for text in dict.fromkeys(given.partitions):
+                    config = simulated.config_of(given, text, load)
+                    make = partial(setup_of, model, GPUS[name], ranks, precision, config)
+                    words = f"{ranks} x {name}, {precision}, --partition {text}"
+                    found.append(Candidate(words, ranks, price * ranks, make))
+    return found
+
+
+def _print(verdicts: Sequence[Verdict], targets: Targets, console: Console) -> None:
+    table = Table("replica", "replicas", "GPUs", "price/h", "TTFT", "TPOT", "one fewer, or why not", box=None)
+    for column in table.columns[1:6]:
+        column.justify = "right"
+    for one in verdicts:
+        count = one.replicas
+        table.add_row(
+            one.candidate.name,
+            "-" if count is None else str(count),
+            "-" if count is None else str(count * one.candidate.gpus),
+            "-" if count is None else f"{one.price:.2f}",
+            *_percentiles(one, targets),
+            one.reason,
+        )
+    console.print(table)
+    best = verdicts[0]
+    if best.replicas is None:
+        console.print("no configuration meets the targets (simulated)", markup=False)
+        return
+    words = f"cheapest (simulated): {best.replicas} replicas of {best.candidate.name}, {best.price:.2f} an hour"
+    others = [one for one in verdicts[1:] if one.replicas is not None]
+    if others:
+        words += f"; the next, {others[0].replicas} of {others[0].candidate.name}, costs {others[0].price:.2f}"
+    console.print(words, markup=False, highlight=False)
+
+
+def _percentiles(one: Verdict, targets: Targets) -> tuple[str, str]:
+    if one.totals is None:
+        return "-", "-"
+    name = f"p{targets.percentile}"
+    ttft, tpot = getattr(one.totals.ttft, name), getattr(one.totals.tpot, name)
+    return f"{ttft:.3f} s", f"{tpot * 1e3:.1f} ms"
+
+
+def _row(one: Verdict) -> dict[str, Any]:
+    return {
+        "candidate": one.candidate.name,
+        "gpus_each": one.candidate.gpus,
+        "price_each": one.candidate.price,
+        "replicas": one.replicas,
+        "price": one.price,
+        "bound": one.bound,
+        "reason": one.reason,
+        "totals": None if one.totals is None else asdict(one.totals),
+    }
