@@ -15,32 +15,13 @@ from hypothesis import strategies as st
 
 from weft.bench.stats import Record
 from weft.bench.traces import Row, Size
-from weft.config import EngineConfig
-from weft.core.plan import Capacity, Lane, Plan, Result
+from weft.core.plan import Lane, Plan, Result
 from weft.core.request import RequestEnd
-from weft.devices.cost import CostModel
 from weft.devices.virtual import VirtualDevice
 from weft.errors import DeviceError
 from weft.sim import traffic
-from weft.sim.replica import Setup
 from weft.sim.router import LeastLoaded, RoundRobin
 from weft.sim.run import Simulation
-
-COST = CostModel(fixed=1e-3, per_token=1e-4, per_context=1e-7, weights=4e-3, saturation=0.5, contention=0.3)
-
-
-def setup(**given: Any) -> Setup:
-    capacity = {"blocks": 64, "block_size": 16, "max_model_len": 512, "shares": 4, "layers": 4}
-    known = {name: given.pop(name) for name in list(given) if name in capacity}
-    cost = given.pop("cost", COST)
-    config = EngineConfig(**{"max_num_seqs": 8, "max_num_batched_tokens": 64, "max_num_queued_reqs": 10**6, **given})
-    made = Capacity(
-        **{**capacity, **known},
-        max_tokens=config.max_num_batched_tokens,
-        max_slices=config.max_num_seqs,
-        vocabulary=traffic.VOCABULARY,
-    )
-    return Setup(config, made, cost)
 
 
 class Watch:
@@ -128,7 +109,7 @@ def rows_of(gaps: list[tuple[float, Size]]) -> list[Row]:
 @settings(max_examples=60, deadline=None)
 @given(load=loads, partition=partitions, blocks=st.integers(14, 64), caching=st.booleans(), count=st.integers(1, 3))
 def test_the_laws_of_conservation(
-    load: list[tuple[float, Size]], partition: str, blocks: int, caching: bool, count: int
+    setup: Any, load: list[tuple[float, Size]], partition: str, blocks: int, caching: bool, count: int
 ) -> None:
     records: list[Record] = []
     made = setup(blocks=blocks, partition=partition, enable_prefix_caching=caching, max_model_len=blocks * 16)
@@ -150,7 +131,7 @@ def test_the_laws_of_conservation(
         watch.work_is_conserved()
 
 
-def test_a_lone_request_takes_the_seconds_of_its_steps() -> None:
+def test_a_lone_request_takes_the_seconds_of_its_steps(setup: Any) -> None:
     records: list[Record] = []
     Simulation([setup()], RoundRobin([0]), records.append).run([(2.0, Size(100, 3))])
     (one,) = records
@@ -162,7 +143,7 @@ def test_a_lone_request_takes_the_seconds_of_its_steps() -> None:
 
 
 @pytest.mark.parametrize("partition", ["off", "1:1", "auto"])
-def test_the_same_seed_gives_the_same_run(partition: str) -> None:
+def test_the_same_seed_gives_the_same_run(setup: Any, partition: str) -> None:
     def once(seed: int) -> list[Record]:
         found: list[Record] = []
         rng = np.random.default_rng(seed)
@@ -174,7 +155,7 @@ def test_the_same_seed_gives_the_same_run(partition: str) -> None:
     assert once(3) == once(3) != once(4)
 
 
-def test_what_is_refused_and_what_fails_is_told_with_its_code() -> None:
+def test_what_is_refused_and_what_fails_is_told_with_its_code(setup: Any) -> None:
     records: list[Record] = []
     simulation = Simulation([setup(max_num_queued_reqs=1, max_num_seqs=1)], RoundRobin([0]), records.append)
     simulation.run([(0.0, Size(600, 1)), (0.0, Size(10, 2)), (0.0, Size(11, 2)), (0.0, Size(12, 2))])
@@ -186,14 +167,14 @@ def test_what_is_refused_and_what_fails_is_told_with_its_code() -> None:
     }
 
 
-def test_a_request_that_can_never_end_is_an_error() -> None:
+def test_a_request_that_can_never_end_is_an_error(setup: Any) -> None:
     simulation = Simulation([setup()], RoundRobin([0]), lambda _: None)
     simulation.replicas[0].scheduler.planner.retire(Lane.MIXED)
     with pytest.raises(DeviceError, match="1 requests are under way"):
         simulation.run([(0.0, Size(5, 5))])
 
 
-def test_nothing_is_kept_of_requests_that_have_ended() -> None:
+def test_nothing_is_kept_of_requests_that_have_ended(setup: Any) -> None:
     def kept(count: int) -> int:
         def load() -> Iterator[Row]:
             return ((number * 0.05, Size(40, 4)) for number in range(count))
@@ -206,9 +187,9 @@ def test_nothing_is_kept_of_requests_that_have_ended() -> None:
     assert kept(400) == kept(40)
 
 
-def test_time_does_not_pass_beyond_an_arrival() -> None:
+def test_time_does_not_pass_beyond_an_arrival(setup: Any) -> None:
     """A device that is asked where it stands is not ahead of the fleet."""
-    device = VirtualDevice(setup().capacity, None, cost=COST, lengths=True)
+    device = VirtualDevice(setup().capacity, None, lengths=True)
     assert device.next_end == math.inf
     device.pass_until(1.5)
     assert device.clock() == 1.5

@@ -20,13 +20,13 @@ from weft.config import parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import GPUS, PRECISIONS, find_gpu, find_model, setup_of
 from weft.sim.load import Load
-from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, search, traffic_of
+from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, replicas, search, traffic_of
 from weft.sim.report import SIMULATED
 from weft.sim.study import ROUTERS
 
 EPILOG = (
-    "Every figure is simulated. Prices are yours: a GPU without --price is not looked at. The answer is confirmed on its "
-    "whole fleet; the others were tried on one replica that gets its part of the requests."
+    "Every figure is simulated. Prices are yours: a GPU without --price is not looked at. The answer is confirmed on "
+    "its whole fleet; the others were tried on one replica that gets its part of the requests."
 )
 
 
@@ -127,28 +127,32 @@ def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
 
 
 def _print(verdicts: Sequence[Verdict], targets: Targets, console: Console) -> None:
-    table = Table("replica", "replicas", "GPUs", "price/h", "TTFT", "TPOT", "one fewer, or why not", box=None)
-    for column in table.columns[1:6]:
+    good = [one for one in verdicts if one.replicas is not None]
+    table = Table("replica", "replicas", "GPUs", "price/h", "TTFT", "TPOT", box=None)
+    for column in table.columns[1:]:
         column.justify = "right"
-    for one in verdicts:
-        count = one.replicas
+    for one in good:
+        count = one.replicas or 0
         table.add_row(
-            one.candidate.name,
-            "-" if count is None else str(count),
-            "-" if count is None else str(count * one.candidate.gpus),
-            "-" if count is None else f"{one.price:.2f}",
+            one.candidate.name, str(count), str(count * one.candidate.gpus), f"{one.price:.2f}",
             *_percentiles(one, targets),
-            one.reason,
-        )
-    console.print(table)
-    best = verdicts[0]
-    if best.replicas is None:
+        )  # fmt: skip
+    if good:
+        console.print(table)
+    for one in good:
+        console.print(f"{one.candidate.name}: {one.reason}", markup=False, highlight=False)
+    reasons: dict[str, list[str]] = {}
+    for one in verdicts[len(good) :]:
+        reasons.setdefault(one.reason, []).append(one.candidate.name)
+    for reason, names in reasons.items():
+        console.print(f"not {'; '.join(names)}: {reason}", markup=False, highlight=False)
+    if not good:
         console.print("no configuration meets the targets (simulated)", markup=False)
         return
-    words = f"cheapest (simulated): {best.replicas} replicas of {best.candidate.name}, {best.price:.2f} an hour"
-    others = [one for one in verdicts[1:] if one.replicas is not None]
-    if others:
-        words += f"; the next, {others[0].replicas} of {others[0].candidate.name}, costs {others[0].price:.2f}"
+    best = good[0]
+    words = f"cheapest (simulated): {replicas(best.replicas)} of {best.candidate.name}, {best.price:.2f} an hour"
+    if good[1:]:
+        words += f"; the next, {good[1].replicas} of {good[1].candidate.name}, costs {good[1].price:.2f}"
     console.print(words, markup=False, highlight=False)
 
 
