@@ -1,12 +1,12 @@
 """The cheapest fleet that meets latency targets: a search over configurations, each tried in the simulator.
 
-For every configuration (GPU, ranks, precision, partition) the fewest replicas that meet the targets are looked for. What
-cannot be the answer is not simulated, or not to its end:
+For every configuration (GPU, ranks, precision, partition) the fewest replicas that meet the targets are looked for.
+What cannot be the answer is not simulated, or not to its end:
 
 * weights and one sequence of full length must fit;
 * one request alone must meet the targets, or no number of replicas does;
-* a fleet must have the device time that prompts and answers take at the least: a bound on replicas, and so on the price.
-  Configurations are tried in the order of that bound, and left out when it is no cheaper than the best found;
+* a fleet must have the device time that prompts and answers take at the least: a bound on replicas, and so on the
+  price. Configurations are tried in the order of that bound, and left out when it is no cheaper than the best found;
 * a run stops when it has missed a target too often for its percentile to be met.
 
 In the search a replica gets every n-th request, as from a router that goes round; so one engine stands for a fleet. The
@@ -122,7 +122,7 @@ def search(
     traffic: Traffic,
     targets: Targets,
     most_gpus: int,
-    show: Callable[[int, str], None] = lambda done, words: None,
+    show: Callable[[int, str], None],
 ) -> list[Verdict]:
     """Every configuration with its verdict, the cheapest that meets the targets first.
 
@@ -142,10 +142,10 @@ def search(
         show(len(verdicts), verdict.candidate.name)
         most = most_gpus // verdict.candidate.gpus
         if verdict.bound * verdict.candidate.price >= best:
-            reason = f"takes {verdict.bound} replicas at the least, and so no less than the best"
+            reason = f"takes {replicas(verdict.bound)} at the least, and so is no cheaper than the best"
             verdicts.append(replace(verdict, reason=reason))
         elif verdict.bound > most:
-            reason = f"takes {verdict.bound} replicas at the least; --max-gpus {most_gpus} allows {most}"
+            reason = f"takes {replicas(verdict.bound)} at the least; --max-gpus {most_gpus} allows {most}"
             verdicts.append(replace(verdict, reason=reason))
         else:
             verdicts.append(_fewest(verdict, setup, traffic, targets, most, best))
@@ -171,6 +171,11 @@ def confirmed(verdict: Verdict, traffic: Traffic, targets: Targets, router: str,
     )
 
 
+def replicas(count: int | None) -> str:
+    """So many, in words."""
+    return f"{count} replica{'' if count == 1 else 's'}"
+
+
 def _possible(candidate: Candidate, traffic: Traffic, targets: Targets) -> Setup | Verdict:
     """The setup, if weights fit and a request alone meets the targets."""
     try:
@@ -181,9 +186,9 @@ def _possible(candidate: Candidate, traffic: Traffic, targets: Targets) -> Setup
     alone = [(number * gap, size) for number, size in enumerate(traffic.sizes)]
     totals = study(Fleet(setup), alone, Slo(targets.ttft, targets.tpot)).totals
     missed = targets.missed(totals)
-    return (
-        setup if missed is None else Verdict(candidate, f"even one request at a time misses: {missed}", totals=totals)
-    )
+    if missed is None:
+        return setup
+    return Verdict(candidate, f"even one request at a time misses: {missed}", totals=totals)
 
 
 def _bound(setup: Setup, traffic: Traffic) -> int:
@@ -202,13 +207,13 @@ def _fewest(verdict: Verdict, setup: Setup, traffic: Traffic, targets: Targets, 
     More replicas are taken to be no worse."""
     price = verdict.candidate.price
     limit = most if math.isinf(best) else min(most, math.ceil(best / price) - 1)
-    below, reason, totals = verdict.bound - 1, f"takes {verdict.bound} replicas at the least", None
+    below, reason, totals = verdict.bound - 1, f"takes {replicas(verdict.bound)} at the least", None
     count = verdict.bound
     while count <= limit:
         missed, found = _try(setup, traffic, targets, count)
         if missed is None:
             break
-        below, reason, totals = count, f"with {count} replicas {missed}", found
+        below, reason, totals = count, f"with {replicas(count)} {missed}", found
         if count == limit:
             break
         count = min(limit, max(count + 1, count * 3 // 2))
@@ -222,7 +227,7 @@ def _fewest(verdict: Verdict, setup: Setup, traffic: Traffic, targets: Targets, 
         if missed is None:
             count, totals = middle, found
         else:
-            below, reason = middle, f"with {middle} replicas {missed}"
+            below, reason = middle, f"with {replicas(middle)} {missed}"
     return replace(verdict, replicas=count, reason=reason, totals=totals)
 
 

@@ -155,11 +155,12 @@ def clients(each: Sequence[Sequence[Row]], rate: float, rng: np.random.Generator
 
 
 def burstiness(rows: Sequence[Row]) -> float:
-    """Shape of the gamma distribution whose gaps vary as those of the rows do; 1 where there are too few to tell."""
+    """Shape of the gamma distribution whose gaps vary as those of the rows do, within [0.01, 100]; 1 where there are
+    too few to tell."""
     gaps = np.diff([at for at, _ in rows])
-    if len(gaps) < 8 or not gaps.mean() > 0 or not gaps.std() > 0:
+    if len(gaps) < 8 or not gaps.mean() > 0:
         return 1.0
-    return float(min(100.0, max(0.01, (gaps.mean() / gaps.std()) ** 2)))
+    return float(min(100.0, max(0.01, (gaps.mean() / max(gaps.std(), 1e-12)) ** 2)))
 
 
 def _batched(sizes: Iterable[Size]) -> Iterator[tuple[Size, ...]]:
