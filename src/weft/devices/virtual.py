@@ -127,8 +127,11 @@ class VirtualDevice(Modelless):
             rival = sum([other.share for name, other in self._jobs.items() if name is not lane])
             if rival == job.rival:
                 continue
+            job.rival = rival
+            seconds = self._cost.seconds(job.plan, job.share, rival)
+            if seconds == job.seconds and job.ends < math.inf:
+                continue  # exactly as it was, without a rounding
             if job.seconds > 0:
                 job.left -= (self._now - job.since) / job.seconds
-            job.since, job.rival = self._now, rival
-            job.seconds = self._cost.seconds(job.plan, job.share, rival)
-            job.ends = self._now + job.left * job.seconds
+            job.since, job.seconds = self._now, seconds
+            job.ends = self._now + job.left * seconds

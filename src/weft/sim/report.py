@@ -43,7 +43,7 @@ def print_runs(runs: Sequence[Run], slo: Slo, console: Console) -> None:
             f"{totals.failed}", f"{totals.output_rate:.0f}", f"{run.outcome.cached:.0%}", _number(kv * 100, 0) + "%",
         )  # fmt: skip
         latencies.add_row(f"{run.rate:g}", *_cells(totals.ttft, 1.0, 3), *_cells(totals.tpot, 1e3, 1))
-    console.print(f"{SIMULATED}; targets {_targets(slo)}", markup=False, highlight=False)
+    console.print(f"{SIMULATED}\ntargets: {_targets(slo)}", markup=False, highlight=False)
     console.print(served)
     console.print(latencies)
     for run in runs:

@@ -69,6 +69,7 @@ class Simulation:
         self.now = 0.0
         self.replicas = [Replica(setup) for setup in setups]
         self.retried = 0
+        self.lost: list[Replica] = []  # those that failed
         self._setups = setups
         self._router = router
         self._decode = decode
@@ -119,6 +120,7 @@ class Simulation:
                 job.first = one.live.first_token if job.first is None else job.first
                 job.done += one.live.generated
                 lost.append(job)
+            self.lost.append(self.replicas[index])
             self.replicas[index] = Replica(self._setups[index], self.now)
             self._due[index] = math.inf
             router.down(index)

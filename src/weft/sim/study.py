@@ -88,7 +88,7 @@ def study(
     for failure in fleet.failures:
         _fail_at(simulation, failure, fleet)
     simulation.run(traffic)
-    stats = [replica.engine.stats() for replica in simulation.replicas]
+    stats = [replica.engine.stats() for replica in (*simulation.lost, *simulation.replicas)]
     queries = sum(one.prefix_queries for one in stats)
     return Outcome(
         totals=tally.totals(),
