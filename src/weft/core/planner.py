@@ -19,6 +19,9 @@ from weft.core.sequence import Sequence, State
 from weft.core.slices import decode_slice, prefill_slice
 from weft.core.turns import Turns
 
+# See scheduler.py.
+DECODE = State.DECODE
+
 
 class Planner:
     """budget: tokens of a plan at most. layers: parts of a step at most. started: told of each sequence that has begun
@@ -130,7 +133,7 @@ class Planner:
             if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
                 continue
             # A more urgent one may have taken its blocks a moment ago.
-            if sequence.state is not State.DECODE:
+            if sequence.state is not DECODE:
                 continue
             source: tuple[int, ...] = ()
             if running.apart and not running.pool.in_decode(sequence.table):

@@ -20,6 +20,8 @@ from weft.errors import InvalidRequest, NeverFits, StepFailed
 __all__ = ["Scheduler", "SchedulerSettings"]
 
 STEP_FAILED = StepFailed.code or ""
+# Looked up for every token, and a member of an enum takes several times as long to find as a name.
+PREFILL, ENDED = State.PREFILL, State.ENDED
 
 
 class Scheduler:
@@ -180,7 +182,7 @@ class Scheduler:
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
         scores = dict(result.prompt_scores)
         for piece, sequence in wanted:
-            if sequence.state is State.ENDED:  # with its request, a slice ago
+            if sequence.state is ENDED:  # with its request, a slice ago
                 continue
             one, its_scores = drawn.get(piece.sequence), scores.get(piece.sequence, ())
             problem = result.error if result.error is not None else failed.get(piece.sequence)
@@ -201,13 +203,13 @@ class Scheduler:
         now: float,
         events: list[Event],
     ) -> None:
-        sequence.computed = piece.end
+        sequence.computed = piece.start + len(piece.tokens)
         self.running.publish(sequence)
         if piece.prompt_logprobs is not None:
             sequence.live.scores.extend(scores)
         if piece.sample is None or drawn is None:
             return
-        if sequence.state is State.PREFILL:
+        if sequence.state is PREFILL:
             self.running.decode(sequence)
             self._prefilled(sequence, events)
         self._append(sequence, drawn, now, events)
@@ -231,13 +233,11 @@ class Scheduler:
         if live.first_token is None:
             live.first_token = now
         length = len(sequence.tokens)
-        generated = length - sequence.prompt_len
-        finish = None
-        if token in live.stop_ids and generated > live.request.params.min_tokens:
-            finish = Finish.STOP
+        finish = stop_token = None
+        if token in live.stop_ids and length - sequence.prompt_len > live.request.params.min_tokens:
+            finish, stop_token = Finish.STOP, token
         elif length >= live.max_len:
             finish = Finish.LENGTH
-        stop_token = token if finish is Finish.STOP else None
         events.append(TokenOutput(live.request.id, sequence.index, token, drawn.score, finish, stop_token))
         if finish is not None:
             self._end_sequence(sequence, finish, now, events)

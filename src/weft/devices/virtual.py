@@ -122,9 +122,9 @@ class VirtualDevice(Modelless):
         """How fast each lane goes from now on. A step whose rival is what it was goes on undisturbed."""
         if self._paced:
             return
-        self._paced = True
+        self._paced, beside = True, len(self._jobs) > 1
         for lane, job in self._jobs.items():
-            rival = sum([other.share for name, other in self._jobs.items() if name is not lane])
+            rival = sum([other.share for name, other in self._jobs.items() if name is not lane]) if beside else 0.0
             if rival == job.rival:
                 continue
             job.rival = rival
