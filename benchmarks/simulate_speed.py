@@ -101,8 +101,8 @@ def main() -> None:
         f"the hour: {hour.virtual:.0f} s were run in {hour.wall:.1f} s wall, {hour.cpu:.1f} s CPU",
         f"the fleet: {large.replicas} of {GPUS // RANKS} replicas for {large.virtual:.0f} of {MINUTES:.0f} s were run "
         f"in {large.wall:.1f} s wall, {large.cpu:.1f} s CPU" + ("; extrapolated" if fleet != large.wall else ""),
-        f"a token of the fleet costs {large.cpu * small.tokens / (large.tokens * small.cpu):.2f} times one of a fleet of "
-        f"{small.replicas}",
+        f"a token of the fleet costs {large.cpu * small.tokens / (large.tokens * small.cpu):.2f} times one of a "
+        f"fleet of {small.replicas}",
         *filter(None, [common.load_note(watch)]),
     ]
     rows = [one.row() for one in runs]

@@ -122,7 +122,9 @@ class VirtualDevice(Modelless):
         """How fast each lane goes from now on. A step whose rival is what it was goes on undisturbed."""
         if self._paced:
             return
-        self._paced, beside = True, len(self._jobs) > 1
+        self._paced = True
+        # Phases with pools of their own have devices of their own.
+        beside = len(self._jobs) > 1 and not self.capacity().decode_blocks
         for lane, job in self._jobs.items():
             rival = sum([other.share for name, other in self._jobs.items() if name is not lane]) if beside else 0.0
             if rival == job.rival:
