@@ -79,6 +79,7 @@ def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest
         (["simulate", "--replicas", "2", "--prefill-replicas", "1", "--partition", "1:1"], "not go with --partition"),
         (["simulate", "--fail", "1:2"], "'1:2' is not AT:COUNT:REPAIR"),
         (["simulate", "--partition", "1"], "--partition is '1'"),
+        (["plan", "--partitions", "off", "pd:1:1"], "--partitions is 'pd:1:1'; simulated phases on devices of"),
         (["simulate", "--day-shape", "0,0"], "'0,0' is no list of factors"),
         (["simulate", "--slo-ttft", "-1"], "--slo-ttft is -1.0; it must be more than 0"),
         (["simulate", "--dataset-name", "trace"], "needs --dataset-path"),

@@ -99,7 +99,7 @@ def without_tokens(plans: list[Plan]) -> list[Plan]:
     ]
 
 
-@pytest.mark.parametrize("partition", ["off", "1:1", "auto"])
+@pytest.mark.parametrize("partition", ["off", "1:1", "turns:1:2", "auto"])
 def test_the_simulated_run_plans_what_the_real_one_planned(partition: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = EngineConfig(device="cpu", partition=partition, num_blocks=24, max_num_seqs=6, max_num_batched_tokens=48)
     load = [(0.01 * n, Size(10 + 17 * n % 80, 1 + 7 * n % 30, (n % 3, 3 + n % 2), 16)) for n in range(20)]

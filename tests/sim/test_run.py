@@ -99,7 +99,7 @@ sizes = st.builds(
     st.lists(st.integers(0, 2), max_size=6),
 )
 loads = st.lists(st.tuples(st.floats(0.0, 0.2), sizes), min_size=1, max_size=25)
-partitions = st.sampled_from(["off", "1:1", "3:1", "100%:100%", "auto", "paper"])
+partitions = st.sampled_from(["off", "1:1", "3:1", "100%:100%", "turns:1:2", "auto", "paper"])
 
 
 def rows_of(gaps: list[tuple[float, Size]]) -> list[Row]:

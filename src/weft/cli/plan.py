@@ -16,7 +16,6 @@ from rich.table import Table
 from weft.bench.report import finite
 from weft.cli import simulated
 from weft.cli.flags import Parser
-from weft.config import parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import GPUS, PRECISIONS, find_gpu, find_model, setup_of
 from weft.sim.load import Load
@@ -92,11 +91,7 @@ def _check(given: argparse.Namespace) -> None:
         found.append(f"--max-gpus is {given.max_gpus}; it must be at least 1")
     if min(given.tensor_parallel_sizes) < 1:
         found.append(f"--tensor-parallel-sizes has {min(given.tensor_parallel_sizes)}; each must be at least 1")
-    for text in given.partitions:
-        try:
-            parse_partition(text)
-        except ValueError as error:
-            found.append(f"--partitions has {text!r}; {error}")
+    found += filter(None, [simulated.partition_problem("--partitions", text) for text in given.partitions])
     if found:
         raise ConfigError("\n".join(found))
 

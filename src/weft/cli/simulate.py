@@ -13,7 +13,6 @@ from weft.bench.plot import require_matplotlib
 from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
-from weft.config import parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import GPUS, KV_BYTES, PRECISIONS, Model, find_gpu, find_model, setup_of
 from weft.sim.load import Load
@@ -73,7 +72,7 @@ def _parser() -> Parser:
         "--fail", type=_failure, action="append", default=[], metavar="AT:COUNT:REPAIR",
         help="at so many seconds, COUNT replicas are gone for REPAIR seconds; may be repeated",
     )  # fmt: skip
-    fleet.add_argument("--partition", default="off", metavar="off|P:D|P%:D%|auto|paper", help="as in weft serve (off)")
+    fleet.add_argument("--partition", default="off", metavar="TEXT", help="as in weft serve (off)")
     simulated.add_engine(parser)
     simulated.add_traffic(parser, "the trace once, or 600")
     parser.add_argument(
@@ -109,10 +108,7 @@ def _check(given: argparse.Namespace) -> None:
             found.append(f"--rates has {rate}; each must be more than 0")
     if not 0 <= given.warm_up < math.inf:
         found.append(f"--warm-up is {given.warm_up}; it must be at least 0")
-    try:
-        parse_partition(given.partition)
-    except ValueError as error:
-        found.append(f"--partition is {given.partition!r}; {error}")
+    found += filter(None, [simulated.partition_problem("--partition", given.partition)])
     if found:
         raise ConfigError("\n".join(found))
 

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from weft.config import EngineConfig, parse_partition
+from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import KV_BYTES
 from weft.sim.load import DATASETS, Load, read_rows
@@ -142,6 +142,17 @@ def check(arguments: argparse.Namespace) -> None:
         found.append("--dataset-path is of no use without --dataset-name trace or clients")
     if found:
         raise ConfigError("\n".join(found))
+
+
+def partition_problem(flag: str, text: str) -> str | None:
+    """What is wrong with a partition, if anything."""
+    try:
+        apart = disaggregated(text)
+    except ValueError as error:
+        return f"{flag} is {text!r}; {error}"
+    if apart:
+        return f"{flag} is {text!r}; simulated phases on devices of their own are --prefill-replicas of weft simulate"
+    return None
 
 
 def factors(text: str) -> tuple[float, ...]:
