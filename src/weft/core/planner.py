@@ -129,6 +129,7 @@ class Planner:
         """The tables that the step copies to the decode phase's pool, where there is one."""
         copied: list[tuple[int, ...]] = []
         running, room = self._running, True
+        apart, grow = running.apart, running.grow
         for sequence in list(running.decoding):
             if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
                 continue
@@ -136,14 +137,14 @@ class Planner:
             if sequence.state is not DECODE:
                 continue
             source: tuple[int, ...] = ()
-            if running.apart and not running.pool.in_decode(sequence.table):
+            if apart and not running.pool.in_decode(sequence.table):
                 handed = running.hand_over(sequence) if room else None
                 room = handed is not None  # nobody passes the one that waits for blocks
                 if handed is None:
                     continue
                 source = handed
                 copied.append(source)
-            elif not running.grow(sequence):
+            elif not grow(sequence):
                 continue
             pieces.append(decode_slice(sequence, source))
             members.append(sequence)

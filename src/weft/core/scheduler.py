@@ -181,13 +181,14 @@ class Scheduler:
         wanted = self.inflight.land(result.ticket)
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
         scores = dict(result.prompt_scores)
+        error, vocabulary = result.error, self.capacity.vocabulary
         for piece, sequence in wanted:
             if sequence.state is ENDED:  # with its request, a slice ago
                 continue
             one, its_scores = drawn.get(piece.sequence), scores.get(piece.sequence, ())
-            problem = result.error if result.error is not None else failed.get(piece.sequence)
+            problem = error if error is not None else failed.get(piece.sequence)
             if problem is None:
-                problem = shortfall(piece, one, its_scores, self.capacity.vocabulary)
+                problem = shortfall(piece, one, its_scores, vocabulary)
             if problem is None:
                 self._advance(piece, sequence, one, its_scores, now, events)
             else:
@@ -204,7 +205,8 @@ class Scheduler:
         events: list[Event],
     ) -> None:
         sequence.computed = piece.start + len(piece.tokens)
-        self.running.publish(sequence)
+        if self.running.caching:
+            self.running.publish(sequence)
         if piece.prompt_logprobs is not None:
             sequence.live.scores.extend(scores)
         if piece.sample is None or drawn is None:

@@ -8,8 +8,9 @@ from weft.core.sequence import Sequence
 
 def decode_slice(sequence: Sequence, source: tuple[int, ...] = ()) -> Slice:
     """The last token, which was drawn and not computed yet. source: see `Slice`."""
-    start = len(sequence.tokens) - 1
-    return Slice(sequence.id, start, (sequence.tokens[start],), sequence.table, sampling(sequence), source=source)
+    tokens = sequence.tokens
+    start = len(tokens) - 1
+    return Slice(sequence.id, start, (tokens[start],), sequence.table, sampling(sequence), None, None, source)
 
 
 def prefill_slice(sequence: Sequence, budget: int) -> Slice:

@@ -31,11 +31,11 @@ class CostModel:
     def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
         """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0.
         Each part of a step that is cut costs `fixed` anew."""
-        context = sum(piece.end for piece in plan.slices)
+        context = sum([piece.start + len(piece.tokens) for piece in plan.slices])
         own = share / max(1.0, share + rival)
         memory = (self.weights + self.per_context * context) / min(1.0, own / self.saturation)
         work = self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
-        copied = sum(piece.start for piece in plan.slices if piece.source)
+        copied = sum([piece.start for piece in plan.slices if piece.source]) if self.per_copied else 0
         return self.fixed + self.per_copied * copied + work / plan.parts
 
 

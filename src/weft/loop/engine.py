@@ -151,6 +151,8 @@ class Engine:
         for lane in self._scheduler.order():
             if self.dead is not None:
                 return
+            if self._meters[lane].plan is not None:  # its ticket is in flight
+                continue
             plan = self._schedule(lane)
             if plan is not None:
                 self._send(plan)

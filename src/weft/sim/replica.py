@@ -43,13 +43,8 @@ class Replica:
             self.device, self.scheduler, self.device.clock, step_timeout=None, controller=controller(config, capacity)
         )
 
-    @property
-    def next_end(self) -> float:
-        """When it has something to tell; infinite when nothing is under way."""
-        return self.device.next_end
-
     def submit(self, name: str, prompt: tuple[int, ...], output: int, now: float) -> list[Event]:
-        """Take a request at a time that is no later than `next_end`. Raises as Engine.submit."""
+        """Take a request at a time that is no later than the device's `next_end`. Raises as Engine.submit."""
         self.device.pass_until(now)
         params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
         self.engine.submit(Request(name, prompt, params))

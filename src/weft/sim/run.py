@@ -153,9 +153,11 @@ class Simulation:
         self._touch(job.index)
 
     def _step(self, index: int) -> None:
-        self._due[index] = math.inf
-        self._hear(index, self.replicas[index].step())
-        self._touch(index)
+        replica = self.replicas[index]
+        self._hear(index, replica.step())
+        end = self._due[index] = replica.device.next_end
+        if end < math.inf:
+            heapq.heappush(self._ends, (end, index))
 
     def _hear(self, index: int, events: list[Event]) -> None:
         for event in events:
@@ -206,7 +208,7 @@ class Simulation:
 
     def _touch(self, index: int) -> None:
         """A replica's next end may have moved. An entry of the heap that is not what is due is no longer true."""
-        end = self.replicas[index].next_end
+        end = self.replicas[index].device.next_end
         if end != self._due[index]:
             self._due[index] = end
             if end < math.inf:
