@@ -117,6 +117,7 @@ def test_a_router_that_knows_prefixes_finds_more_of_them(setup: Make) -> None:
         ({"router": "random"}, "--router is 'random'"),
         ({"count": 2, "prefill": 2}, "--prefill-replicas is 2"),
         ({"count": 2, "failures": (Failure(1.0, 2, 1.0),)}, "2 of 2 replicas fail"),
+        ({"count": 2, "prefill": 1, "failures": (Failure(1.0, 1, 1.0),)}, "does not go with --fail"),
     ],
 )
 def test_fleets_that_cannot_be_are_refused(setup: Make, given_: dict[str, Any], words: str) -> None:

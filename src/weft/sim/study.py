@@ -143,6 +143,10 @@ def _look_every(
 
 
 def _fail_at(simulation: Simulation, failure: Failure, fleet: Fleet) -> None:
+    if fleet.prefill:
+        raise ConfigError(
+            "a fleet with --prefill-replicas does not go with --fail: what it lost would have to be sent again"
+        )
     if not 0 < failure.count < fleet.count:
         raise ConfigError(f"{failure.count} of {fleet.count} replicas fail; it must be at least one, and not all")
 
