@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from weft.bench.stats import Slo
 from weft.bench.traces import Size
 from weft.devices.cost import CostModel
 from weft.errors import ConfigError
 from weft.sim import plan_search
-from weft.sim.plan_search import Candidate, Targets, confirmed, search, traffic_of
+from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, search, traffic_of
 from weft.sim.replica import Setup
 from weft.sim.study import Fleet, study
 from weft.sim.traffic import every
@@ -67,6 +70,29 @@ def test_what_does_not_fit_the_limit_is_not_an_answer(setup: Any) -> None:
     verdicts = search(candidates(setup)[:1], traffic_of(lambda: iter(LOAD)), TARGETS, 1, lambda done, words: None)
     assert verdicts[0].replicas is None
     assert "--max-gpus 1" in verdicts[0].reason or "with 1 replica" in verdicts[0].reason
+
+
+@given(
+    bound=st.integers(1, 30), needed=st.integers(1, 90), most=st.integers(1, 64), best=st.none() | st.integers(1, 70)
+)
+def test_the_fewest_replicas_are_found_within_the_limits(bound: int, needed: int, most: int, best: int | None) -> None:
+    """However many it takes: as if one after the other had been tried, from the bound on."""
+    asked: list[int] = []
+
+    def enough(setup: Any, traffic: Any, targets: Any, count: int) -> tuple[str | None, None]:
+        asked.append(count)
+        return (None if count >= needed else "misses"), None
+
+    nothing: Any = None
+    verdict = Verdict(Candidate("any", 1, 1.0, too_small), "", bound)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(plan_search, "_try", enough)
+        price = math.inf if best is None else float(best)
+        found = plan_search._fewest(verdict, nothing, nothing, TARGETS, most, price)
+    limit = most if best is None else min(most, best - 1)
+    expected = next((count for count in range(bound, limit + 1) if count >= needed), None)
+    assert found.replicas == expected and found.reason
+    assert len(asked) == len(set(asked)) and all(bound <= count <= limit for count in asked)
 
 
 def test_the_bound_is_no_more_than_what_it_takes(setup: Any) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from weft.bench.stats import Record
 from weft.bench.traces import Row, Size
-from weft.core.plan import Lane, Plan, Result
+from weft.core.plan import Lane, Partition, Plan, Result
 from weft.core.request import RequestEnd
 from weft.devices.virtual import VirtualDevice
 from weft.errors import DeviceError
@@ -193,3 +193,20 @@ def test_time_does_not_pass_beyond_an_arrival(setup: Any) -> None:
     assert device.next_end == math.inf
     device.pass_until(1.5)
     assert device.clock() == 1.5
+
+
+def test_a_step_whose_pace_does_not_change_ends_to_the_bit(setup: Any) -> None:
+    """However often the other lane begins and ends steps meanwhile: a replay depends on it."""
+
+    class Constant:
+        def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
+            return 0.7 if plan.lane is Lane.PREFILL else 0.1
+
+    device = VirtualDevice(setup().capacity, Partition(2, 2), cost=Constant(), lengths=True)
+    device.submit(Plan(1, Lane.PREFILL, ()))
+    for step in range(2, 8):
+        device.submit(Plan(step, Lane.DECODE, ()))
+        (result,) = device.poll(None)
+        assert result.ticket.step == step
+    (result,) = device.poll(None)
+    assert (result.seconds, device.clock()) == (0.7, 0.7)
