@@ -200,11 +200,11 @@ def test_a_step_whose_pace_does_not_change_ends_to_the_bit(setup: Any) -> None:
 
     class Constant:
         def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
-            return 0.7 if plan.lane is Lane.PREFILL else 0.1
+            return 0.7 if plan.lane is Lane.PREFILL else 0.0137
 
     device = VirtualDevice(setup().capacity, Partition(2, 2), cost=Constant(), lengths=True)
     device.submit(Plan(1, Lane.PREFILL, ()))
-    for step in range(2, 8):
+    for step in range(2, 50):
         device.submit(Plan(step, Lane.DECODE, ()))
         (result,) = device.poll(None)
         assert result.ticket.step == step
