@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +121,7 @@ def test_a_guess_that_was_wrong_is_thrown_away(model: Model) -> None:
     first = lane.start(Plan(1, Lane.MIXED, slices(0, prompts()))).finish()
     tokens = [[sampled.token] for sampled in first.sampled]
     lane.start(Plan(2, Lane.MIXED, slices(PROMPT, tokens))).finish()
-    other = tuple(replace(piece, tokens=(1,)) for piece in slices(PROMPT + 1, tokens))
+    other = tuple(piece._replace(tokens=(1,)) for piece in slices(PROMPT + 1, tokens))
     found = lane.start(Plan(3, Lane.MIXED, other)).finish()
     again = lane.start(Plan(4, Lane.MIXED, other), ahead=False).finish()
     assert found.sampled == again.sampled

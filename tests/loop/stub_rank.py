@@ -46,7 +46,7 @@ class StubDevice(SimulatedDevice):
         if kind == RAISES and self.rank == 0:
             raise RankLost("seam 9: rank 1 did not come within 1 s")
         if kind == OTHER_TOKENS and self.rank == 1:
-            return replace(result, sampled=tuple(replace(one, token=one.token ^ 1) for one in result.sampled))
+            return replace(result, sampled=tuple(one._replace(token=one.token ^ 1) for one in result.sampled))
         return result
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import replace
 from itertools import accumulate, pairwise
 
 from weft.core.plan import Slice
@@ -59,8 +58,8 @@ def divide(slices: Sequence[Slice], at: int) -> tuple[tuple[Slice, ...], tuple[S
             first.append(piece)
         elif left > 0:
             head, tail = piece.tokens[:left], piece.tokens[left:]
-            first.append(replace(piece, tokens=head, sample=None, next_token=tail[0]))
-            rest.append(replace(piece, start=piece.start + left, tokens=tail))
+            first.append(piece._replace(tokens=head, sample=None, next_token=tail[0]))
+            rest.append(piece._replace(start=piece.start + left, tokens=tail))
         else:
             rest.append(piece)
         left -= count
