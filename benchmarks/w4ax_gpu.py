@@ -55,17 +55,21 @@ def main() -> None:
         print("no GPU here: nothing measured")
         return
     library = _library()
-    measured = []
+    notes = [torch.cuda.get_device_name(), *([] if library else ["no INT4 units or no nvcc: W4A4 was not measured"])]
+    measured: list[Measured] = []
     for shape in SHAPES[:1] if arguments.quick else SHAPES:
         for rows in QUICK_ROWS if arguments.quick else ROWS:
             measured += _measure(shape, rows, library, QUICK_ROUNDS if arguments.quick else ROUNDS)
+            common.write_json(arguments, _claims(measured), _rows(measured), [*notes, "not finished"])
     print(torch.cuda.get_device_name(), "\n")
     print(common.table(["", "rows", "T(FL)OP/s", "of its peak"], [_cells(one) for one in measured]), "\n")
     if arguments.plot is not None:
         _plot(arguments.plot, measured)
-    rows_out = [{"name": one.name, "shape": one.shape, "rows": one.rows, "rate": one.rate} for one in measured]
-    notes = [torch.cuda.get_device_name(), *([] if library else ["no INT4 units or no nvcc: W4A4 was not measured"])]
-    common.report(arguments, _claims(measured), rows_out, notes)
+    common.report(arguments, _claims(measured), _rows(measured), notes)
+
+
+def _rows(measured: list[Measured]) -> list[dict[str, Any]]:
+    return [{"name": one.name, "shape": one.shape, "rows": one.rows, "rate": one.rate} for one in measured]
 
 
 def _library() -> cuda_w4ax.Library | None:
