@@ -56,6 +56,11 @@ CASES = [
     Case("quantised_model", "bfloat16", "int4", host=True),
     Case("quantised_model", "bfloat16", "int8"),
     Case("tiny_model", "float32", "auto", exact=False),
+    # Nobody promises this; what it does on a GPU decides whether weft needs a product of its own there.
+    pytest.param(
+        Case("tiny_model", "bfloat16", "auto", host=True),
+        marks=pytest.mark.xfail(reason="cuBLAS may sum another number of rows in another order"),
+    ),
 ]
 
 
@@ -112,7 +117,7 @@ class Driver:
         return [self.answers([prompt], params)[0] for prompt in PROMPTS]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.model}-{case.cache}-{case.host}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.model}-{case.dtype}-{case.cache}-{case.host}")
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
