@@ -3,11 +3,11 @@
     python benchmarks/simulate_speed.py AZURE_CONVERSATION_TRACE [--gpus 96] [--quick] [--json FILE] [--plot FILE]
 
 azure_hour_s: seconds that an hour of the trace takes (its first 35 minutes, repeated) on one simulated A100 with
-Llama-3-8B; azure_hour_h100_s: on an H100, which takes more and smaller steps for the same tokens. fleet_seconds: those
-that ten minutes take on 1,000 H100s with Llama-3-70B, as 125 replicas of 8 ranks behind a router, each with the load of
-one copy of the trace. The fleet that is run is smaller (--gpus), and the figure extrapolated in proportion to the
-replicas; a fleet of a quarter of it is run beside it to show that the cost of a token does not grow with the fleet.
---gpus 1000 runs it whole.
+Llama-3-8B; azure_hour_h100_s: on an H100, which takes more and smaller steps for the same tokens. fleet_seconds:
+seconds that ten minutes take on 1,000 H100s with Llama-3-70B, as 125 replicas of 8 ranks behind a router, each with
+the load of one copy of the trace. The fleet that is run is smaller (--gpus), and the figure extrapolated in proportion
+to the replicas; a fleet of a quarter of it is run beside it to show that the cost of a token does not grow with the
+fleet. --gpus 1000 runs it whole.
 
 One process, one core. CPU seconds are given beside wall seconds, because other load moves the latter.
 """
