@@ -365,6 +365,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.retire(lane)
         self.retired.add(lane)
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.lanes == SPLIT and bool(self.auditor.claims) and not self.retired)
+    def end_lane(self, data: st.DataObject) -> None:
+        """A lane's thread ends: its step fails, and it gets no other one for good."""
+        lane = data.draw(st.sampled_from(sorted(self.auditor.claims)))
+        if lane not in self.ready:
+            self._execute(lane)
+        self._deliver(lane, "step")
+        assert self.scheduler.retire(lane)
+        self.retired.add(lane)
+
     @rule(seconds=st.floats(0.0, 30.0))
     def wait(self, seconds: float) -> None:
         self.now += seconds
