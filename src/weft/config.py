@@ -271,7 +271,7 @@ class EngineConfig:
             found.append(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {ranks}")
         if not 0 <= self.node_rank < max(self.nnodes, 1):
             found.append(
-                f"--node-rank is {self.node_rank}; it must be from 0 to {max(self.nnodes, 1) - 1}, of --nnodes"
+                f"--node-rank is {self.node_rank}; it must be at least 0 and less than --nnodes, which is {self.nnodes}"
             )
         if (self.nnodes > 1) is not (self.dist_init_addr is not None):
             found.append(

@@ -313,6 +313,16 @@ def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> N
         ({"weave": "woven"}, "--weave is woven, and one rank has no use for it; --tensor-parallel-size 2 has"),
         ({"collective": "gloo"}, "--collective is gloo, and one rank has no use for it"),
         ({"tensor_parallel_size": 2, "weave": "plain", "collective": "shm"}, "--collective gloo does"),
+        ({"nnodes": 2, "dist_init_addr": "a:1"}, "--nnodes is 2; it must divide --tensor-parallel-size, which is 1"),
+        ({"nnodes": 0}, "--nnodes is 0; it must divide"),
+        ({"tensor_parallel_size": 4, "nnodes": 2}, "several hosts need an address"),
+        ({"dist_init_addr": "10.0.0.1:29500"}, "one has no use for it"),
+        ({"dist_init_addr": "10.0.0.1"}, "it must be a host and a port, such as 10.0.0.1:29500"),
+        ({"node_rank": 1}, "--node-rank is 1; it must be at least 0 and less than --nnodes, which is 1"),
+        (
+            {"tensor_parallel_size": 2, "nnodes": 2, "dist_init_addr": "a:1", "collective": "shm"},
+            "--collective gloo is for --nnodes 2",
+        ),
         ({"rank_timeout": 0.0}, "--rank-timeout is 0.0; it must be more than 0"),
         (
             {"tensor_parallel_size": 2, "weave": "x"},
