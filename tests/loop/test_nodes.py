@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.config import EngineConfig
@@ -37,7 +37,7 @@ GREEDY = SamplingParams(temperature=0.0)
 MODEL = Path("good")
 
 
-def settings(ranks: int = 2, count: int = 2) -> EngineConfig:
+def configured(ranks: int = 2, count: int = 2) -> EngineConfig:
     address = f"127.0.0.1:{free_port('127.0.0.1')}"
     return EngineConfig(tensor_parallel_size=ranks, nnodes=count, dist_init_addr=address, rank_timeout=5.0)
 
@@ -70,7 +70,7 @@ def collect(device: RankedDevice, count: int) -> list[Result]:
 
 @pytest.mark.parametrize(("ranks", "count"), [(2, 2), (4, 2), (3, 3)])
 def test_nodes_are_one_device(ranks: int, count: int) -> None:
-    with opened(settings(ranks, count)) as (device, others):
+    with opened(configured(ranks, count)) as (device, others):
         assert f"{ranks} ranks" in device.describe().device and device.capacity().blocks == 40
         for step in range(1, 10):
             device.submit(plan(step, 50 + step))
@@ -83,7 +83,7 @@ def test_nodes_are_one_device(ranks: int, count: int) -> None:
 
 
 def test_a_rank_of_another_node_that_is_killed() -> None:
-    with opened(settings()) as (device, (other,)):
+    with opened(configured()) as (device, (other,)):
         device.submit(plan(1, KILLED))
         with pytest.raises(RankLost, match="rank 1 was killed by SIGKILL"):
             collect(device, 1)
@@ -92,7 +92,7 @@ def test_a_rank_of_another_node_that_is_killed() -> None:
 
 
 def test_a_node_that_is_killed() -> None:
-    config = settings()
+    config = configured()
     script = (
         "import sys, msgspec; from pathlib import Path; from weft.config import EngineConfig; from weft.loop.nodes "
         "import serve_node; serve_node(msgspec.json.decode(sys.argv[1], type=EngineConfig), Path('good'), sys.argv[2:])"
@@ -148,7 +148,7 @@ def ask(config: EngineConfig, *messages: Any) -> list[Any]:
 
 
 def test_who_is_refused() -> None:
-    config = settings()
+    config = configured()
     with waiting(config):
         agreed = agreement(config, MODEL)
         for node in (0, 2, -1):
@@ -166,7 +166,7 @@ def test_who_is_refused() -> None:
 
 def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nodes, "MEET_SECONDS", 0.2)
-    config = settings(3, 3)
+    config = configured(3, 3)
     with pytest.raises(DeviceError, match=r"node 1 and 2 did not come within 0\.2 s"):
         open_ranks(config, MODEL, lambda _phase: None, COMMAND)
     with pytest.raises(DeviceError, match="node 1 does not reach node 0 at 127"):
@@ -180,11 +180,12 @@ def test_nobody_comes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_ranks_are_divided_among_nodes() -> None:
-    config = settings(6, 3)
+    config = configured(6, 3)
     assert [list(ranks_of(config, node)) for node in range(3)] == [[0, 1], [2, 3], [4, 5]]
 
 
 @given(st.lists(st.integers(0, 2000), max_size=6), st.integers(1, 700))
+@settings(deadline=None, max_examples=40)
 def test_messages_arrive_whole_however_they_are_cut(sizes: list[int], piece: int) -> None:
     ours, theirs = pair()
     sent = [Gone(number, "x" * size) for number, size in enumerate(sizes)]

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -47,6 +47,7 @@ TOKENS = (5, 90, 17, 130, 2, 64, 7)
 
 
 @given(st.integers(1, 9), st.integers(0, 200))
+@settings(deadline=None)
 def test_parts_are_the_whole(ranks: int, count: int) -> None:
     parts = [Part(rank, ranks) for rank in range(ranks)]
     spans = [part.span(count) for part in parts]
@@ -55,6 +56,7 @@ def test_parts_are_the_whole(ranks: int, count: int) -> None:
 
 
 @given(st.integers(1, 70), st.integers(1, 8))
+@settings(deadline=None)
 def test_the_parts_of_the_vocabulary_in_order_and_zeros_at_the_end(vocabulary: int, ranks: int) -> None:
     config = replace(parse_config(PLAIN), vocabulary=vocabulary)
     table = torch.arange(1, vocabulary + 1).unsqueeze(1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.weave.choice import GAIN, Costs, Curve, Mode, choose_mode, slowest
@@ -35,6 +35,7 @@ def woven_by_events(costs: Costs, prefix: int, suffix: int) -> float:
 
 
 @given(SECONDS, SECONDS, SECONDS, st.floats(0, 1), st.integers(1, 40), st.integers(2, 900), st.data())
+@settings(deadline=None)
 def test_the_time_of_a_woven_step(
     attend: float, feed: float, seam: float, drag: float, layers: int, tokens: int, data: st.DataObject
 ) -> None:
@@ -55,6 +56,7 @@ def test_the_time_of_a_woven_step(
     st.integers(0, 2000),
     st.sets(st.sampled_from([Mode.PLAIN, Mode.ONE_SHOT])),
 )
+@settings(deadline=None)
 def test_the_chosen_mode_is_never_slower_than_a_simpler_one(
     numbers: list[float], drag: float | None, tokens: int, prefix: int, others: set[Mode]
 ) -> None:

@@ -6,7 +6,7 @@ from itertools import accumulate, pairwise
 from math import ceil
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.core.plan import Sampling, Slice
@@ -21,6 +21,7 @@ def legal_cuts(total: int, wave: int) -> list[int]:
 
 
 @given(LENGTHS, st.integers(1, 64), st.floats(0, 1))
+@settings(deadline=None)
 def test_the_chosen_cut_is_the_best_legal_one(lengths: list[int], wave: int, tolerance: float) -> None:
     total = sum(lengths)
     legal = legal_cuts(total, wave)
@@ -36,6 +37,7 @@ def test_the_chosen_cut_is_the_best_legal_one(lengths: list[int], wave: int, tol
 
 
 @given(st.integers(1, 64), st.integers(1, 64))
+@settings(deadline=None)
 def test_a_step_of_one_wave_is_left_whole(total: int, more: int) -> None:
     assert choose_cut([total], total + more - 1) == total
 
@@ -54,6 +56,7 @@ def piece(sequence: int, start: int, length: int, *, sampled: bool) -> Slice:
 
 
 @given(LENGTHS, st.data())
+@settings(deadline=None)
 def test_dividing_loses_nothing_and_changes_no_order(lengths: list[int], data: st.DataObject) -> None:
     slices = [
         piece(number, data.draw(st.integers(0, 50)), length, sampled=data.draw(st.booleans()))
@@ -82,6 +85,7 @@ def test_a_cut_outside_of_the_step(at: int) -> None:
 
 
 @given(st.integers(0, 300), st.integers(1, 9), st.data())
+@settings(deadline=None)
 def test_every_row_has_one_owner_and_kept_rows_stay_with_theirs(rows: int, ranks: int, data: st.DataObject) -> None:
     bounds = even_bounds(rows, ranks)
     sizes = [end - first for first, end in pairwise(bounds)]
