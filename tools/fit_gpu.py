@@ -1,0 +1,160 @@
+"""Fits the coefficients of the simulator's cost model on measured times.
+
+    python tools/fit_gpu.py --data DIR          # all that weft ships: src/weft/sim/data/{fits,links}.json
+    python tools/fit_gpu.py --gpu h100 --csv FILE --out my_h100.json [--arithmetic int8]
+
+DIR holds gpu_profiles (aiconfigurator, llmservingsim). FILE has the columns m, n, k, seconds of products [m, k] times
+[k, n] on the GPU; what it cannot tell stays as it is. Rows that are kept back (weft.sim.profiles) are never fitted on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from weft.sim import fit, hardware, profiles
+from weft.sim.attention import Heads
+from weft.sim.gemm import Operands
+from weft.sim.hardware import Gpu, Part
+from weft.sim.profiles import Gemms
+
+# Both ways round. Ampere's library has few kernels, Hopper's more.
+AMPERE = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
+HOPPER = (*AMPERE, (192, 128), (128, 192), (128, 32), (32, 128))
+PROFILED = {"a100": ("a100_sxm", AMPERE, False), "h100": ("h100_sxm", HOPPER, True), "h200": ("h200_sxm", HOPPER, True)}
+GPU_OF = {"a100": "a100-80", "h100": "h100", "h200": "h200", "rtx-pro-6000": "rtx-pro-6000"}
+# (n, k) of Llama-3.1-8B's layers on one rank.
+LAYERS = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096), "down_proj": (4096, 14336)}
+ROW_SPLIT = ("o_proj", "down_proj")  # what a second rank takes half of is k, not n
+LINKS = {"nvlink3": ("a100_sxm", False), "nvlink4": ("h100_sxm", True)}
+DIGITS = 4
+
+
+def whole(gpu: Gpu) -> Part:
+    return gpu.part()
+
+
+def profiled(folder: Path, gpu: Gpu, name: str, tiles: Any, packed: bool) -> dict[str, Any]:
+    """Products, attention and experts of one GPU in aiconfigurator's profile."""
+    gemms = profiles.read_gemms(folder / f"{name}_gemm_bf16.csv.gz")
+    attentions = profiles.read_attentions(folder, name)
+    attentions = attentions.where(~attentions.kept_back)
+    moes = profiles.read_moes(folder / f"{name}_moe_bf16.csv.gz")
+    heads, work = profiles.heads_of(attentions), profiles.works(attentions, packed)
+    return {
+        "gemm": fit.fit_gemm(whole(gpu), gemms.where(~gemms.kept_back), tiles),
+        "attention": fit.fit_attention(whole(gpu), heads, work, attentions.seconds, packed),
+        "moe": fit.fit_moe(whole(gpu), moes.where(~moes.kept_back)),
+    }
+
+
+def layered(folder: Path, gpu: Gpu) -> dict[str, Any]:
+    """Products, attention and pointwise kernels of the RTX PRO 6000 in llmservingsim's profile."""
+    gemms = layer_gemms(folder)
+    heads = Heads(32, 8, 128, 128, 2 * 128)
+    work, seconds = profiles.read_mixed(folder / "tp1" / "attention.csv.gz", heads, False)
+    fitted = ~profiles.kept_back(*mixed_columns(folder))
+    kept = replace(work, **{name: getattr(work, name)[fitted] for name in work.__slots__})
+    moved, taken = pointwise(folder)
+    return {
+        "gemm": fit.fit_gemm(whole(gpu), gemms.where(~gemms.kept_back), HOPPER),
+        "attention": fit.fit_attention(whole(gpu), heads, kept, seconds[fitted], False),
+        "pointwise": fit.fit_pointwise(whole(gpu), moved, taken),
+    }
+
+
+def layer_gemms(folder: Path) -> Gemms:
+    found = []
+    for ranks in (1, 2):
+        for layer, (n, k) in LAYERS.items():
+            m, seconds = profiles.read_layers(folder / f"tp{ranks}" / "dense.csv.gz", layer)
+            cut = (n, k // ranks) if layer in ROW_SPLIT else (n // ranks, k)
+            found.append((m, np.full(len(m), cut[0]), np.full(len(m), cut[1]), seconds))
+        m, seconds = profiles.read_layers(folder / f"tp{ranks}" / "per_sequence.csv.gz", "lm_head", "sequences")
+        found.append((m, np.full(len(m), 128256 // ranks), np.full(len(m), 4096), seconds))
+    return Gemms(*(np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True)))
+
+
+def mixed_columns(folder: Path) -> list[list[float]]:
+    """What rows of the attention profile are kept back by."""
+    table = profiles.read_table(folder / "tp1" / "attention.csv.gz")
+    return [[float(text) for text in table[name]] for name in ("prefill_chunk", "n_decode")]
+
+
+def pointwise(folder: Path) -> tuple[Any, Any]:
+    """(bytes, seconds) of norms (residual and hidden states, read and written) and of the gate."""
+    norm, norm_seconds = profiles.read_layers(folder / "tp1" / "dense.csv.gz", "layernorm")
+    gate, gate_seconds = profiles.read_layers(folder / "tp1" / "dense.csv.gz", "act_fn")
+    moved = np.concatenate([norm * 4 * 4096 * 2, gate * 3 * 14336 * 2])
+    return moved, np.concatenate([norm_seconds, gate_seconds])
+
+
+def collective(folder: Path, name: str, prefix: str, multicast: bool) -> dict[str, float]:
+    paths = sorted(folder.glob(f"{prefix}_custom_allreduce*.csv.gz"))
+    times = profiles.read_reduces(paths, ("graph", "TRTLLM"))
+    fitted = ~times.kept_back
+    times = profiles.Reduces(times.ranks[fitted], times.size[fitted], times.seconds[fitted])
+    return rounded(asdict(fit.fit_collective(hardware.find_link(name), times, multicast)))
+
+
+def rounded(found: dict[str, Any]) -> dict[str, Any]:
+    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in found.items()}
+
+
+def write(path: Path, found: Any) -> None:
+    path.write_text(json.dumps(found, indent=2) + "\n")
+    print(f"wrote {path}")
+
+
+def fit_all(data: Path) -> None:
+    fits = json.loads((hardware.DATA / "fits.json").read_text())
+    for name, (prefix, tiles, packed) in PROFILED.items():
+        made = profiled(data / "aiconfigurator", hardware.find_gpu(GPU_OF[name]), prefix, tiles, packed)
+        fits[name] |= {kind: rounded(asdict(value)) for kind, value in made.items()}
+    rtx = data / "llmservingsim" / "perf" / "RTXPRO6000" / "meta-llama" / "Llama-3.1-8B" / "bf16"
+    made = layered(rtx, hardware.find_gpu("rtx-pro-6000"))
+    fits["rtx-pro-6000"] |= {kind: rounded(asdict(value)) for kind, value in made.items()}
+    for name in PROFILED:  # no times of bare pointwise kernels on these: the same launches, the same part of the peak
+        fits[name]["pointwise"] = fits["rtx-pro-6000"]["pointwise"]
+    fits["rtx-pro-6000"]["moe"] = fits["a100"]["moe"]
+    write(hardware.DATA / "fits.json", fits)
+    links = json.loads((hardware.DATA / "links.json").read_text())
+    for name, (prefix, multicast) in LINKS.items():
+        links[name]["collective"] = collective(data / "aiconfigurator", name, prefix, multicast)
+    links["nvlink5"]["collective"] = links["nvlink4"]["collective"]
+    write(hardware.DATA / "links.json", links)
+
+
+def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
+    """The GPU with coefficients for products fitted on a file; with `arithmetic` of fewer bits, too."""
+    bits = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4}[arithmetic]
+    times = profiles.read_gemms(path)
+    made = fit.fit_gemm(gpu.part(arithmetic=arithmetic), times, gpu.gemm.tiles, Operands(bits, bits))
+    found = asdict(replace(gpu, gemm=made, calibrated=True, note=f"products fitted on {path.name}"))
+    write(out, found | {"gemm": rounded(found["gemm"])})
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gpu_profiles")
+    parser.add_argument("--gpu", metavar="NAME", help=f"whose constants to take: {', '.join(hardware.gpu_names())}")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="columns m, n, k, seconds")
+    parser.add_argument("--arithmetic", default="bf16", choices=("bf16", "int8", "fp8", "int4", "fp4"))
+    parser.add_argument("--out", type=Path, metavar="FILE", help="where the fitted GPU goes")
+    given = parser.parse_args(arguments)
+    if given.data is not None:
+        fit_all(given.data / "gpu_profiles" if (given.data / "gpu_profiles").is_dir() else given.data)
+    elif given.gpu and given.csv and given.out:
+        fit_csv(hardware.find_gpu(given.gpu), given.csv, given.arithmetic, given.out)
+    else:
+        parser.error("give --data, or --gpu, --csv and --out together")
+
+
+if __name__ == "__main__":
+    main()
