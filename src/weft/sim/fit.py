@@ -118,7 +118,7 @@ def fit_moe(part: Part, times: Moes) -> MoeFit:
     def predict(found: Floats) -> Floats:
         return np.asarray(_moe(made(found), part, times))
 
-    return made(fit_positive(predict, times.seconds, (2e-5, 5e-8, 0.55, 0.85, 20.0, 1.5), (1e-3, 1e-5, 1, 1, 256, 8)))
+    return made(fit_positive(predict, times.seconds, (2e-5, 5e-8, 0.7, 0.85), (1e-3, 1e-5, 1, 1)))
 
 
 def _moe(fit: MoeFit, part: Part, times: Moes) -> Floats:

@@ -67,14 +67,12 @@ class AttentionFit:
 @dataclass(frozen=True, slots=True)
 class MoeFit:
     """Of both products of all experts together. launch: seconds. expert: seconds of each expert that has tokens. math,
-    dram: parts of the peaks. pad: rows that each of these experts computes for nothing. overlap: as in GemmFit."""
+    dram: parts of the peaks."""
 
     launch: float
     expert: float
     math: float
     dram: float
-    pad: float
-    overlap: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +200,9 @@ def find_gpu(name: str) -> Gpu:
             raise ConfigError(f"GPU file {name} cannot be read: {error}") from error
     gpus = _data("gpus.json")
     if name not in gpus:
-        raise ConfigError(f"no GPU is called {name!r}; there are {', '.join(gpus)}, and .json files of tools/fit_gpu.py")
+        raise ConfigError(
+            f"no GPU is called {name!r}; there are {', '.join(gpus)}, and .json files of tools/fit_gpu.py"
+        )
     return read_gpu({"name": name} | gpus[name])
 
 

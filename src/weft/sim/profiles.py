@@ -61,7 +61,12 @@ class Attentions:
 
     def where(self, rows: NDArray[np.bool_]) -> Attentions:
         return Attentions(
-            self.batch[rows], self.rows[rows], self.prior[rows], self.heads[rows], self.kv_heads[rows], self.seconds[rows]
+            self.batch[rows],
+            self.rows[rows],
+            self.prior[rows],
+            self.heads[rows],
+            self.kv_heads[rows],
+            self.seconds[rows],
         )
 
     @property
@@ -150,9 +155,10 @@ def read_reduces(paths: Iterable[Path], kernels: Sequence[str]) -> Reduces:
 
 
 def read_moes(path: Path) -> Moes:
-    """Experts that are split over ranks (not spread, where the ranks' loads differ)."""
+    """Experts with a gate that are split over ranks (not spread, where the ranks' loads differ)."""
     table = read_table(path)
-    split = np.array([ranks == "1" for ranks in table["moe_ep_size"]])
+    gated = [(hidden, top_k) not in _NO_GATE for hidden, top_k in zip(table["hidden_size"], table["topk"], strict=True)]
+    split = np.array(gated) & np.array([ranks == "1" for ranks in table["moe_ep_size"]])
     names = ("num_tokens", "hidden_size", "inter_size", "num_experts", "topk", "moe_tp_size", "latency_ms")
     tokens, hidden, wide, experts, top_k, ranks, taken = (column[split] for column in _columns(path, table, *names))
     return Moes(tokens, hidden, wide / ranks, experts, top_k, taken * 1e-3)
@@ -209,6 +215,8 @@ def read_mixed(path: Path, heads: Heads, packed: bool) -> tuple[Work, Floats]:
     return work, taken * 1e-6
 
 
+# (hidden size, experts of a token) of the models in the profile whose experts have two matrices and no gate.
+_NO_GATE = {("2688", "6"), ("2048", "22"), ("4096", "22")}
 _ATTENTION = ("batch_size", "isl", "step", "num_heads", "num_key_value_heads", "latency_ms")
 
 

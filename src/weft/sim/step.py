@@ -1,0 +1,214 @@
+"""How long a step of a model takes on a GPU, or on several that split it: the cost that simulated devices go by.
+
+A step is asked for millions of times. Everything that depends on the number of tokens alone is computed once for each
+number and kept; what is left are a few sums over the slices.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from weft.core.plan import Plan
+from weft.errors import ConfigError
+from weft.sim.attention import Heads, attention_seconds, work_of
+from weft.sim.collectives import all_reduce_seconds, check_ranks, gather_seconds
+from weft.sim.gemm import gemm_seconds
+from weft.sim.hardware import Gpu, Link, Part, PointwiseFit
+from weft.sim.models import Experts, Linear, Model
+from weft.sim.moe import moe_seconds
+from weft.sim.precision import Precision
+
+CUT = 2e-5  # seconds to begin a part of a step that is cut
+# SMs that a woven step gives to its collectives (TokenWeave, section 6: 2 to 8 blocks, each on an SM of its own).
+WEAVE_SMS = 8
+# What TokenWeave's products lose beside its collectives, and what starting and joining a woven half takes: from the
+# difference between its table of a layer's times and the model without them (Llama-3-70B on 8 H100; section 8).
+WEAVE_SLOWER = 1.05
+WEAVE_START = 5e-6
+ATTENTION = frozenset({"qkv", "qkv_down", "q_up", "kv_up", "o"})
+
+
+class Tokens(NamedTuple):
+    """Seconds that go with a number of tokens, of all layers. attention, mlp: their products. norms: both. rest: rotation
+    and gate. joins: all all-reduces."""
+
+    attention: float
+    mlp: float
+    norms: float
+    rest: float
+    joins: float
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """As devices.cost.CostModel, from shapes and hardware.
+
+    ranks: that split every layer (tensor parallel), joined by `link`, which may be left out for one. fused: all-reduce,
+    norm and residual are one kernel, and every rank norms its part of the tokens (TokenWeave, section 5). weave: also, the
+    tokens go in two halves, one of which is computed while the other is joined, wherever that is quicker (section 6).
+    Raises ConfigError for what cannot be.
+    """
+
+    model: Model
+    gpu: Gpu
+    precision: Precision
+    ranks: int = 1
+    link: Link | None = None
+    weave: bool = False
+    fused: bool = False
+    _kept: dict[tuple[int, float, float], Tokens] = field(default_factory=dict, compare=False, repr=False)
+    _outputs: dict[tuple[int, float, float], float] = field(default_factory=dict, compare=False, repr=False)
+    _parts: dict[tuple[float, float], tuple[Part, Heads]] = field(default_factory=dict, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self.precision.part(self.gpu, 1.0, 0.0)
+        if self.ranks < 1 or self.model.heads % self.ranks:
+            raise ConfigError(
+                f"ranks is {self.ranks}; it must divide the {self.model.heads} heads of {self.model.name}"
+            )
+        if self.ranks > 1 and self.link is None:
+            raise ConfigError(f"{self.ranks} ranks need a link")
+        if self.link is not None:
+            check_ranks(self.link, self.ranks)
+
+    # -- memory ------------------------------------------------------------------------------------------------------
+
+    @property
+    def capacity_bytes(self) -> float:
+        """Memory of all ranks together."""
+        return self.gpu.memory * self.ranks
+
+    @property
+    def weight_bytes(self) -> float:
+        """Of all ranks together."""
+        linear = self.model.parameters(self.ranks) * self.precision.weights / 8
+        return self.ranks * (linear + self.model.embeddings(self.ranks) * 2)
+
+    @property
+    def kv_bytes_per_token(self) -> float:
+        """Of all ranks together: more ranks than kv heads keep copies."""
+        return self.ranks * self.model.layers * self.model.slots(self.ranks) * self.precision.kv / 8
+
+    @property
+    def caveats(self) -> tuple[str, ...]:
+        """What of this was not measured, for people to read."""
+        found = []
+        if not self.gpu.calibrated:
+            found.append(f"{self.gpu.title} is uncalibrated: {self.gpu.note}")
+        if self.link is not None and self.ranks > 1 and not self.link.calibrated:
+            found.append(f"{self.link.title} is uncalibrated: {self.link.source}")
+        if self.precision.arithmetic != "bf16" or self.precision.weights < 16:
+            found.append(f"{self.precision.name} is scaled from measurements in bf16 by peaks and bytes")
+        return tuple(found)
+
+    # -- time --------------------------------------------------------------------------------------------------------
+
+    def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
+        """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0.
+        A part of a step that is cut takes its part of the time, and begins anew."""
+        slices = plan.slices
+        shapes = [(len(piece.tokens), piece.start) for piece in slices]
+        samples = sum([piece.sample is not None for piece in slices])
+        whole = self.whole(shapes, samples, share, rival)
+        return whole if plan.parts == 1 else whole / plan.parts + CUT
+
+    def whole(self, shapes: list[tuple[int, int]], samples: int, share: float = 1.0, rival: float = 0.0) -> float:
+        """Of a step that computes for each of some sequences (rows, positions before them) and draws `samples`
+        tokens."""
+        tokens = sum([rows for rows, _ in shapes])
+        part, heads = self._part(share, rival)
+        window = self.model.window
+        if window is not None:
+            shapes = [(rows, min(before, window)) for rows, before in shapes]
+        fit = self.gpu.attention
+        attention = self.model.layers * float(
+            attention_seconds(fit, part, heads, work_of(shapes, heads.together(fit.packed)))
+        )
+        layers = self._layers(tokens, attention, share, rival)
+        host = self.gpu.host
+        return host.step + host.sequence * samples + layers + self._output(samples, share, rival)
+
+    def _layers(self, tokens: int, attention: float, share: float, rival: float) -> float:
+        whole = self._tokens(tokens, share, rival)
+        computed = whole.attention + whole.mlp + whole.rest + attention
+        if self.ranks == 1 or not (self.fused or self.weave):
+            return computed + whole.norms + whole.joins
+        fused = computed + whole.joins + whole.norms / self.ranks
+        if not self.weave or tokens < 2:
+            return fused
+        # Of both halves; each join lies under the products of the other half. Half of the joins go with each block.
+        half = self._tokens(-(-tokens // 2), share, rival)
+        slower = WEAVE_SLOWER / (1.0 - min(0.5, WEAVE_SMS / (self.gpu.sms * share)))
+        joins = half.joins + half.norms / self.ranks
+        first = slower * (2 * (half.attention + half.rest) + attention)
+        started = 4 * self.model.layers * WEAVE_START
+        return min(fused, max(first, joins) + max(slower * 2 * half.mlp, joins) + started)
+
+    def _part(self, share: float, rival: float) -> tuple[Part, Heads]:
+        found = self._parts.get((share, rival))
+        if found is None:
+            found = self.gpu.part(share, rival), self.model.prompt_heads(self.ranks, self.precision.kv)
+            self._parts[share, rival] = found
+        return found
+
+    def _tokens(self, tokens: int, share: float, rival: float) -> Tokens:
+        found = self._kept.get((tokens, share, rival))
+        if found is None:
+            found = self._kept[tokens, share, rival] = self._compute(tokens, share, rival)
+        return found
+
+    def _compute(self, tokens: int, share: float, rival: float) -> Tokens:
+        model, ranks = self.model, self.ranks
+        plain, part = self.gpu.part(share, rival), self.precision.part(self.gpu, share, rival)
+        linears = [each for each in model.linears() if not each.sampled and each.layers and each.n and each.k]
+        taken = self._products(linears, tokens, part)
+        attention = sum(seconds for each, seconds in zip(linears, taken, strict=True) if each.name in ATTENTION)
+        mlp = sum(taken) - attention
+        wide = model.intermediate * (model.layers if model.experts is None else model.experts.dense_layers)
+        if model.experts is not None:
+            mlp += self._experts(model.experts, tokens, part)
+            wide += model.experts.shared * (model.layers - model.experts.dense_layers)
+        hidden = 2.0 * tokens * model.hidden  # bytes
+        fit = self.gpu.pointwise
+        norms = 2 * model.layers * pointwise_seconds(fit, plain, 4 * hidden)
+        heads = self._part(share, rival)[1]
+        rotated = 4.0 * tokens * (heads.heads + heads.kv_heads) * heads.key
+        rest = 2 * model.layers * fit.launch + (model.layers * rotated + 6.0 * tokens * wide / ranks) / (
+            fit.dram * plain.bandwidth
+        )
+        joins = 0.0 if self.link is None else 2 * model.layers * float(all_reduce_seconds(self.link, ranks, hidden))
+        return Tokens(float(attention), float(mlp), norms, rest, joins)
+
+    def _products(self, linears: list[Linear], rows: int, part: Part) -> list[float]:
+        sizes = np.array([each.on(self.ranks) for each in linears], dtype=np.float64)
+        counts = np.array([each.layers for each in linears])
+        one = gemm_seconds(self.gpu.gemm, part, rows, sizes[:, 0], sizes[:, 1], self.precision.operands)
+        return [float(seconds) for seconds in one * counts]
+
+    def _experts(self, experts: Experts, tokens: int, part: Part) -> float:
+        wide = -(-experts.intermediate // self.ranks)
+        shape = self.model.hidden, wide, experts.count, experts.chosen
+        one = moe_seconds(self.gpu.moe, part, tokens, *shape, self.precision.operands)
+        return float(one) * (self.model.layers - experts.dense_layers)
+
+    def _output(self, samples: int, share: float, rival: float) -> float:
+        """The last product, in 16 bits, and the gathering of its results."""
+        if not samples:
+            return 0.0
+        found = self._outputs.get((samples, share, rival))
+        if found is None:
+            (linear,) = [each for each in self.model.linears() if each.sampled]
+            n, k = linear.on(self.ranks)
+            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k).item()
+            if self.link is not None:
+                found += float(gather_seconds(self.link, self.ranks, 2.0 * samples * linear.n))
+            self._outputs[samples, share, rival] = found
+        return found
+
+
+def pointwise_seconds(fit: PointwiseFit, part: Part, moved: float) -> float:
+    """moved: bytes read and written."""
+    return fit.launch + moved / (fit.dram * part.bandwidth)
