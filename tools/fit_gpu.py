@@ -20,22 +20,22 @@ from typing import Any
 import numpy as np
 
 from weft.sim import fit, hardware, profiles
-from weft.sim.attention import Heads
+from weft.sim.attention import Heads, Work
 from weft.sim.gemm import Operands
 from weft.sim.hardware import Gpu, Part
-from weft.sim.profiles import Gemms
 
 # Both ways round. Ampere's library has few kernels, Hopper's more.
 AMPERE = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
 HOPPER = (*AMPERE, (192, 128), (128, 192), (128, 32), (32, 128))
 PROFILED = {"a100": ("a100_sxm", AMPERE, False), "h100": ("h100_sxm", HOPPER, True), "h200": ("h200_sxm", HOPPER, True)}
 GPU_OF = {"a100": "a100-80", "h100": "h100", "h200": "h200", "rtx-pro-6000": "rtx-pro-6000"}
-# (n, k) of Llama-3.1-8B's layers on one rank.
-LAYERS = {"qkv_proj": (6144, 4096), "o_proj": (4096, 4096), "gate_up_proj": (28672, 4096), "down_proj": (4096, 14336)}
-ROW_SPLIT = ("o_proj", "down_proj")  # what a second rank takes half of is k, not n
 LINKS = {"nvlink3": ("a100_sxm", False), "nvlink4": ("h100_sxm", True)}
 # Of RMSNorm on an H100: 3.0 of 3.35 TB/s at 32768 tokens of 8192 (TokenWeave, figure 4).
 NORM_DRAM = 0.9
+# What profiles of prompts alone and decoding alone cannot tell, and one with heads of one group.
+ALONE = {"beside": 1.0, "empty": 0.0}
+GROUPED = {"alone": 2e-8, "regroup": 0.0}
+MIXED = 1500  # rows of each kind that attention is fitted on
 DIGITS = 4
 
 
@@ -52,50 +52,32 @@ def profiled(folder: Path, gpu: Gpu, name: str, tiles: Any, packed: bool) -> dic
     heads, work = profiles.heads_of(attentions), profiles.works(attentions, packed)
     return {
         "gemm": fit.fit_gemm(whole(gpu), gemms.where(~gemms.kept_back), tiles),
-        "attention": fit.fit_attention(whole(gpu), heads, work, attentions.seconds, packed),
+        "attention": fit.fit_attention(whole(gpu), heads, work, attentions.seconds, packed, ALONE),
         "moe": fit.fit_moe(whole(gpu), moes.where(~moes.kept_back)),
     }
 
 
 def layered(folder: Path, gpu: Gpu) -> dict[str, Any]:
     """Products, attention and pointwise kernels of the RTX PRO 6000 in llmservingsim's profile."""
-    gemms = layer_gemms(folder)
+    gemms = profiles.read_layer_gemms(folder)
     heads = Heads(32, 8, 128, 128, 2 * 128)
-    work, seconds = profiles.read_mixed(folder / "tp1" / "attention.csv.gz", heads, False)
-    fitted = ~profiles.kept_back(*mixed_columns(folder))
+    work, seconds, kept_back = profiles.read_mixed(folder / "tp1" / "attention.csv.gz", heads, False)
+    fitted = balanced(work, ~kept_back)
     kept = replace(work, **{name: getattr(work, name)[fitted] for name in work.__slots__})
-    moved, taken = pointwise(folder)
+    moved, taken = profiles.read_pointwise(folder)
     return {
         "gemm": fit.fit_gemm(whole(gpu), gemms.where(~gemms.kept_back), HOPPER),
-        "attention": fit.fit_attention(whole(gpu), heads, kept, seconds[fitted], False),
+        "attention": fit.fit_attention(whole(gpu), heads, kept, seconds[fitted], False, GROUPED),
         "pointwise": fit.fit_pointwise(whole(gpu), moved, taken),
     }
 
 
-def layer_gemms(folder: Path) -> Gemms:
-    found = []
-    for ranks in (1, 2):
-        for layer, (n, k) in LAYERS.items():
-            m, seconds = profiles.read_layers(folder / f"tp{ranks}" / "dense.csv.gz", layer)
-            cut = (n, k // ranks) if layer in ROW_SPLIT else (n // ranks, k)
-            found.append((m, np.full(len(m), cut[0]), np.full(len(m), cut[1]), seconds))
-        m, seconds = profiles.read_layers(folder / f"tp{ranks}" / "per_sequence.csv.gz", "lm_head", "sequences")
-        found.append((m, np.full(len(m), 128256 // ranks), np.full(len(m), 4096), seconds))
-    return Gemms(*(np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True)))
-
-
-def mixed_columns(folder: Path) -> list[list[float]]:
-    """What rows of the attention profile are kept back by."""
-    table = profiles.read_table(folder / "tp1" / "attention.csv.gz")
-    return [[float(text) for text in table[name]] for name in ("prefill_chunk", "n_decode")]
-
-
-def pointwise(folder: Path) -> tuple[Any, Any]:
-    """(bytes, seconds) of norms (residual and hidden states, read and written) and of the gate."""
-    norm, norm_seconds = profiles.read_layers(folder / "tp1" / "dense.csv.gz", "layernorm")
-    gate, gate_seconds = profiles.read_layers(folder / "tp1" / "dense.csv.gz", "act_fn")
-    moved = np.concatenate([norm * 4 * 4096 * 2, gate * 3 * 14336 * 2])
-    return moved, np.concatenate([norm_seconds, gate_seconds])
+def balanced(work: Work, fitted: Any) -> Any:
+    """Indices of fitted rows: a step has prompts, decoding sequences, or both, and the profile has fifty times as many
+    of the last kind."""
+    kinds = (work.rows == 0, work.sequences == 0, (work.rows > 0) & (work.sequences > 0))
+    found = [np.flatnonzero(fitted & kind) for kind in kinds]
+    return np.concatenate([rows[np.linspace(0, len(rows) - 1, MIXED).astype(int)] for rows in found])
 
 
 def collective(folder: Path, name: str, prefix: str, multicast: bool) -> dict[str, float]:
@@ -124,6 +106,8 @@ def fit_all(data: Path) -> None:
     rtx = data / "llmservingsim" / "perf" / "RTXPRO6000" / "meta-llama" / "Llama-3.1-8B" / "bf16"
     made = layered(rtx, hardware.find_gpu("rtx-pro-6000"))
     fits["rtx-pro-6000"] |= {kind: rounded(asdict(value)) for kind, value in made.items()}
+    for kind in ALONE:  # the same kernels, of the same library
+        fits["a100"]["attention"][kind] = fits["rtx-pro-6000"]["attention"][kind]
     for name in PROFILED:  # no times of bare pointwise kernels on these
         fits[name]["pointwise"] = {"launch": fits["rtx-pro-6000"]["pointwise"]["launch"], "dram": NORM_DRAM}
     fits["rtx-pro-6000"]["moe"] = fits["a100"]["moe"]

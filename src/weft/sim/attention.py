@@ -51,7 +51,7 @@ class Work:
 
     pairs: (query row, key) pairs of prompts, blocks filled up. blocks: of rows of one head, or of a group of heads where
     they are packed. rows, prior: query rows of prompts, and positions that were there before them. longest: positions of
-    the longest prompt. sequences, slots, longest_decode: of those with one row.
+    the longest prompt. tallest: blocks of the one with most of them. sequences, slots, longest_decode: of those with one row.
     """
 
     pairs: Any = 0.0
@@ -59,6 +59,7 @@ class Work:
     rows: Any = 0.0
     prior: Any = 0.0
     longest: Any = 0.0
+    tallest: Any = 0.0
     sequences: Any = 0.0
     slots: Any = 0.0
     longest_decode: Any = 0.0
@@ -100,13 +101,15 @@ def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -
     chain = (work.rows > 0) * fit.tile + row_flops * ROWS * work.longest / math_ * fit.chain
     prompts = _norm(compute + streams / bandwidth + blocks, chain, fit.overlap)
 
-    memory = work.slots * slot / bandwidth
+    beside = (work.rows > 0) * (work.sequences > 0)
+    memory = work.slots * slot / bandwidth * (1.0 + beside * (fit.beside - 1.0))
     started = work.sequences * heads.kv_heads / part.sms * fit.block
     decode = _norm(memory, started, fit.decode_overlap)
     grouped = heads.group > 1
     position = fit.alone + grouped * (fit.position - fit.alone)
     decode = _norm(decode, position * work.longest_decode, BALANCE)
     extra = (work.longest_decode > COMBINED) * fit.combine
+    extra = extra + beside * work.sequences * work.tallest * heads.heads / group / part.sms * fit.empty
     extra = extra + (work.sequences > 1) * grouped * (heads.kv_heads > 1) * fit.regroup
     return fit.launch + prompts + decode + extra
 

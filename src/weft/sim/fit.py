@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from weft.sim.attention import Heads, Work, attention_seconds
 from weft.sim.collectives import all_reduce_seconds
-from weft.sim.gemm import Operands, gemm_seconds
+from weft.sim.gemm import BF16, Operands, gemm_seconds
 from weft.sim.hardware import AttentionFit, CollectiveFit, GemmFit, Link, MoeFit, Part, PointwiseFit
 from weft.sim.moe import moe_seconds
 from weft.sim.profiles import Gemms, Moes, Reduces
@@ -79,7 +79,7 @@ GEMM_MOST = (1e-4, 1.1, 1e-5, 1e-4, 1.0, EXPONENTS[1], 1e-4, 1.0)
 
 
 def fit_gemm(
-    part: Part, times: Gemms, tiles: Sequence[tuple[int, int]], operands: Operands = Operands(), most: int = 4000
+    part: Part, times: Gemms, tiles: Sequence[tuple[int, int]], operands: Operands = BF16, most: int = 4000
 ) -> GemmFit:
     """part: the whole GPU, with the arithmetic that the times were taken with."""
     rows = thinned(len(times.m), most)
@@ -94,21 +94,30 @@ def fit_gemm(
     return made(fit_positive(predict, chosen.seconds, GEMM_START, GEMM_MOST))
 
 
-ATTENTION_START = AttentionFit(1.1e-5, 0.6, 0.5, 2.0, 3e-6, 4e-6, 0.85, 5e-10, 5e-9, 2e-6, 1e-6, 2.0, True)
-ATTENTION_MOST = (1e-4, 1.0, 1.0, EXPONENTS[1], 1e-4, 1e-4, 1.0, 1e-7, 1e-6, 1e-4, 1e-4, EXPONENTS[1])
+# Start and limit of each coefficient.
+ATTENTION = {
+    "launch": (1e-5, 1e-4), "math": (0.6, 1.0), "chain": (0.5, 1.0), "overlap": (2.0, 8.0), "tile": (3e-6, 1e-4),
+    "block": (4e-6, 1e-4), "dram": (0.85, 1.0), "position": (5e-10, 1e-7), "alone": (5e-9, 1e-6),
+    "combine": (2e-6, 1e-4), "regroup": (1e-6, 1e-4), "decode_overlap": (2.0, 8.0), "beside": (1.5, 8.0),
+    "empty": (1e-6, 1e-4),
+}  # fmt: skip
 
 
-def fit_attention(part: Part, heads: Heads, work: Work, seconds: Floats, packed: bool) -> AttentionFit:
-    """heads, work: arrays, as profiles.heads_of and profiles.works make them, the latter with the same `packed`."""
-    start = [getattr(ATTENTION_START, name) for name in AttentionFit.__slots__ if name != "packed"]
+def fit_attention(
+    part: Part, heads: Heads, work: Work, seconds: Floats, packed: bool, known: Mapping[str, float]
+) -> AttentionFit:
+    """heads, work: arrays, as profiles.heads_of and profiles.works make them, the latter with the same `packed`.
+    known: coefficients that these times cannot tell."""
+    names = [name for name in ATTENTION if name not in known]
 
     def made(found: Floats) -> AttentionFit:
-        return AttentionFit(*map(float, found), packed=packed)
+        return AttentionFit(**dict(zip(names, map(float, found), strict=True)), **known, packed=packed)
 
     def predict(found: Floats) -> Floats:
         return np.asarray(attention_seconds(made(found), part, heads, work))
 
-    return made(fit_positive(predict, seconds, start, ATTENTION_MOST))
+    start, most = zip(*(ATTENTION[name] for name in names), strict=True)
+    return made(fit_positive(predict, seconds, start, most))
 
 
 def fit_moe(part: Part, times: Moes) -> MoeFit:
@@ -123,7 +132,7 @@ def fit_moe(part: Part, times: Moes) -> MoeFit:
 
 def _moe(fit: MoeFit, part: Part, times: Moes) -> Floats:
     shape = times.hidden, times.intermediate, times.experts, times.top_k
-    return np.asarray(moe_seconds(fit, part, times.tokens, *shape, Operands()))  # type: ignore[arg-type]
+    return np.asarray(moe_seconds(fit, part, times.tokens, *shape, BF16))  # type: ignore[arg-type]
 
 
 def moe_predictions(fit: MoeFit, part: Part, times: Moes) -> Floats:

@@ -47,7 +47,8 @@ class AttentionFit:
     the bandwidth. position: seconds for each position of the longest decoding sequence, split as far as it goes. alone:
     the same where each head has keys of its own and is not split. combine: seconds of joining the parts of sequences.
     regroup: seconds to put the heads of several decoding sequences in order. decode_overlap: exponent for blocks and memory.
-    packed: whether a block takes rows of all heads that share keys."""
+    packed: whether a block takes rows of all heads that share keys. Where not: beside: how much longer the keys of
+    decoding sequences take to read beside prompts; empty: seconds of each block that these have no rows for."""
 
     launch: float
     math: float
@@ -61,6 +62,8 @@ class AttentionFit:
     combine: float
     regroup: float
     decode_overlap: float
+    beside: float
+    empty: float
     packed: bool
 
 

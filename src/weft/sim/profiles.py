@@ -180,6 +180,7 @@ def works(profile: Attentions, packed: bool) -> Work:
         rows=profile.rows * profile.batch * ~one,
         prior=profile.prior * profile.batch * ~one,
         longest=(profile.prior + profile.rows) * ~one,
+        tallest=np.ceil(profile.rows * group / ROWS) * ~one,
         sequences=profile.batch * one,
         slots=(profile.prior + 1) * profile.batch * one,
         longest_decode=(profile.prior + 1) * one,
@@ -194,8 +195,29 @@ def read_layers(path: Path, layer: str, column: str = "tokens") -> tuple[Floats,
     return tokens[rows], taken[rows] * 1e-6
 
 
-def read_mixed(path: Path, heads: Heads, packed: bool) -> tuple[Work, Floats]:
-    """llmservingsim's attention profile: one chunk of a prompt, beside equal decoding sequences; either may be none."""
+def read_layer_gemms(folder: Path) -> Gemms:
+    """Products of Llama-3.1-8B on one rank and on one of two, in llmservingsim's profile."""
+    found = []
+    for ranks in (1, 2):
+        for layer, (n, k) in _LAYERS.items():
+            file, column = ("per_sequence", "sequences") if layer == "lm_head" else ("dense", "tokens")
+            m, seconds = read_layers(folder / f"tp{ranks}" / f"{file}.csv.gz", layer, column)
+            cut = (n, k // ranks) if layer in ("o_proj", "down_proj") else (n // ranks, k)
+            found.append((m, np.full(len(m), cut[0]), np.full(len(m), cut[1]), seconds))
+    return Gemms(*(np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True)))
+
+
+def read_pointwise(folder: Path) -> tuple[Floats, Floats]:
+    """(bytes, seconds) of norms (residual and hidden states, read and written) and gates in the same profile."""
+    norm, norm_seconds = read_layers(folder / "tp1" / "dense.csv.gz", "layernorm")
+    gate, gate_seconds = read_layers(folder / "tp1" / "dense.csv.gz", "act_fn")
+    moved = np.concatenate([norm * 4 * 4096 * 2, gate * 3 * 14336 * 2])
+    return moved, np.concatenate([norm_seconds, gate_seconds])
+
+
+def read_mixed(path: Path, heads: Heads, packed: bool) -> tuple[Work, Floats, NDArray[np.bool_]]:
+    """llmservingsim's attention profile: one chunk of a prompt, beside equal decoding sequences; either may be none.
+    The last array tells the rows that are kept back: by chunk and number of sequences, at all lengths."""
     chunk, prior, sequences, slots, taken = _columns(
         path, read_table(path), "prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us"
     )
@@ -208,13 +230,22 @@ def read_mixed(path: Path, heads: Heads, packed: bool) -> tuple[Work, Floats]:
         rows=chunk,
         prior=prior * prompt,
         longest=(prior + chunk) * prompt,
+        tallest=blocks,
         sequences=sequences,
         slots=sequences * slots,
         longest_decode=slots * (sequences > 0),
     )
-    return work, taken * 1e-6
+    return work, taken * 1e-6, kept_back(chunk, sequences)
 
 
+# (n, k) of Llama-3.1-8B.
+_LAYERS = {
+    "qkv_proj": (6144, 4096),
+    "o_proj": (4096, 4096),
+    "gate_up_proj": (28672, 4096),
+    "down_proj": (4096, 14336),
+    "lm_head": (128256, 4096),
+}
 # (hidden size, experts of a token) of the models in the profile whose experts have two matrices and no gate.
 _NO_GATE = {("2688", "6"), ("2048", "22"), ("4096", "22")}
 _ATTENTION = ("batch_size", "isl", "step", "num_heads", "num_key_value_heads", "latency_ms")
