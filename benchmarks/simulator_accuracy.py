@@ -2,10 +2,11 @@
 
     python benchmarks/simulator_accuracy.py --data DIR [--quick] [--json FILE] [--plot FILE]
 
-DIR holds gpu_profiles (default: shared/data beside the checkout). What is kept back was chosen before fitting, by a hash
-of what was computed (weft.sim.profiles): every fifth weight shape, every fifth batch and heads of attention, every fifth
-size of an all-reduce. tools/fit_gpu.py fits on the rest. Beside the model, a roofline of three coefficients (launch, parts
-of both peaks) is fitted on the same rows. A run of vLLM is replayed in virtual time; nothing was fitted on it.
+DIR holds gpu_profiles (default: shared/data beside the checkout). What is kept back was chosen before fitting, by a
+hash of what was computed (weft.sim.profiles): every fifth weight shape, every fifth batch and heads of attention, every
+fifth size of an all-reduce. tools/fit_gpu.py fits on the rest. Beside the model, a roofline of three coefficients
+(launch, parts of both peaks) is fitted on the same rows. A run of vLLM is replayed in virtual time; nothing was fitted
+on it.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from weft.sim.precision import find_precision
 from weft.sim.step import StepCost
 
 SXM = {"a100-80": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm"}
-LINKS = {"nvlink3": "a100_sxm", "nvlink4": "h100_sxm"}
+LINKS = {"nvlink3": ("a100_sxm",), "nvlink4": ("h100_sxm", "h200_sxm")}
 RTX = Path("llmservingsim") / "perf" / "RTXPRO6000" / "meta-llama" / "Llama-3.1-8B" / "bf16"
 
 
@@ -72,7 +73,9 @@ def main() -> None:
     claims |= run
     if arguments.plot is not None:
         draw(found, replayed, arguments.plot)
-    notes = ["The replayed run is SIMULATED with weft's scheduler; the times it is compared with were measured with vLLM."]
+    notes = [
+        "The replayed run is SIMULATED with weft's scheduler; the times it is compared with were measured with vLLM."
+    ]
     common.report(arguments, claims, rows, notes)
 
 
@@ -94,7 +97,9 @@ def gemm_residuals(kind: str, name: str, gpu: Gpu, times: profiles.Gemms) -> Res
 
 def attentions(data: Path) -> Iterator[Residuals]:
     for name, prefix in SXM.items():
-        yield attention_residuals("attention", name, find_gpu(name), profiles.read_attentions(data / "aiconfigurator", prefix))
+        yield attention_residuals(
+            "attention", name, find_gpu(name), profiles.read_attentions(data / "aiconfigurator", prefix)
+        )
     gpu, heads = find_gpu("rtx-pro-6000"), Heads(32, 8, 128, 128, 2 * 128)
     work, seconds, kept = profiles.read_mixed(data / RTX / "tp1" / "attention.csv.gz", heads, gpu.attention.packed)
     predicted = attention_seconds(gpu.attention, gpu.part(), heads, work)
@@ -108,11 +113,14 @@ def attention_residuals(kind: str, name: str, gpu: Gpu, times: profiles.Attentio
 
 
 def reduces(data: Path) -> Iterator[Residuals]:
-    for name, prefix in LINKS.items():
-        paths = sorted((data / "aiconfigurator").glob(f"{prefix}_custom_allreduce*.csv.gz"))
-        times = profiles.read_reduces(paths, ("graph", "TRTLLM"))
-        predicted = fit.reduce_predictions(find_link(name), times)
-        yield Residuals("all-reduce", name, predicted, times.seconds, times.kept_back, times.size, "bytes")
+    for name, prefixes in LINKS.items():
+        for library, (pattern, kernel) in profiles.LIBRARIES.items():
+            folder = data / "aiconfigurator"
+            paths = [path for prefix in prefixes for path in sorted(folder.glob(f"{prefix}_{pattern}"))]
+            times = profiles.read_reduces(paths, kernel)
+            predicted = fit.reduce_predictions(find_link(name, library), times)
+            label = f"{name} {library}"
+            yield Residuals("all-reduce", label, predicted, times.seconds, times.kept_back, times.size, "bytes")
 
 
 def experts(data: Path) -> Iterator[Residuals]:
@@ -154,7 +162,8 @@ def pooled(found: list[Residuals]) -> dict[str, float]:
 
 
 def roofline(data: Path) -> float:
-    """Mean error in percent, as gemm_mape_percent, of launch + max(operations, bytes) with three fitted coefficients."""
+    """Mean error in percent, as gemm_mape_percent, of launch + max(operations, bytes) with three fitted
+    coefficients."""
     found = []
     for name, prefix in SXM.items():
         part = find_gpu(name).part()
@@ -199,8 +208,8 @@ def vllm(folder: Path) -> tuple[dict[str, float], dict[str, tuple[np.ndarray, np
 def draw(found: list[Residuals], replayed: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(16, 13), layout="constrained")
-    rows = picture.subplots(4, 4)
+    picture = Picture(figsize=(20, 16), layout="constrained")
+    rows = picture.subplots(5, 5)
     axes = iter(rows.flat)
     for one, axis in zip(found, axes, strict=False):
         axis.semilogx(one.size[one.kept], one.errors, ".", markersize=2)
@@ -224,7 +233,9 @@ def _cells(row: dict[str, Any]) -> list[str]:
 def _arguments() -> argparse.Namespace:
     made = common.parser(__doc__.split("\n")[0])
     data = common.REPOSITORY.parent / "shared" / "data"
-    made.add_argument("--data", type=Path, default=data, metavar="DIR", help="holds gpu_profiles (default: %(default)s)")
+    made.add_argument(
+        "--data", type=Path, default=data, metavar="DIR", help="holds gpu_profiles (default: %(default)s)"
+    )
     return made.parse_args()
 
 

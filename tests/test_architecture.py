@@ -30,7 +30,7 @@ ALLOWED = {
     "loop": {"core", "phases", "ipc", "text", "devices"},
     "server": {"core", "text", "ipc", "loop"},
     "bench": set(),
-    "sim": {"core", "phases", "weave", "comet", "devices", "loop", "bench"},
+    "sim": {"core", "phases", "weave", "comet", "models", "devices", "loop", "bench"},
     "cli": PACKAGES,
 }
 # Packages that must run from a source tree on a bare GPU image.

@@ -29,7 +29,8 @@ AMPERE = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (
 HOPPER = (*AMPERE, (192, 128), (128, 192), (128, 32), (32, 128))
 PROFILED = {"a100": ("a100_sxm", AMPERE, False), "h100": ("h100_sxm", HOPPER, True), "h200": ("h200_sxm", HOPPER, True)}
 GPU_OF = {"a100": "a100-80", "h100": "h100", "h200": "h200", "rtx-pro-6000": "rtx-pro-6000"}
-LINKS = {"nvlink3": ("a100_sxm", False), "nvlink4": ("h100_sxm", True)}
+LINKS = {"nvlink3": (("a100_sxm",), False), "nvlink4": (("h100_sxm", "h200_sxm"), True)}
+LIMITS = tuple(2.0**power for power in range(19, 27))
 # Of RMSNorm on an H100: 3.0 of 3.35 TB/s at 32768 tokens of 8192 (TokenWeave, figure 4).
 NORM_DRAM = 0.9
 # What profiles of prompts alone and decoding alone cannot tell, and one with heads of one group.
@@ -80,16 +81,27 @@ def balanced(work: Work, fitted: Any) -> Any:
     return np.concatenate([rows[np.linspace(0, len(rows) - 1, MIXED).astype(int)] for rows in found])
 
 
-def collective(folder: Path, name: str, prefix: str, multicast: bool) -> dict[str, float]:
-    paths = sorted(folder.glob(f"{prefix}_custom_allreduce*.csv.gz"))
-    times = profiles.read_reduces(paths, ("graph", "TRTLLM"))
-    fitted = ~times.kept_back
-    times = profiles.Reduces(times.ranks[fitted], times.size[fitted], times.seconds[fitted])
-    return rounded(asdict(fit.fit_collective(hardware.find_link(name), times, multicast)))
+def collectives(folder: Path, name: str, prefixes: Sequence[str], multicast: bool) -> dict[str, dict[str, float]]:
+    """Of each library that was measured on a link; NCCL first, which the others leave large sizes to."""
+    link, found = hardware.find_link(name), {}
+    for library, (pattern, kernel) in profiles.LIBRARIES.items():
+        paths = [path for prefix in prefixes for path in sorted(folder.glob(f"{prefix}_{pattern}"))]
+        times = profiles.read_reduces(paths, kernel)
+        made = fit.fit_collective(
+            link, times.where(~times.kept_back), multicast, (0.0,) if library == "nccl" else LIMITS
+        )
+        if library == "nccl":
+            link = replace(link, large=made)
+        found[library] = rounded(asdict(made))
+    return {library: found[library] for library in ("vllm", "sglang", "trtllm", "nccl")}
 
 
 def rounded(found: dict[str, Any]) -> dict[str, Any]:
-    return {name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) else value for name, value in found.items()}
+    """Sizes in bytes stay whole."""
+    return {
+        name: float(f"{value:.{DIGITS}g}") if isinstance(value, float) and not value.is_integer() else value
+        for name, value in found.items()
+    }
 
 
 def write(path: Path, found: Any) -> None:
@@ -113,9 +125,9 @@ def fit_all(data: Path) -> None:
     fits["rtx-pro-6000"]["moe"] = fits["a100"]["moe"]
     write(hardware.DATA / "fits.json", fits)
     links = json.loads((hardware.DATA / "links.json").read_text())
-    for name, (prefix, multicast) in LINKS.items():
-        links[name]["collective"] = collective(data / "aiconfigurator", name, prefix, multicast)
-    links["nvlink5"]["collective"] = links["nvlink4"]["collective"]
+    for name, (prefixes, multicast) in LINKS.items():
+        links[name]["libraries"] = collectives(data / "aiconfigurator", name, prefixes, multicast)
+    links["nvlink5"]["libraries"] = links["nvlink4"]["libraries"]
     write(hardware.DATA / "links.json", links)
 
 

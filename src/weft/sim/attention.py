@@ -7,7 +7,7 @@ operations for each slice. The formulas use plain operators only: they work on n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,8 @@ BALANCE = 2.0  # exponent that joins the longest sequence with all of them
 class Heads:
     """Of one rank. heads: query heads. kv_heads: those with keys of their own. key, value: elements of one key and one
     value as they are multiplied. slot: elements that the cache keeps for a position and kv head. kv_bits: bits of each.
-    latent: multi-head latent attention (MLA), whose one kv head in the cache is read by all heads; prompts multiply with
-    keys and values that are unpacked from it for each head.
+    latent: multi-head latent attention (MLA), whose one kv head in the cache is read by all heads; prompts multiply
+    with keys and values that are unpacked from it for each head.
     """
 
     heads: Any
@@ -49,9 +49,10 @@ class Heads:
 class Work:
     """What the slices of a step ask for, summed.
 
-    pairs: (query row, key) pairs of prompts, blocks filled up. blocks: of rows of one head, or of a group of heads where
-    they are packed. rows, prior: query rows of prompts, and positions that were there before them. longest: positions of
-    the longest prompt. tallest: blocks of the one with most of them. sequences, slots, longest_decode: of those with one row.
+    pairs: (query row, key) pairs of prompts, blocks filled up. blocks: of rows of one head, or of a group of heads
+    where they are packed. rows, prior: query rows of prompts, and positions that were there before them. longest:
+    positions of the longest prompt. tallest: blocks of the one with most of them. sequences, slots, longest_decode: of
+    those with one row.
     """
 
     pairs: Any = 0.0
@@ -65,25 +66,28 @@ class Work:
     longest_decode: Any = 0.0
 
 
-def work_of(slices: Iterable[tuple[int, int]], group: float) -> Work:
-    """slices: (rows, positions before them). group: query heads that a block takes rows of."""
-    work = Work()
-    sequences, slots, longest = 0, 0, 0
-    for rows, prior in slices:
-        if rows == 1:
-            sequences += 1
-            slots += prior + 1
-            if prior >= longest:
-                longest = prior + 1
-            continue
-        blocks = math.ceil(rows * group / ROWS)
-        work.blocks += blocks
-        work.pairs += blocks * ROWS / group * (prior + rows / 2 + DIAGONAL)
-        work.rows += rows
-        work.prior += prior
-        work.longest = max(work.longest, prior + rows)
-    work.sequences, work.slots, work.longest_decode = sequences, slots, longest
+def work_of(rows: Sequence[int], before: Sequence[int], group: float) -> Work:
+    """Of sequences with so many query rows each, after so many positions before. group: query heads that a block takes
+    rows of."""
+    if sum(rows) == len(rows):
+        return _decoding(before)
+    alone = [known for count, known in zip(rows, before, strict=True) if count == 1]
+    work = _decoding(alone)
+    for count, known in zip(rows, before, strict=True):
+        if count > 1:
+            blocks = math.ceil(count * group / ROWS)
+            work.blocks += blocks
+            work.pairs += blocks * ROWS / group * (known + count / 2 + DIAGONAL)
+            work.rows += count
+            work.prior += known
+            work.longest = max(work.longest, known + count)
+            work.tallest = max(work.tallest, blocks)
     return work
+
+
+def _decoding(before: Sequence[int]) -> Work:
+    count = len(before)
+    return Work(sequences=count, slots=sum(before) + count, longest_decode=max(before) + 1) if count else Work()
 
 
 def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from weft.errors import ConfigError
-from weft.sim.hardware import Link
+from weft.sim.hardware import CollectiveFit, Link
 
 
 def all_reduce_seconds(link: Link, ranks: int, size: Any) -> Any:
@@ -20,14 +20,19 @@ def all_reduce_seconds(link: Link, ranks: int, size: Any) -> Any:
     if ranks == 1:
         return size * 0.0
     check_ranks(link, ranks)
-    fit = link.collective
-    bandwidth = link.bandwidth * fit.bandwidth
+    found = _quickest(link.collective, link.bandwidth, ranks, size)
+    limit = link.collective.limit
+    return np.where(size > limit, _quickest(link.large, link.bandwidth, ranks, size), found) if limit else found
+
+
+def _quickest(fit: CollectiveFit, peak: float, ranks: int, size: Any) -> Any:
+    bandwidth = peak * fit.bandwidth
     launch = fit.launch + fit.rank * (ranks - 2)
     found = np.minimum(
         launch + size * (ranks - 1) / bandwidth, launch + fit.second + 2 * size * (ranks - 1) / ranks / bandwidth
     )
     if fit.multicast:
-        switched = size * (ranks + 1) / ranks / (link.bandwidth * fit.multicast)
+        switched = size * (ranks + 1) / ranks / (peak * fit.multicast)
         found = np.minimum(found, launch + fit.second + switched)
     return found
 

@@ -1,9 +1,12 @@
-"""Coefficients from measured times: few, positive, and fitted on the relative error, so that no size outweighs others."""
+"""Coefficients from measured times: few, positive, and fitted on the relative error, so that no size outweighs
+others."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +22,6 @@ Floats = NDArray[np.float64]
 NUDGE = 0.02  # of a logarithm, for the slopes
 SOFT = 0.02  # errors below this part weigh as squares, greater ones in proportion
 FURTHEST = 0.7  # of a logarithm, in one round
-EXPONENTS = (1.0, 8.0)
 
 
 def fit_positive(
@@ -29,10 +31,11 @@ def fit_positive(
     most: Sequence[float] | None = None,
     rounds: int = 30,
 ) -> Floats:
-    """Positive coefficients, at most `most`, that bring the logarithms of predict(coefficients) near those of `measured`.
+    """Positive coefficients, at most `most`, that bring the logarithms of predict(coefficients) near those of
+    `measured`.
 
-    Minimises the mean absolute error, rounded at zero, by Levenberg-Marquardt steps with weights that are renewed in each
-    round. Deterministic. `start` has to be of the right order of magnitude.
+    Minimises the mean absolute error, rounded at zero, by Levenberg-Marquardt steps with weights that are renewed in
+    each round. Deterministic. `start` has to be of the right order of magnitude.
     """
     target = np.log(measured)
     limit = np.log(np.asarray(most)) if most is not None else np.full(len(start), np.inf)
@@ -74,8 +77,26 @@ def thinned(count: int, most: int) -> NDArray[np.int64]:
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64))
 
 
-GEMM_START = (2.5e-6, 1.0, 1e-7, 1e-6, 0.85, 3.0, 2e-6, 0.1)
-GEMM_MOST = (1e-4, 1.1, 1e-5, 1e-4, 1.0, EXPONENTS[1], 1e-4, 1.0)
+# Start and limit of each coefficient.
+Ranges = Mapping[str, tuple[float, float]]
+GEMM: Ranges = {
+    "launch": (2.5e-6, 1e-4), "math": (1.0, 1.1), "step": (1e-7, 1e-5), "tile": (1e-6, 1e-4), "dram": (0.85, 1.0),
+    "overlap": (3.0, 8.0), "split": (2e-6, 1e-4), "sustained": (0.1, 1.0),
+}  # fmt: skip
+MOE: Ranges = {"launch": (2e-5, 1e-3), "expert": (5e-8, 1e-5), "math": (0.7, 1.0), "dram": (0.85, 1.0)}
+COLLECTIVE: Ranges = {
+    "launch": (4e-6, 1e-3), "rank": (2e-7, 1e-4), "second": (3e-6, 1e-3), "bandwidth": (0.7, 1.0),
+    "multicast": (0.65, 1.0),
+}  # fmt: skip
+
+
+def named(found: Floats, ranges: Ranges) -> dict[str, Any]:
+    return dict(zip(ranges, map(float, found), strict=True))
+
+
+def fit_named(predict: Callable[[Floats], Floats], measured: Floats, ranges: Ranges) -> Floats:
+    start, most = zip(*ranges.values(), strict=True)
+    return fit_positive(predict, measured, start, most)
 
 
 def fit_gemm(
@@ -86,16 +107,15 @@ def fit_gemm(
     chosen = times.where(np.isin(np.arange(len(times.m)), rows))
 
     def made(found: Floats) -> GemmFit:
-        return GemmFit(*map(float, found), tiles=tuple(tiles))
+        return GemmFit(**named(found, GEMM), tiles=tuple(tiles))
 
     def predict(found: Floats) -> Floats:
         return gemm_seconds(made(found), part, chosen.m, chosen.n, chosen.k, operands)
 
-    return made(fit_positive(predict, chosen.seconds, GEMM_START, GEMM_MOST))
+    return made(fit_named(predict, chosen.seconds, GEMM))
 
 
-# Start and limit of each coefficient.
-ATTENTION = {
+ATTENTION: Ranges = {
     "launch": (1e-5, 1e-4), "math": (0.6, 1.0), "chain": (0.5, 1.0), "overlap": (2.0, 8.0), "tile": (3e-6, 1e-4),
     "block": (4e-6, 1e-4), "dram": (0.85, 1.0), "position": (5e-10, 1e-7), "alone": (5e-9, 1e-6),
     "combine": (2e-6, 1e-4), "regroup": (1e-6, 1e-4), "decode_overlap": (2.0, 8.0), "beside": (1.5, 8.0),
@@ -108,35 +128,30 @@ def fit_attention(
 ) -> AttentionFit:
     """heads, work: arrays, as profiles.heads_of and profiles.works make them, the latter with the same `packed`.
     known: coefficients that these times cannot tell."""
-    names = [name for name in ATTENTION if name not in known]
+    ranges = {name: ATTENTION[name] for name in ATTENTION if name not in known}
 
     def made(found: Floats) -> AttentionFit:
-        return AttentionFit(**dict(zip(names, map(float, found), strict=True)), **known, packed=packed)
+        return AttentionFit(**named(found, ranges), **known, packed=packed)
 
     def predict(found: Floats) -> Floats:
         return np.asarray(attention_seconds(made(found), part, heads, work))
 
-    start, most = zip(*(ATTENTION[name] for name in names), strict=True)
-    return made(fit_positive(predict, seconds, start, most))
+    return made(fit_named(predict, seconds, ranges))
 
 
 def fit_moe(part: Part, times: Moes) -> MoeFit:
     def made(found: Floats) -> MoeFit:
-        return MoeFit(*map(float, found))
+        return MoeFit(**named(found, MOE))
 
     def predict(found: Floats) -> Floats:
-        return np.asarray(_moe(made(found), part, times))
+        return moe_predictions(made(found), part, times)
 
-    return made(fit_positive(predict, times.seconds, (2e-5, 5e-8, 0.7, 0.85), (1e-3, 1e-5, 1, 1)))
-
-
-def _moe(fit: MoeFit, part: Part, times: Moes) -> Floats:
-    shape = times.hidden, times.intermediate, times.experts, times.top_k
-    return np.asarray(moe_seconds(fit, part, times.tokens, *shape, BF16))  # type: ignore[arg-type]
+    return made(fit_named(predict, times.seconds, MOE))
 
 
 def moe_predictions(fit: MoeFit, part: Part, times: Moes) -> Floats:
-    return _moe(fit, part, times)
+    shape = times.hidden, times.intermediate, times.experts, times.top_k
+    return np.asarray(moe_seconds(fit, part, times.tokens, *shape, BF16))
 
 
 def fit_pointwise(part: Part, moved: Floats, seconds: Floats) -> PointwiseFit:
@@ -148,17 +163,22 @@ def fit_pointwise(part: Part, moved: Floats, seconds: Floats) -> PointwiseFit:
     return PointwiseFit(*map(float, fit_positive(predict, seconds, (3e-6, 0.7), (1e-4, 1.0))))
 
 
-def fit_collective(link: Link, times: Reduces, multicast: bool) -> CollectiveFit:
-    """multicast: whether the switch of this link can add up."""
+def fit_collective(link: Link, times: Reduces, multicast: bool, limits: Sequence[float] = (0.0,)) -> CollectiveFit:
+    """multicast: whether the switch of this link can add up. limits: sizes beyond which the library may leave it to
+    NCCL, whose coefficients are link.large; the one that fits best is taken."""
+    ranges = {name: COLLECTIVE[name] for name in COLLECTIVE if multicast or name != "multicast"}
 
-    def made(found: Floats) -> CollectiveFit:
-        return CollectiveFit(*map(float, found), *(() if multicast else (0.0,)))
+    def made(found: Floats, limit: float) -> CollectiveFit:
+        return CollectiveFit(**{"multicast": 0.0} | named(found, ranges), limit=limit)
 
-    def predict(found: Floats) -> Floats:
-        return reduce_predictions(replace(link, collective=made(found)), times)
+    def predict(found: Floats, limit: float) -> Floats:
+        return reduce_predictions(replace(link, collective=made(found, limit)), times)
 
-    start = (4e-6, 2e-7, 3e-6, 0.7, 0.65) if multicast else (4e-6, 2e-7, 3e-6, 0.7)
-    return made(fit_positive(predict, times.seconds, start, (1e-3, 1e-4, 1e-3, 1.0, 1.0)[: len(start)]))
+    def error(fit: CollectiveFit) -> float:
+        return float(np.abs(reduce_predictions(replace(link, collective=fit), times) / times.seconds - 1).mean())
+
+    fits = [made(fit_named(partial(predict, limit=limit), times.seconds, ranges), limit) for limit in limits]
+    return min(fits, key=error)
 
 
 def reduce_predictions(link: Link, times: Reduces) -> Floats:

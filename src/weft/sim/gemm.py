@@ -1,7 +1,7 @@
 """How long a matrix product takes: tiles in waves over the SMs, against reading and writing everything once.
 
-A kernel is chosen among tile sizes and splits along k, as libraries do. Of a tile, each step along k takes its arithmetic
-and a fixed latency. Works on numbers and on arrays.
+A kernel is chosen among tile sizes and splits along k, as libraries do. Of a tile, each step along k takes its
+arithmetic and a fixed latency. Works on numbers and on arrays.
 """
 
 from __future__ import annotations
@@ -39,8 +39,11 @@ def gemm_bytes(m: Any, n: Any, k: Any, operands: Operands = BF16) -> Any:
     return (m * k * operands.inputs + n * k * operands.weights + m * n * OUTPUT_BITS) / 8
 
 
-def gemm_seconds(fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Operands = BF16) -> Floats:
-    """Of [m, k] times [k, n], each a number or an array that goes with the others.
+def gemm_seconds(
+    fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Operands = BF16, hot: bool = False
+) -> Floats:
+    """Of [m, k] times [k, n], each a number or an array that goes with the others. hot: on a GPU that has computed for
+    a while, as in serving, and has slowed down; in measurements of single products it does so only in long ones.
 
     Never less than the operations at the peak or the bytes at full bandwidth take.
     """
@@ -50,7 +53,7 @@ def gemm_seconds(fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Ope
     waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * split / part.sms)
     one = 2 * rows * columns * STEP / (part.sm_flops * fit.math) + fit.step
     compute = waves * (steps * one + fit.tile * rows * columns / 128**2)
-    compute = compute * (1 + fit.sustained * compute / (compute + SUSTAINED))
+    compute = compute * (1 + fit.sustained * (1.0 if hot else compute / (compute + SUSTAINED)))
     bandwidth = fit.dram * part.bandwidth
     compute = compute + np.where(split > 1, fit.split + PARTIAL_BYTES * split * m * n / bandwidth, 0.0)
     moved = gemm_bytes(m, n, k, operands)

@@ -1,15 +1,16 @@
 """GPUs and links as data: what their makers say they can do, and coefficients fitted on measured times.
 
 The files are data/gpus.json (constants with their source, and whose coefficients a GPU takes), data/fits.json and
-data/links.json (coefficients, written by tools/fit_gpu.py). A GPU without measurements of its own takes the coefficients
-of its nearest relative, which are parts of its own peaks where they are no times; it is marked uncalibrated.
+data/links.json (coefficients, written by tools/fit_gpu.py). A GPU without measurements of its own takes the
+coefficients of its nearest relative, which are parts of its own peaks where they are no times; it is marked
+uncalibrated.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,11 +23,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class GemmFit:
-    """launch: seconds of any kernel. math: part of the peak that a tile reaches. step: seconds of each step of 128 bytes
-    along k. tile: seconds of a tile of 128x128 before its first and after its last step. dram: part of the bandwidth.
-    overlap: exponent of the norm that joins arithmetic and memory (1: one after the other, infinite: side by side).
-    split: seconds of joining the parts of a product that is split along k. sustained: how much slower arithmetic is that
-    goes on for long (power), as a part. tiles: the tiles that kernels exist for, rows and columns."""
+    """launch: seconds of any kernel. math: part of the peak that a tile reaches. step: seconds of each step of 128
+    bytes along k. tile: seconds of a tile of 128x128 before its first and after its last step. dram: part of the
+    bandwidth. overlap: exponent of the norm that joins arithmetic and memory (1: one after the other, infinite: side by
+    side). split: seconds of joining the parts of a product that is split along k. sustained: how much slower arithmetic
+    is that goes on for long (power), as a part. tiles: the tiles that kernels exist for, rows and columns."""
 
     launch: float
     math: float
@@ -46,9 +47,9 @@ class AttentionFit:
     tile, block: seconds to start and end a block of 128 rows of prompts, and one of a decoding sequence. dram: part of
     the bandwidth. position: seconds for each position of the longest decoding sequence, split as far as it goes. alone:
     the same where each head has keys of its own and is not split. combine: seconds of joining the parts of sequences.
-    regroup: seconds to put the heads of several decoding sequences in order. decode_overlap: exponent for blocks and memory.
-    packed: whether a block takes rows of all heads that share keys. Where not: beside: how much longer the keys of
-    decoding sequences take to read beside prompts; empty: seconds of each block that these have no rows for."""
+    regroup: seconds to put the heads of several decoding sequences in order. decode_overlap: exponent for blocks and
+    memory. packed: whether a block takes rows of all heads that share keys. Where not: beside: how much longer the keys
+    of decoding sequences take to read beside prompts; empty: seconds of each block that these have no rows for."""
 
     launch: float
     math: float
@@ -96,21 +97,23 @@ class HostFit:
 
 @dataclass(frozen=True, slots=True)
 class CollectiveFit:
-    """launch: seconds of a collective of two ranks. rank: seconds more for each further one. second: seconds more where
-    it takes two phases. bandwidth: part of the link's. multicast: the same where the switch adds up; 0: it cannot.
-    """
+    """Of one library. launch: seconds of a collective of two ranks. rank: seconds more for each further one. second:
+    seconds more where it takes two phases. bandwidth: part of the link's. multicast: the same where the switch adds up;
+    0: it cannot. limit: bytes beyond which the library leaves it to NCCL; 0: never."""
 
     launch: float
     rank: float
     second: float
     bandwidth: float
     multicast: float
+    limit: float
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     """bandwidth: bytes/s that each rank sends, and as much that it receives. ranks: most that it joins. calibrated:
-    whether `collective` was fitted on times of such a link."""
+    whether the coefficients were fitted on times of such a link. collective: of the library that joins the ranks;
+    large: of NCCL."""
 
     name: str
     title: str
@@ -119,14 +122,15 @@ class Link:
     calibrated: bool
     source: str
     collective: CollectiveFit
+    large: CollectiveFit
 
 
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """flops: operations/s, dense, by arithmetic (bf16, fp8, int8, int4, fp4): what is missing it does not have.
     bandwidth: bytes/s of its memory. memory: bytes. saturation: the part of the SMs that draws all of the bandwidth.
-    contention: how much longer memory takes beside a lane on the whole device. calibrated: whether the coefficients were
-    fitted on times of this GPU; `note` says what they come from."""
+    contention: how much longer memory takes beside a lane on the whole device. calibrated: whether the coefficients
+    were fitted on times of this GPU; `note` says what they come from."""
 
     name: str
     title: str
@@ -168,7 +172,8 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What a kernel has of a GPU. sm_flops: operations/s of one SM in bf16. speed: how much faster its arithmetic is."""
+    """What a kernel has of a GPU. sm_flops: operations/s of one SM in bf16. speed: how much faster its arithmetic
+    is."""
 
     sms: float
     sm_flops: float
@@ -226,18 +231,18 @@ def read_gpu(raw: Mapping[str, Any]) -> Gpu:
     return _read(Gpu, found, "GPU")
 
 
-def find_link(name: str) -> Link:
-    """Raises ConfigError naming the links there are."""
+def find_link(name: str, library: str | None = None) -> Link:
+    """library: whose collectives: nccl, and where they were measured vllm (the default there), sglang and trtllm.
+    Raises ConfigError naming the links, or the libraries, that there are."""
     links = _data("links.json")
     if name not in links:
         raise ConfigError(f"no link is called {name!r}; there are {', '.join(links)}")
     raw = {"name": name} | links[name]
-    return _read(Link, raw | {"collective": _read(CollectiveFit, raw["collective"], "collective")}, "link")
-
-
-def slower_link(link: Link, part: float) -> Link:
-    """The same link with a part of its bandwidth."""
-    return replace(link, bandwidth=link.bandwidth * part)
+    libraries = {key: _read(CollectiveFit, value, key) for key, value in raw.pop("libraries").items()}
+    library = library or next(iter(libraries))
+    if library not in libraries:
+        raise ConfigError(f"no collectives of {library!r} on {name}; there are {', '.join(libraries)}")
+    return _read(Link, raw | {"collective": libraries[library], "large": libraries["nccl"]}, "link")
 
 
 _FITS: dict[str, Any] = {

@@ -20,8 +20,8 @@ MODELS = DATA / "models"
 
 @dataclass(frozen=True, slots=True)
 class Experts:
-    """count: routed experts, `chosen` of which each token takes. intermediate: of one of them. shared: intermediate size
-    of the experts that every token takes, together. dense_layers: first layers that have none."""
+    """count: routed experts, `chosen` of which each token takes. intermediate: of one of them. shared: intermediate
+    size of the experts that every token takes, together. dense_layers: first layers that have none."""
 
     count: int
     chosen: int
@@ -32,8 +32,8 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class Latent:
-    """Multi-head latent attention (DeepSeek-V2). q_rank: 0 where queries are not compressed. rank, rope: elements of the
-    cached latent and of the rotated key beside it. nope, value: of a head's unrotated key and value."""
+    """Multi-head latent attention (DeepSeek-V2). q_rank: 0 where queries are not compressed. rank, rope: elements of
+    the cached latent and of the rotated key beside it. nope, value: of a head's unrotated key and value."""
 
     q_rank: int
     rank: int

@@ -10,7 +10,7 @@ from weft.sim.hardware import MoeFit, Part
 BETWEEN = 6  # times that as much as the intermediate state is read or written: two halves, the gate, its product
 
 
-def active_experts(experts: int, top_k: float, tokens: Any) -> Any:
+def active_experts(experts: Any, top_k: Any, tokens: Any) -> Any:
     """How many of the experts have a token, on average, when every token takes `top_k` of them at random."""
     return experts * (1.0 - (1.0 - top_k / experts) ** tokens)
 
@@ -19,10 +19,10 @@ def moe_seconds(
     fit: MoeFit,
     part: Part,
     tokens: Any,
-    hidden: int,
-    intermediate: int,
-    experts: int,
-    top_k: float,
+    hidden: Any,
+    intermediate: Any,
+    experts: Any,
+    top_k: Any,
     operands: Operands,
 ) -> Any:
     """Of both products (three matrices) of all experts. intermediate: of one expert, on one rank.

@@ -1,6 +1,7 @@
 """Readers of published GPU profiles, as arrays in seconds and bytes, and which of their rows are kept for judging fits.
 
-aiconfigurator: ai-dynamo/aiconfigurator, measured operations. llmservingsim: casys-kaist/LLMServingSim, layers of a model.
+aiconfigurator: ai-dynamo/aiconfigurator, measured operations. llmservingsim: casys-kaist/LLMServingSim, layers of a
+model.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from weft.errors import ConfigError
 from weft.sim.attention import DIAGONAL, ROWS, Heads, Work
 
 Floats = NDArray[np.float64]
+# Files of all-reduces of each library, and the end of the names of kernels without the host's time.
+LIBRARIES = {
+    "nccl": ("nccl_perf*.csv.gz", "NCCL"),
+    "vllm": ("custom_allreduce_perf_vllm*.csv.gz", "graph"),
+    "sglang": ("custom_allreduce_perf_sglang*.csv.gz", "graph"),
+    "trtllm": ("custom_allreduce_perf_trtllm*.csv.gz", "TRTLLM"),
+}
 KEPT = 5  # one in so many groups of rows is kept back
 
 
@@ -83,6 +91,9 @@ class Reduces:
     size: Floats
     seconds: Floats
 
+    def where(self, rows: NDArray[np.bool_]) -> Reduces:
+        return Reduces(self.ranks[rows], self.size[rows], self.seconds[rows])
+
     @property
     def kept_back(self) -> NDArray[np.bool_]:
         return kept_back(self.ranks, self.size)
@@ -140,14 +151,14 @@ def read_attentions(folder: Path, gpu: str) -> Attentions:
     return Attentions(batch, rows, prior, heads, kv_heads, taken * 1e-3)
 
 
-def read_reduces(paths: Iterable[Path], kernels: Sequence[str]) -> Reduces:
-    """16-bit all-reduces of aiconfigurator's profiles, of the kernels whose names end in one of `kernels`."""
+def read_reduces(paths: Iterable[Path], kernel_name: str) -> Reduces:
+    """16-bit all-reduces of aiconfigurator's profiles, of the kernels whose names end in `kernel_name`."""
     ranks, size, taken = [], [], []
     for path in paths:
         table = read_table(path)
         kind = table["nccl_dtype" if "nccl_dtype" in table else "allreduce_dtype"]
         for row, (name, kernel, dtype) in enumerate(zip(table["op_name"], table["kernel_source"], kind, strict=True)):
-            if name == "all_reduce" and dtype in ("bfloat16", "half") and kernel.endswith(tuple(kernels)):
+            if name == "all_reduce" and dtype in ("bfloat16", "half") and kernel.endswith(kernel_name):
                 ranks.append(float(table["num_gpus"][row]))
                 size.append(2.0 * float(table["message_size"][row]))  # the file counts elements
                 taken.append(float(table["latency_ms"][row]) * 1e-3)

@@ -32,8 +32,8 @@ ATTENTION = frozenset({"qkv", "qkv_down", "q_up", "kv_up", "o"})
 
 
 class Tokens(NamedTuple):
-    """Seconds that go with a number of tokens, of all layers. attention, mlp: their products. norms: both. rest: rotation
-    and gate. joins: all all-reduces."""
+    """Seconds that go with a number of tokens, of all layers. attention, mlp: their products. norms: both. rest:
+    rotation and gate. joins: all all-reduces."""
 
     attention: float
     mlp: float
@@ -47,9 +47,9 @@ class StepCost:
     """As devices.cost.CostModel, from shapes and hardware.
 
     ranks: that split every layer (tensor parallel), joined by `link`, which may be left out for one. fused: all-reduce,
-    norm and residual are one kernel, and every rank norms its part of the tokens (TokenWeave, section 5). weave: also, the
-    tokens go in two halves, one of which is computed while the other is joined, wherever that is quicker (section 6).
-    Raises ConfigError for what cannot be.
+    norm and residual are one kernel, and every rank norms its part of the tokens (TokenWeave, section 5). weave: also,
+    the tokens go in two halves, one of which is computed while the other is joined, wherever that is quicker (section
+    6). Raises ConfigError for what cannot be.
     """
 
     model: Model
@@ -110,25 +110,22 @@ class StepCost:
         """share: the lane's part of the device, in (0, 1]. rival: that of a lane which computes beside it, or 0.
         A part of a step that is cut takes its part of the time, and begins anew."""
         slices = plan.slices
-        shapes = [(len(piece.tokens), piece.start) for piece in slices]
+        rows = [len(piece.tokens) for piece in slices]
+        before = [piece.start for piece in slices]
         samples = sum([piece.sample is not None for piece in slices])
-        whole = self.whole(shapes, samples, share, rival)
+        whole = self.whole(rows, before, samples, share, rival)
         return whole if plan.parts == 1 else whole / plan.parts + CUT
 
-    def whole(self, shapes: list[tuple[int, int]], samples: int, share: float = 1.0, rival: float = 0.0) -> float:
-        """Of a step that computes for each of some sequences (rows, positions before them) and draws `samples`
-        tokens."""
-        tokens = sum([rows for rows, _ in shapes])
+    def whole(self, rows: list[int], before: list[int], samples: int, share: float = 1.0, rival: float = 0.0) -> float:
+        """Of a step that computes so many tokens of each of some sequences, after those before, and draws `samples`."""
+        tokens = sum(rows)
         part, heads = self._part(share, rival)
-        window = self.model.window
-        if window is not None:
-            shapes = [(rows, min(before, window)) for rows, before in shapes]
-        fit = self.gpu.attention
-        attention = self.model.layers * float(
-            attention_seconds(fit, part, heads, work_of(shapes, heads.together(fit.packed)))
-        )
+        if self.model.window is not None:
+            before = [min(known, self.model.window) for known in before]
+        fit, host = self.gpu.attention, self.gpu.host
+        work = work_of(rows, before, heads.together(fit.packed))
+        attention = self.model.layers * attention_seconds(fit, part, heads, work)
         layers = self._layers(tokens, attention, share, rival)
-        host = self.gpu.host
         return host.step + host.sequence * samples + layers + self._output(samples, share, rival)
 
     def _layers(self, tokens: int, attention: float, share: float, rival: float) -> float:
@@ -185,7 +182,7 @@ class StepCost:
     def _products(self, linears: list[Linear], rows: int, part: Part) -> list[float]:
         sizes = np.array([each.on(self.ranks) for each in linears], dtype=np.float64)
         counts = np.array([each.layers for each in linears])
-        one = gemm_seconds(self.gpu.gemm, part, rows, sizes[:, 0], sizes[:, 1], self.precision.operands)
+        one = gemm_seconds(self.gpu.gemm, part, rows, sizes[:, 0], sizes[:, 1], self.precision.operands, True)
         return [float(seconds) for seconds in one * counts]
 
     def _experts(self, experts: Experts, tokens: int, part: Part) -> float:
@@ -202,7 +199,7 @@ class StepCost:
         if found is None:
             (linear,) = [each for each in self.model.linears() if each.sampled]
             n, k = linear.on(self.ranks)
-            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k).item()
+            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k, hot=True).item()
             if self.link is not None:
                 found += float(gather_seconds(self.link, self.ranks, 2.0 * samples * linear.n))
             self._outputs[samples, share, rival] = found

@@ -1,0 +1,94 @@
+"""Fitting: coefficients come back from times made with them, and the shipped ones describe what they have not seen."""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from weft.errors import ConfigError
+from weft.sim import fit, profiles
+from weft.sim.gemm import gemm_seconds
+from weft.sim.hardware import find_gpu, find_link
+from weft.sim.profiles import Gemms, Reduces, kept_back
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "gpu_profiles"
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published profiles are not here")
+RANDOM = np.random.default_rng(7)
+
+
+def shapes(count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    m, n, k = (2.0 ** RANDOM.uniform(low, 14, count) for low in (0, 7, 7))
+    return np.round(m), np.round(n), np.round(k)
+
+
+def test_a_line_is_found_whatever_the_outliers() -> None:
+    x = np.linspace(1, 100, 50)
+    measured = 2.0 + 3.0 * x
+    measured[5::10] *= 2
+    found = fit.fit_positive(lambda now: now[0] + now[1] * x, measured, (1.0, 1.0))
+    assert found == pytest.approx([2.0, 3.0], rel=0.05)
+
+
+def test_coefficients_stay_below_their_limits() -> None:
+    x = np.linspace(1, 100, 50)
+    found = fit.fit_positive(lambda now: now[0] + now[1] * x, 2.0 + 3.0 * x, (1.0, 1.0), (10.0, 2.0))
+    assert found[1] == pytest.approx(2.0)
+
+
+def test_products_are_described_again_by_a_fit_on_their_own_times() -> None:
+    gpu = find_gpu("h100")
+    m, n, k = shapes(300)
+    times = Gemms(m, n, k, gemm_seconds(gpu.gemm, gpu.part(), m, n, k))
+    found = fit.fit_gemm(gpu.part(), times, gpu.gemm.tiles)
+    others = shapes(300)
+    expected = gemm_seconds(gpu.gemm, gpu.part(), *others)
+    assert np.abs(gemm_seconds(found, gpu.part(), *others) / expected - 1).mean() < 0.02
+
+
+def test_collectives_are_described_again_with_their_limit() -> None:
+    link = find_link("nvlink4", "sglang")
+    size = np.tile(2.0 ** np.arange(8, 30), 3)
+    times = Reduces(np.repeat([2.0, 4.0, 8.0], 22), size, np.ones(66))
+    times = replace(times, seconds=fit.reduce_predictions(link, times))
+    found = fit.fit_collective(link, times, True, (2.0**20, link.collective.limit, 2.0**28))
+    again = fit.reduce_predictions(replace(link, collective=found), times)
+    assert found.limit == link.collective.limit
+    assert np.abs(again / times.seconds - 1).mean() < 0.02
+
+
+def test_what_is_kept_back_depends_on_the_shape_alone() -> None:
+    n, k = RANDOM.integers(1, 10_000, (2, 5000))
+    kept = kept_back(n, k)
+    assert 0.17 < kept.mean() < 0.23
+    assert (kept_back(n[::-1], k[::-1])[::-1] == kept).all()
+
+
+def test_a_file_of_times_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    with path.open("w") as out:
+        csv.writer(out).writerows([["m", "n", "k", "dtype", "seconds"], [1, 2, 3, "bf16", 1e-6]])
+    found = profiles.read_gemms(path)
+    assert (found.m[0], found.n[0], found.k[0], found.seconds[0]) == (1, 2, 3, 1e-6)
+    path.write_text("m,n,seconds\n1,2,3\n")
+    with pytest.raises(ConfigError, match="has no column k; it has m, n, seconds"):
+        profiles.read_gemms(path)
+    path.write_text("m,n,k,seconds\n1,2,x,3\n")
+    with pytest.raises(ConfigError, match="could not convert string to float: 'x'"):
+        profiles.read_gemms(path)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        profiles.read_gemms(tmp_path / "none.csv")
+
+
+@needs_data
+@pytest.mark.parametrize(("name", "prefix"), [("a100-80", "a100_sxm"), ("h100", "h100_sxm"), ("h200", "h200_sxm")])
+def test_shipped_coefficients_describe_shapes_that_were_kept_back(name: str, prefix: str) -> None:
+    gpu = find_gpu(name)
+    times = profiles.read_gemms(DATA / "aiconfigurator" / f"{prefix}_gemm_bf16.csv.gz")
+    rows = np.flatnonzero(times.kept_back)[::5]
+    some = times.where(rows)
+    errors = np.abs(gemm_seconds(gpu.gemm, gpu.part(), some.m, some.n, some.k) / some.seconds - 1)
+    assert errors.mean() < 0.10 and np.median(errors) < 0.07
