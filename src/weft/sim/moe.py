@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from weft.sim.gemm import OUTPUT_BITS, Operands
 from weft.sim.hardware import MoeFit, Part
 
+COLUMNS = 128  # of the intermediate state in a tile, which is filled up
 BETWEEN = 6  # times that as much as the intermediate state is read or written: two halves, the gate, its product
 
 
@@ -33,6 +36,6 @@ def moe_seconds(
     weights = 3.0 * hidden * intermediate
     between = BETWEEN * intermediate * OUTPUT_BITS
     moved = (active * weights * operands.weights + rows * (hidden * (operands.inputs + OUTPUT_BITS) + between)) / 8
-    compute = 2.0 * weights * rows / (part.flops * fit.math)
+    compute = 6.0 * hidden * np.ceil(intermediate / COLUMNS) * COLUMNS * rows / (part.flops * fit.math)
     memory = moved / (fit.dram * part.bandwidth)
     return fit.launch + active * fit.expert + compute + memory
