@@ -105,15 +105,17 @@ def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -
     chain = (work.rows > 0) * fit.tile + row_flops * ROWS * work.longest / math_ * fit.chain
     prompts = _norm(compute + streams / bandwidth + blocks, chain, fit.overlap)
 
-    beside = (work.rows > 0) * (work.sequences > 0)
+    beside = (work.rows > 0) * (work.sequences > 0) * (not heads.latent)
     memory = work.slots * slot / bandwidth * (1.0 + beside * (fit.beside - 1.0))
-    started = work.sequences * heads.kv_heads / part.sms * fit.block
+    # Beside prompts, decoding sequences go through the prompts' kernel: blocks of single heads, as many as the tallest.
+    taken = heads.kv_heads + beside * (heads.heads / group - heads.kv_heads)
+    started = work.sequences * taken / part.sms * fit.block
     decode = _norm(memory, started, fit.decode_overlap)
     grouped = heads.group > 1
     position = fit.alone + grouped * (fit.position - fit.alone)
     decode = _norm(decode, position * work.longest_decode, BALANCE)
     extra = (work.longest_decode > COMBINED) * fit.combine
-    extra = extra + beside * work.sequences * work.tallest * heads.heads / group / part.sms * fit.empty
+    extra = extra + beside * work.sequences * (work.tallest - 1) * heads.heads / group / part.sms * fit.empty
     extra = extra + (work.sequences > 1) * grouped * (heads.kv_heads > 1) * fit.regroup
     return fit.launch + prompts + decode + extra
 
