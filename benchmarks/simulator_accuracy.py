@@ -64,7 +64,7 @@ def main() -> None:
     data = arguments.data / "gpu_profiles"
     if not data.is_dir():
         raise SystemExit(f"{data} is not there; --data names the folder that holds gpu_profiles")
-    found = [*gemms(data), *attentions(data), *reduces(data), *experts(data)]
+    found = [*gemms(data), *serving_layers(data), *attentions(data), *reduces(data), *experts(data)]
     rows = [one.row() for one in found]
     rows += transferred(data)
     print(common.table(["kept back", *list(rows[0])[2:]], [_cells(row) for row in rows]))
@@ -84,6 +84,18 @@ def gemms(data: Path) -> Iterator[Residuals]:
         times = profiles.read_gemms(data / "aiconfigurator" / f"{prefix}_gemm_bf16.csv.gz")
         yield gemm_residuals("gemm", name, find_gpu(name), times)
     yield gemm_residuals("gemm", "rtx-pro-6000", find_gpu("rtx-pro-6000"), profiles.read_layer_gemms(data / RTX))
+
+
+def serving_layers(data: Path) -> Iterator[Residuals]:
+    """Layers of Llama-3.1 on an H100, from a profile that nothing was fitted on."""
+    gpu, folder = find_gpu("h100"), data / "llmservingsim" / "h100_v0" / "meta-llama"
+    for name, ranks in (("Llama-3.1-8B", (1, 2)), ("Llama-3.1-70B", (1, 2, 4))):
+        parts = [profiles.read_h100_gemms(folder / name / f"tp{rank}" / "layers.csv.gz", name, rank) for rank in ranks]
+        joined = profiles.Gemms(
+            *(np.concatenate([getattr(one, key) for one in parts]) for key in ("m", "n", "k", "seconds"))
+        )
+        found = gemm_residuals("layers", f"{name}, h100", gpu, joined)
+        yield replace(found, kept=np.ones(len(joined.m), dtype=bool))
 
 
 def gemm_residuals(kind: str, name: str, gpu: Gpu, times: profiles.Gemms) -> Residuals:

@@ -3,8 +3,9 @@
     python tools/fit_gpu.py --data DIR          # all that weft ships: src/weft/sim/data/{fits,links}.json
     python tools/fit_gpu.py --gpu h100 --csv FILE --out my_h100.json [--arithmetic int8]
 
-DIR holds gpu_profiles (aiconfigurator, llmservingsim). FILE has the columns m, n, k, seconds of products [m, k] times
-[k, n] on the GPU; what it cannot tell stays as it is. Rows that are kept back (weft.sim.profiles) are never fitted on.
+DIR holds gpu_profiles (aiconfigurator, llmservingsim). FILE has the columns m, n, k, dtype, seconds of products [m, k]
+times [k, n] on the GPU; what it cannot tell stays as it is. Rows of the profiles that are kept back (weft.sim.profiles)
+are never fitted on.
 """
 
 from __future__ import annotations
@@ -134,7 +135,7 @@ def fit_all(data: Path) -> None:
 def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
     """The GPU with coefficients for products fitted on a file; with `arithmetic` of fewer bits, too."""
     bits = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4}[arithmetic]
-    times = profiles.read_gemms(path)
+    times = profiles.read_gemms(path, arithmetic)
     made = fit.fit_gemm(gpu.part(arithmetic=arithmetic), times, gpu.gemm.tiles, Operands(bits, bits))
     found = asdict(replace(gpu, gemm=made, calibrated=True, note=f"products fitted on {path.name}"))
     write(out, found | {"gemm": rounded(found["gemm"])})

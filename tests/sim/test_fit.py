@@ -73,6 +73,8 @@ def test_a_file_of_times_is_read_and_its_faults_are_named(tmp_path: Path) -> Non
         csv.writer(out).writerows([["m", "n", "k", "dtype", "seconds"], [1, 2, 3, "bf16", 1e-6]])
     found = profiles.read_gemms(path)
     assert (found.m[0], found.n[0], found.k[0], found.seconds[0]) == (1, 2, 3, 1e-6)
+    with pytest.raises(ConfigError, match="has no rows of int8; there are bf16"):
+        profiles.read_gemms(path, "int8")
     path.write_text("m,n,seconds\n1,2,3\n")
     with pytest.raises(ConfigError, match="has no column k; it has m, n, seconds"):
         profiles.read_gemms(path)

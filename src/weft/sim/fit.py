@@ -81,7 +81,7 @@ def thinned(count: int, most: int) -> NDArray[np.int64]:
 Ranges = Mapping[str, tuple[float, float]]
 GEMM: Ranges = {
     "launch": (2.5e-6, 1e-4), "math": (1.0, 1.1), "step": (1e-7, 1e-5), "tile": (1e-6, 1e-4), "dram": (0.85, 1.0),
-    "overlap": (3.0, 8.0), "split": (2e-6, 1e-4), "sustained": (0.1, 1.0),
+    "overlap": (3.0, 8.0), "split": (2e-6, 1e-4),
 }  # fmt: skip
 MOE: Ranges = {"launch": (2e-5, 1e-3), "expert": (5e-8, 1e-5), "math": (0.7, 1.0), "dram": (0.85, 1.0)}
 COLLECTIVE: Ranges = {

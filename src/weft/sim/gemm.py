@@ -18,7 +18,6 @@ from weft.sim.hardware import GemmFit, Part
 Floats = NDArray[np.float64]
 SPLITS = (1, 2, 3, 4, 6, 8, 16)
 STEP = 64  # elements of 16 bits along k that a tile takes at a time
-SUSTAINED = 3e-4  # seconds after which arithmetic has slowed down by half of what it will
 OUTPUT_BITS = 16
 PARTIAL_BYTES = 8  # a float32 that one part of a split product writes and another kernel reads
 
@@ -39,11 +38,8 @@ def gemm_bytes(m: Any, n: Any, k: Any, operands: Operands = BF16) -> Any:
     return (m * k * operands.inputs + n * k * operands.weights + m * n * OUTPUT_BITS) / 8
 
 
-def gemm_seconds(
-    fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Operands = BF16, hot: bool = False
-) -> Floats:
-    """Of [m, k] times [k, n], each a number or an array that goes with the others. hot: on a GPU that has computed for
-    a while, as in serving, and has slowed down; in measurements of single products it does so only in long ones.
+def gemm_seconds(fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Operands = BF16) -> Floats:
+    """Of [m, k] times [k, n], each a number or an array that goes with the others.
 
     Never less than the operations at the peak or the bytes at full bandwidth take.
     """
@@ -53,7 +49,6 @@ def gemm_seconds(
     waves = np.ceil(np.ceil(m / rows) * np.ceil(n / columns) * split / part.sms)
     one = 2 * rows * columns * STEP / (part.sm_flops * fit.math) + fit.step
     compute = waves * (steps * one + fit.tile * rows * columns / 128**2)
-    compute = compute * (1 + fit.sustained * (1.0 if hot else compute / (compute + SUSTAINED)))
     bandwidth = fit.dram * part.bandwidth
     compute = compute + np.where(split > 1, fit.split + PARTIAL_BYTES * split * m * n / bandwidth, 0.0)
     moved = gemm_bytes(m, n, k, operands)

@@ -26,8 +26,8 @@ class GemmFit:
     """launch: seconds of any kernel. math: part of the peak that a tile reaches. step: seconds of each step of 128
     bytes along k. tile: seconds of a tile of 128x128 before its first and after its last step. dram: part of the
     bandwidth. overlap: exponent of the norm that joins arithmetic and memory (1: one after the other, infinite: side by
-    side). split: seconds of joining the parts of a product that is split along k. sustained: how much slower arithmetic
-    is that goes on for long (power), as a part. tiles: the tiles that kernels exist for, rows and columns."""
+    side). split: seconds of joining the parts of a product that is split along k. tiles: the tiles that kernels exist
+    for, rows and columns."""
 
     launch: float
     math: float
@@ -36,7 +36,6 @@ class GemmFit:
     dram: float
     overlap: float
     split: float
-    sustained: float
     tiles: tuple[tuple[int, int], ...]
 
 

@@ -132,9 +132,15 @@ def read_table(path: Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
-def read_gemms(path: Path) -> Gemms:
-    """m, n, k and latency_ms (or seconds) of a CSV file. Raises ConfigError for a column that is missing."""
+def read_gemms(path: Path, dtype: str | None = None) -> Gemms:
+    """m, n, k and latency_ms (or seconds) of a CSV file; of its rows of `dtype` where it has such a column. Raises
+    ConfigError for a column that is missing, and when no row is left."""
     table = read_table(path)
+    if dtype is not None and "dtype" in table:
+        kept = [row for row, kind in enumerate(table["dtype"]) if kind == dtype]
+        if not kept:
+            raise ConfigError(f"{path} has no rows of {dtype}; there are {', '.join(sorted(set(table['dtype'])))}")
+        table = {name: [column[row] for row in kept] for name, column in table.items()}
     unit = 1e-3 if "latency_ms" in table else 1.0
     m, n, k, taken = _columns(path, table, "m", "n", "k", "latency_ms" if "latency_ms" in table else "seconds")
     return Gemms(m, n, k, taken * unit)
@@ -216,6 +222,21 @@ def read_layer_gemms(folder: Path) -> Gemms:
             cut = (n, k // ranks) if layer in ("o_proj", "down_proj") else (n // ranks, k)
             found.append((m, np.full(len(m), cut[0]), np.full(len(m), cut[1]), seconds))
     return Gemms(*(np.concatenate(column).astype(np.float64) for column in zip(*found, strict=True)))
+
+
+def read_h100_gemms(path: Path, model: str, ranks: int) -> Gemms:
+    """Products of one rank in llmservingsim's h100_v0: times of layers of Llama-3.1-8B or -70B at every token count."""
+    hidden, wide, heads = {"Llama-3.1-8B": (4096, 14336, 32), "Llama-3.1-70B": (8192, 28672, 64)}[model]
+    shapes = {
+        "q_proj": (128 * heads // ranks, hidden), "k_proj": (128 * 8 // ranks, hidden),
+        "o_proj": (hidden, 128 * heads // ranks), "gate_proj": (wide // ranks, hidden),
+        "down_proj": (hidden, wide // ranks), "lm_head": (128256 // ranks, hidden),
+    }  # fmt: skip
+    table = read_table(path)
+    m, taken = _columns(path, table, "input", "latency(ns)")
+    rows = np.array([name in shapes for name in table["layer_name"]])
+    n, k = np.array([shapes[name] for name in table["layer_name"] if name in shapes], dtype=np.float64).T
+    return Gemms(m[rows], n, k, taken[rows] * 1e-9)
 
 
 def read_pointwise(folder: Path) -> tuple[Floats, Floats]:

@@ -182,7 +182,7 @@ class StepCost:
     def _products(self, linears: list[Linear], rows: int, part: Part) -> list[float]:
         sizes = np.array([each.on(self.ranks) for each in linears], dtype=np.float64)
         counts = np.array([each.layers for each in linears])
-        one = gemm_seconds(self.gpu.gemm, part, rows, sizes[:, 0], sizes[:, 1], self.precision.operands, True)
+        one = gemm_seconds(self.gpu.gemm, part, rows, sizes[:, 0], sizes[:, 1], self.precision.operands)
         return [float(seconds) for seconds in one * counts]
 
     def _experts(self, experts: Experts, tokens: int, part: Part) -> float:
@@ -199,7 +199,7 @@ class StepCost:
         if found is None:
             (linear,) = [each for each in self.model.linears() if each.sampled]
             n, k = linear.on(self.ranks)
-            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k, hot=True).item()
+            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k).item()
             if self.link is not None:
                 found += float(gather_seconds(self.link, self.ranks, 2.0 * samples * linear.n))
             self._outputs[samples, share, rival] = found
