@@ -213,6 +213,11 @@ class EngineConfig:
         help="4-bit activations outside of an fmpq checkpoint's outlier blocks, as in the paper, instead of 8 bits; "
         "for comparison, since a CPU is no faster with them",
     )
+    w4a16: bool = setting(
+        False,
+        help="activations of quantised layers stay in bfloat16 instead of 8 bits, on --device cuda: no rounding, for "
+        "fewer operations a second",
+    )
     max_num_queued_reqs: int = setting(1024, help="most requests waiting for their first step; one more gets 429")
     max_num_queued_tokens: int | None = setting(
         None, help="most prompt tokens waiting for their first step; default: no limit"
@@ -235,6 +240,8 @@ class EngineConfig:
                 f"--max-num-batched-tokens is {self.max_num_batched_tokens}, less than --max-num-seqs "
                 f"{self.max_num_seqs}; a step of that many sequences would not fit"
             )
+        if self.w4a16 and self.exact_a4:
+            found.append("--w4a16 leaves activations in 16 bits, and --exact-a4 rounds them to 4; give one of them")
         if not 0 < self.gpu_memory_utilization <= 1:
             found.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"

@@ -127,8 +127,7 @@ class LazyForward:
 
 
 def lazy_draw(gpu: Any, logits: list[int | str], samplings: Sequence[Sampling], drawn: Any) -> Any:
-    late = tuple(row for row, one in enumerate(samplings) if one.params.logprobs is not None)
-    return SimpleNamespace(late=late, read=lambda: [(token, None) for token in logits])
+    return SimpleNamespace(read=lambda: [(token, None) for token in logits])
 
 
 class Lazy:
@@ -258,9 +257,8 @@ def test_a_plan_that_asks_something_else_is_computed_anew(lane: tuple[CudaLane, 
         {"room": 0},
         {"sample": Sampling(SamplingParams(repetition_penalty=1.1), 0, 5)},
         {"sample": Sampling(GREEDY, 0, 5, forbidden=(3,))},
-        {"sample": Sampling(SamplingParams(logprobs=0), 0, 5)},
     ],
-    ids=["no room", "penalties", "min_tokens", "drawn on the host"],
+    ids=["no room", "penalties", "min_tokens"],
 )
 def test_what_nobody_can_know_is_not_guessed(lane: tuple[CudaLane, LazyForward], changes: dict[str, Any]) -> None:
     one, forward = lane

@@ -33,7 +33,7 @@ few = settings(max_examples=10, deadline=None)
 tokens = st.integers(0, VOCABULARY - 1)
 params = st.builds(
     SamplingParams,
-    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7, 1e-38]),
+    temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7, 1e-38, 1e-300]),
     top_k=st.sampled_from([0, -1, 1, 2, 40, 999, 5000]),
     top_p=st.sampled_from([1.0, 0.001, 0.5, 0.9, 0.999]),
     min_p=st.sampled_from([0.0, 0.0, 0.01, 1.0]),
@@ -83,10 +83,10 @@ def test_a_seed_gives_the_token_that_the_cpu_draws(
         assert int(found.tokens[row]) == token, given[row]
         if scored is None:
             continue
-        assert found.logprobs is not None and found.ranks is not None and found.top_tokens is not None
-        assert math.isclose(float(found.logprobs[row]), scored.logprob, rel_tol=1e-6, abs_tol=2e-6)
-        assert int(found.ranks[row]) == scored.rank
-        assert found.top_tokens[row, : len(scored.top)].tolist() == [other for other, _ in scored.top]
+        assert found.scores is not None
+        assert math.isclose(float(found.scores.logprobs[row]), scored.logprob, rel_tol=1e-6, abs_tol=2e-6)
+        assert int(found.scores.ranks[row]) == scored.rank
+        assert found.scores.top_tokens[row, : len(scored.top)].tolist() == [other for other, _ in scored.top]
 
 
 @few
@@ -143,12 +143,15 @@ def test_a_row_that_cannot_be_drawn_from_says_so_and_leaves_the_others(temperatu
     given = [Sampling(params, 1, 1) for _ in range(5)]
     given[3] = given[3]._replace(forbidden=tuple(range(VOCABULARY)))
     found = sample(logits.to(DEVICE), parameters_of(given, VOCABULARY).to(DEVICE))
+    assert found.left is not None and found.scores is not None
+    assert found.peaks.isfinite().tolist() == [False] * 3 + [True] * 2
+    assert found.left.isfinite().tolist() == [False] * 4 + [True]
     peaks = found.peaks.tolist()
-    assert math.isnan(peaks[0]) and peaks[1:4] == [math.inf, -math.inf, -math.inf] and math.isfinite(peaks[4])
+    assert math.isnan(peaks[0]) and peaks[1:4] == [math.inf, -math.inf, float(logits[3].max())]
     expected = sampler.sample(logits[4:], given[4:])[0]
     assert found.tokens[4] == expected[0]
     assert all(0 <= token < VOCABULARY for token in found.tokens.tolist())
-    assert found.logprobs is not None and found.logprobs.isnan().tolist()[:3] == [True] * 3
+    assert found.scores.logprobs.isnan().tolist()[:3] == [True] * 3
 
 
 def test_the_logits_stay_as_they_were() -> None:

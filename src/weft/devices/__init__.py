@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from weft.config import EngineConfig
@@ -21,6 +22,11 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
             f"--attention-backend is {config.attention_backend}, and --device {config.device} has one way only; "
             "leave it out, or serve on --device cuda"
         )
+    if config.w4a16 and config.device != "cuda":
+        raise ConfigError(
+            f"--w4a16 is for --device cuda, and --device is {config.device}, whose kernels take 8-bit activations; "
+            "leave it out, or serve on --device cuda"
+        )
     if config.device == "simulated":
         from weft.devices.simulated import open_simulated
 
@@ -30,6 +36,11 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
     if "torch" not in sys.modules:
         say("import torch")
     if config.device == "cuda":
+        if find_spec("triton") is None:
+            raise ConfigError(
+                "--device is cuda, and the package triton, in which its kernels are written, is not installed; "
+                "what would work: pip install triton (CUDA builds of torch bring it along), or --device cpu"
+            )
         from weft.devices.cuda import open_cuda
 
         return open_cuda(config, folder, say)

@@ -17,19 +17,20 @@ from typing import Any
 import torch
 
 from weft.config import EngineConfig, disaggregated
-from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
+from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
 from weft.devices.cpu import check_exact_a4, kv_words, share_out
 from weft.devices.cuda_forward import CudaForward
 from weft.devices.cuda_lane import CudaLane, Pending
-from weft.devices.cuda_memory import Usage, check_weights, size_gpu_pool
+from weft.devices.cuda_memory import check_weights, size_gpu_pool, usage_of
 from weft.devices.cuda_streams import Gpu, open_gpu
+from weft.devices.cuda_trial import try_out
 from weft.devices.queues import CLOSED, Queues
 from weft.errors import ConfigError, DeviceError
 from weft.kernels.triton import TritonKernels
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
-from weft.models.loader import Weights, compute_dtype, load_weights, move, stored_dtype, weight_bytes
+from weft.models.loader import compute_dtype, load_weights, move, stored_dtype, weight_bytes
 
 SHARED = "the lanes' shares are not enforced, each lane may use the whole GPU: "
 
@@ -47,17 +48,20 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
     check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
+    _check_w4a16(config, model, dtype)
     backend = "triton" if config.attention_backend == "auto" else config.attention_backend
-    kernels = TritonKernels(gpu.device, backend, exact_a4=config.exact_a4)
+    kernels = TritonKernels(gpu.device, backend, exact_a4=config.exact_a4, sixteen=config.w4a16)
     kept = _token_bytes(config, model, dtype, kernels)
     free, total = gpu.memory()
     if model.quantization is None:
         check_weights(weight_bytes(model, dtype), free, total)
     seed = config.seed if dummy else None
     weights = move(load_weights(folder, model, kernels, dtype, dummy_seed=seed, say=say, room=free), gpu.device)
-    say("KV pool")
     lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
-    usage = _measure(gpu, config, model, kernels, weights, free, total, len(lanes))
+    say("kernels")
+    peaks = try_out(gpu, config, model, kernels, weights)
+    say("KV pool")
+    usage = usage_of(gpu, weights.size, peaks, len(lanes))
     pool = size_gpu_pool(config, model.context, kept, usage)
     decoder = Decoder(model, weights, kernels, pool.max_model_len)
     kv = decoder.make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
@@ -71,16 +75,18 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         vocabulary=model.vocabulary,
         ahead=1,
     )
+    opened = {lane: _open_lane(gpu, lane, partition, decoder, kv, capacity, kernels) for lane in lanes}
+    gpu.settle()
     shared = None if partition is None or gpu.undivided is None else SHARED + gpu.undivided
     notes = (dtype_note, *weights.notes, *pool.notes, shared)
     return CudaDevice(
         capacity,
         gpu,
-        {lane: _open_lane(gpu, lane, partition, decoder, kv, capacity, kernels) for lane in lanes},
+        opened,
         description=Description(
             device=f"cuda, {gpu.name}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
-            kernels=f"{kernels.name}, attention {kernels.attend.name}",
+            kernels=f"{kernels.name}, attention {kernels.attend.name}" + (", W4A16" if config.w4a16 else ""),
             notes=tuple(note for note in notes if note),
         ),
         memory=usage.rows(pool.blocks * config.block_size * kept),
@@ -95,6 +101,18 @@ def _check(config: EngineConfig) -> None:
     for flag, value, unset in (("--cores", config.cores, None), ("--kernels", config.kernels, "auto")):
         if value != unset:
             raise ConfigError(f"{flag} is {value}, and it is for --device cpu; leave it out")
+
+
+def _check_w4a16(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises ConfigError for --w4a16 where it has nothing to do, or no kernels."""
+    if config.w4a16 and model.quantization is None:
+        raise ConfigError(
+            f"--w4a16 is for 4-bit weights, and those of {config.model} are not quantised; leave it out: their "
+            "activations keep their precision anyway"
+        )
+    if config.w4a16 and dtype is not torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"--w4a16 needs activations in bfloat16, and they are in {name}; --dtype bfloat16 works")
 
 
 def _token_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, kernels: TritonKernels) -> int:
@@ -126,49 +144,6 @@ def _open_lane(
         graphs=gpu.captures and kernels.attend.capturable,
     )
     return CudaLane(gpu, stream, decoder, forward, capacity.block_size)
-
-
-def _measure(
-    gpu: Gpu,
-    config: EngineConfig,
-    model: ModelConfig,
-    kernels: TritonKernels,
-    weights: Weights,
-    free: int,
-    total: int,
-    lanes: int,
-) -> Usage:
-    """What is in the device's memory, by running the largest prefill and the largest decode step once.
-
-    free, total: before the weights were loaded.
-    """
-    length = min(config.max_num_batched_tokens, model.context)
-    decoder = Decoder(model, weights, kernels, length)
-    tokens, size = config.max_num_batched_tokens, config.block_size
-    whole = -(-length // size)
-    kv = decoder.make_kv(whole, size, config.kv_cache_dtype)
-    table = tuple(range(whole))
-    sequences = [Slice(0, 0, (0,) * min(length, tokens - at), table) for at in range(0, tokens, length)]
-    row = Slice(0, 0, (0,), table)
-    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, max_slices=config.max_num_seqs, graphs=False)
-    rows = list(range(config.max_num_seqs))  # as many as draw a token at most
-
-    @torch.inference_mode()
-    def prefill() -> None:
-        forward.run(sequences, rows)
-
-    @torch.inference_mode()
-    def decode() -> None:
-        forward.run([row] * config.max_num_seqs, rows)
-
-    graphs = gpu.peak(decode) + config.max_num_seqs * model.vocabulary * torch.float32.itemsize
-    return Usage(
-        total=total,
-        others=total - free,
-        weights=weights.size,
-        activations=lanes * gpu.peak(prefill),
-        graphs=lanes * graphs if kernels.attend.capturable else 0,
-    )
 
 
 def _share(partition: Partition | None, lane: Lane) -> int | None:

@@ -1,72 +1,66 @@
-"""Drawing tokens after a launch: on the device where the token is needed there again, on the host where it takes more.
+"""Drawing tokens after a launch, whatever their requests ask: on the device, where the next launch takes them from.
 
-A row is drawn on one side or the other by what its request asks, whatever the other rows ask.
+What was drawn comes to the host for those who wait for it, and so do scores. Only the scores of a prompt's own tokens
+are made on the host, from all logits of the prompt (step.py).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from weft.core.plan import Sampling, TokenScore
-from weft.devices.cuda_forward import send_rows
+from weft.devices.cuda_inputs import fetch, send_tensors
 from weft.devices.cuda_streams import Gpu
-from weft.models.sampler import flaw, plain, sample
+from weft.kernels.sample_parameters import parameters_of
+from weft.kernels.triton_sample import Drawn, Scores, sample
+from weft.models.sampler import FORBIDDEN, flaw
 
-Drawn = tuple[int, TokenScore | None] | str  # as models/sampler.py has it
+Outcome = tuple[int, TokenScore | None] | str  # as models/sampler.py has it
 
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """What was drawn, on its way to the host; good when the stream is there. tokens int64 and peaks float32 [R]: of the
-    device. logits: float32 of the rows that the host draws, numbered by `late`."""
+    """What was drawn, on its way to the host: `found` is good when the stream is there."""
 
     samplings: tuple[Sampling, ...]
-    tokens: torch.Tensor
-    peaks: torch.Tensor
-    late: tuple[int, ...]
-    logits: torch.Tensor | None
+    found: Drawn
 
-    def read(self) -> list[Drawn]:
+    def read(self) -> list[Outcome]:
         """One outcome for each row; the stream must have got there."""
-        found: list[Drawn] = [
-            (token, None) if peak - peak == 0.0 else flaw(peak)
-            for token, peak in zip(self.tokens.tolist(), self.peaks.tolist(), strict=True)
+        tokens, peaks = self.found.tokens.tolist(), self.found.peaks.tolist()
+        left = peaks if self.found.left is None else self.found.left.tolist()
+        return [
+            flaw(peak) if not math.isfinite(peak) else FORBIDDEN if not math.isfinite(rest) else (token, score)
+            for token, peak, rest, score in zip(tokens, peaks, left, self._scores(tokens), strict=True)
         ]
-        if self.logits is not None:
-            outcomes = sample(self.logits, [self.samplings[row] for row in self.late])
-            for row, outcome in zip(self.late, outcomes, strict=True):
-                found[row] = outcome
-        return found
+
+    def _scores(self, tokens: Sequence[int]) -> list[TokenScore | None]:
+        if self.found.scores is None:
+            return [None] * len(tokens)
+        logprobs, ranks, others, their_logprobs = (part.tolist() for part in self.found.scores)
+        tops = [tuple(zip(*row, strict=True)) for row in zip(others, their_logprobs, strict=True)]
+        asked = [sampling.params.logprobs for sampling in self.samplings]
+        return [
+            None if k is None else TokenScore(token, logprob, rank, top[:k])
+            for k, token, logprob, rank, top in zip(asked, tokens, logprobs, ranks, tops, strict=True)
+        ]
 
 
 def start_draw(gpu: Gpu, logits: torch.Tensor, samplings: Sequence[Sampling], drawn: torch.Tensor) -> Draw:
-    """Draw after each row of logits, float32 [R, V]; the device's tokens are left in drawn[:R], too."""
-    count = len(samplings)
-    tokens, peaks = _most_probable(logits)
-    drawn[:count].copy_(tokens)
-    late = tuple(row for row, sampling in enumerate(samplings) if not plain(sampling) or _scored(sampling))
-    rows = None
-    if late:
-        chosen = logits if len(late) == count else logits[send_rows(gpu, late)]
-        rows = fetch(gpu, chosen)
-    return Draw(tuple(samplings), fetch(gpu, tokens), fetch(gpu, peaks), late, rows)
-
-
-def fetch(gpu: Gpu, tensor: torch.Tensor) -> torch.Tensor:
-    """A copy in host memory, good when the stream has got there."""
-    memory = gpu.staging(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
-    return memory.copy_(tensor, non_blocking=True)
-
-
-def _most_probable(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(token, its logit) of each row, the lowest id among equals; NaN where there is one."""
-    peaks = logits.amax(dim=-1)
-    best = (logits == peaks[:, None]).byte().argmax(dim=-1)
-    return best, peaks
-
-
-def _scored(sampling: Sampling) -> bool:
-    return sampling.params.logprobs is not None
+    """Draw after each row of logits, float32 [R, V]; the tokens are left in drawn[:R] of the device, too."""
+    parameters = parameters_of(samplings, logits.shape[1]).moved(lambda tensors: send_tensors(gpu, tensors))
+    found = sample(logits, parameters)
+    drawn[: len(samplings)].copy_(found.tokens)
+    return Draw(
+        tuple(samplings),
+        Drawn(
+            fetch(gpu, found.tokens),
+            fetch(gpu, found.peaks),
+            None if found.left is None else fetch(gpu, found.left),
+            None if found.scores is None else Scores(*(fetch(gpu, part) for part in found.scores)),
+        ),
+    )

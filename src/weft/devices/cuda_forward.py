@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from weft.core.plan import Slice
-from weft.devices.cuda_inputs import Inputs, Layout, layout_of, send
+from weft.devices.cuda_inputs import Inputs, Layout, layout_of, send, send_tensors
 from weft.devices.cuda_streams import Gpu, Stream, Work
 from weft.kernels.base import Batch
 from weft.models.batch import make_batch
@@ -72,8 +72,10 @@ class CudaForward:
         sent = send(self._gpu, batch, feeds)
         inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None)
         self._hidden = self._decoder.hidden(self._fed(inputs, feeds is not None), self._kv)
-        wanted = self._hidden[send_rows(self._gpu, rows)] if whole else self._hidden
-        return self._decoder.logits(wanted)
+        if not whole:
+            return self._decoder.logits(self._hidden)
+        (wanted,) = send_tensors(self._gpu, [torch.tensor(rows, dtype=torch.int64)])
+        return self._decoder.logits(self._hidden[wanted])
 
     def hidden(self) -> torch.Tensor:
         """The hidden rows of the last run's tokens, [T, hidden]; of a run with a slice that scores its prompt."""
@@ -143,13 +145,6 @@ def buckets(most: int) -> tuple[int, ...]:
             sizes.add(size * 3 // 2)
         size *= 2
     return tuple(sorted(sizes))
-
-
-def send_rows(gpu: Gpu, rows: Sequence[int]) -> torch.Tensor:
-    """int64 [R] on the device."""
-    memory = gpu.staging(8 * len(rows)).view(torch.int64)
-    memory.copy_(torch.tensor(rows))
-    return memory.to(gpu.device, non_blocking=True)
 
 
 def last_rows(slices: Sequence[Slice]) -> list[int]:

@@ -1,4 +1,4 @@
-"""What a step reads, from the host to the GPU: one run of pinned memory, one copy."""
+"""What a step reads, from the host to the GPU: one run of pinned memory, one copy. And what it found, back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from weft.devices.cuda_streams import Gpu
 from weft.kernels.base import Batch
 
 ALIGNMENT = 16  # of each tensor: what kernels are compiled for must not depend on the lengths before it
+Field = tuple[torch.dtype, tuple[int, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Layout:
     width: int
     kept: int = 0
 
-    def fields(self) -> tuple[tuple[torch.dtype, tuple[int, ...]], ...]:
+    def fields(self) -> tuple[Field, ...]:
         return (
             (torch.int64, (self.rows,)),  # tokens
             (torch.int64, (self.rows,)),  # slots
@@ -47,26 +48,17 @@ class Layout:
 
     @property
     def size(self) -> int:
-        return sum(_size(dtype, shape) for dtype, shape in self.fields())
+        return _size(self.fields())
 
     def views(self, memory: torch.Tensor) -> list[torch.Tensor]:
         """The tensors in uint8 memory of `size` or more."""
-        found, at = [], 0
-        for dtype, shape in self.fields():
-            used = math.prod(shape) * dtype.itemsize
-            found.append(memory[at : at + used].view(dtype).view(shape))
-            at += _size(dtype, shape)
-        return found
+        return _views(memory, self.fields())
 
     def inputs(self, memory: torch.Tensor, block_size: int, *, whole: bool) -> Inputs:
         """whole: every row is wanted after the last layer."""
         tokens, slots, positions, feeds, starts, contexts, kept, tables = self.views(memory)
         batch = Batch(tokens, positions, slots, starts, contexts, tables, block_size, None if whole else kept)
         return Inputs(batch, feeds)
-
-
-def _size(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
 
 
 def layout_of(batch: Batch) -> Layout:
@@ -76,12 +68,41 @@ def layout_of(batch: Batch) -> Layout:
 
 def send(gpu: Gpu, batch: Batch, feeds: Sequence[int] | None) -> torch.Tensor:
     """A batch of the host's, in uint8 memory of the device in its layout. The copy is under way on this stream."""
-    layout = layout_of(batch)
-    memory = gpu.staging(layout.size)
     given = torch.tensor(feeds, dtype=torch.int32) if feeds is not None else torch.tensor(-1, dtype=torch.int32)
     kept = torch.empty(0) if batch.kept is None else batch.kept
     parts = (batch.tokens, batch.slots, batch.positions, given, batch.starts, batch.contexts, kept, batch.tables)
-    for place, part in zip(layout.views(memory), parts, strict=True):
-        place.copy_(part)
+    return _sent(gpu, layout_of(batch).fields(), parts)
+
+
+def send_tensors(gpu: Gpu, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The host's tensors on the device; the copy, which is one, is under way on this stream."""
+    fields = [(tensor.dtype, tuple(tensor.shape)) for tensor in tensors]
+    return _views(_sent(gpu, fields, tensors), fields)
+
+
+def fetch(gpu: Gpu, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy of the device's tensor in host memory, good when the stream has got there."""
+    memory = gpu.staging(tensor.nbytes).view(tensor.dtype).view(tensor.shape)
+    return memory.copy_(tensor, non_blocking=True)
+
+
+def _sent(gpu: Gpu, fields: Sequence[Field], tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Each tensor in the place that its field has."""
+    memory = gpu.staging(_size(fields))
+    for place, tensor in zip(_views(memory, fields), tensors, strict=True):
+        place.copy_(tensor)
     # Pinned memory is not given to anybody else before its copies are done: torch sees to that.
     return memory.to(gpu.device, non_blocking=True)
+
+
+def _views(memory: torch.Tensor, fields: Sequence[Field]) -> list[torch.Tensor]:
+    found, at = [], 0
+    for dtype, shape in fields:
+        used = math.prod(shape) * dtype.itemsize
+        found.append(memory[at : at + used].view(dtype).view(shape))
+        at += -(-used // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def _size(fields: Sequence[Field]) -> int:
+    return sum(-(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT for dtype, shape in fields)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 
 from weft.core.plan import Plan, Result, Sampled, Slice, Ticket
-from weft.devices.cuda_draw import Draw, Drawn, start_draw
+from weft.devices.cuda_draw import Draw, Outcome, start_draw
 from weft.devices.cuda_forward import CudaForward, last_rows
 from weft.devices.cuda_streams import Event, Gpu, Stream
 from weft.devices.step import PromptScores, score_prompts
@@ -40,12 +40,12 @@ class Launch:
     before: Launch | None = None
     tokens: dict[int, int] = field(default_factory=dict)
 
-    def read(self) -> dict[int, Drawn]:
+    def read(self) -> dict[int, Outcome]:
         """Wait for the device; the outcomes by sequence."""
         self.done.wait()
         drawing = [piece.sequence for piece in self.slices if piece.sample is not None]
         outcomes = dict(zip(drawing, self.draw.read(), strict=True))
-        self.tokens = {sequence: drawn[0] for sequence, drawn in outcomes.items() if not isinstance(drawn, str)}
+        self.tokens = {sequence: found[0] for sequence, found in outcomes.items() if not isinstance(found, str)}
         self.before = None  # no chain of all that ever was
         return outcomes
 
@@ -65,7 +65,7 @@ class Pending:
         ticket = Ticket(self.plan.step, self.plan.lane)
         if self.error is not None:
             return Result(ticket, error=self.error)
-        outcomes: dict[int, Drawn] = {}
+        outcomes: dict[int, Outcome] = {}
         for launch in self.launches:
             outcomes |= launch.read()
         sampled, failed = [], dict(self.failed)
@@ -147,7 +147,7 @@ class CudaLane:
         going_on = [piece for piece in plan.slices if piece.end < self._decoder.max_model_len]
         following = [_next(piece, self._block_size) for piece in going_on]
         slices = tuple(piece for piece in following if piece is not None)
-        if not slices or len(slices) != len(following) or launch.draw.late:
+        if not slices or len(slices) != len(following):
             return None
         places = {piece.sequence: place for place, piece in enumerate(launch.slices)}
         guess = self._launch(slices, [places[piece.sequence] for piece in slices])

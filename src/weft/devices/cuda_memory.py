@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass
 
 from weft.config import EngineConfig
+from weft.devices.cuda_streams import Gpu
+from weft.devices.cuda_trial import Peaks
 from weft.devices.memory import Pool, size_pool
 from weft.errors import ConfigError
 
@@ -14,8 +16,8 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Bytes. others: of other processes, and what CUDA itself took. activations: of a step of every lane, at the peak.
-    graphs: of recorded decode steps."""
+    """Bytes. others: of other processes, and what CUDA itself took (compiled kernels, too). activations: of a step of
+    every lane, at the peak. graphs: of recorded decode steps."""
 
     total: int
     others: int
@@ -39,6 +41,18 @@ class Usage:
             ("the device's memory", self.total),
         )
         return tuple(row for row in rows if row[1] > 0)
+
+
+def usage_of(gpu: Gpu, weights: int, peaks: Peaks, lanes: int) -> Usage:
+    """After the weights were loaded and steps were tried out."""
+    free, total = gpu.memory()
+    return Usage(
+        total=total,
+        others=max(0, total - free - weights),
+        weights=weights,
+        activations=lanes * peaks.prefill,
+        graphs=lanes * peaks.graphs,
+    )
 
 
 def check_weights(needed: int, free: int, total: int) -> None:

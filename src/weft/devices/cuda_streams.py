@@ -104,6 +104,10 @@ class Gpu(Protocol):
         """Bytes that `work` takes at its peak, beyond what is held now."""
         ...
 
+    def settle(self) -> None:
+        """Wait for all that was launched, in whatever stream. Streams know nothing of what was made outside of them."""
+        ...
+
 
 def open_gpu() -> Gpu:
     """The GPU that this process sees first, or the interpreter where it was asked for. Raises DeviceError."""
@@ -289,7 +293,12 @@ class TorchGpu:
         held = torch.cuda.memory_reserved(self.device)
         work()
         torch.cuda.synchronize(self.device)
-        return max(0, torch.cuda.max_memory_reserved(self.device) - held)
+        most = torch.cuda.max_memory_reserved(self.device)
+        torch.cuda.empty_cache()  # what torch keeps for one stream is of no use to another
+        return max(0, most - held)
+
+    def settle(self) -> None:
+        torch.cuda.synchronize(self.device)
 
 
 # -- no GPU ------------------------------------------------------------------------------------------------------------
@@ -366,3 +375,6 @@ class Interpreted:
 
     def peak(self, _work: Work) -> int:
         return 0  # the host's memory, of which a tiny model's activations take next to nothing
+
+    def settle(self) -> None:
+        pass

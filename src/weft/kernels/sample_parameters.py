@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from weft.core.plan import Sampling
+
+COLDEST = 1e-30  # the least temperature but 0: float32 holds it, and 0 divided by it is 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,19 +50,18 @@ class Parameters:
     edits: Edits | None = None
     scores: int | None = None
 
+    def moved(self, move: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]) -> Parameters:
+        """The same in other tensors: `move` is given all that there are, and returns its own in the same order."""
+        rows = (self.seeds, self.positions, self.temperatures, self.top_ks, self.top_ps, self.min_ps)
+        given = [tensor for tensor in rows if tensor is not None]
+        edits = [] if self.edits is None else list(self.edits.tensors)
+        there = iter(move(given + edits))
+        found = [None if tensor is None else next(there) for tensor in rows]
+        return Parameters(*found, edits=Edits(*there) if edits else None, scores=self.scores)
+
     def to(self, device: torch.device | str) -> Parameters:
-        """A copy there; from pinned memory nothing waits for it."""
-        edits = None if self.edits is None else Edits(*(_to(x, device) for x in self.edits.tensors))
-        return Parameters(
-            _moved(self.seeds, device),
-            _moved(self.positions, device),
-            _moved(self.temperatures, device),
-            _moved(self.top_ks, device),
-            _moved(self.top_ps, device),
-            _moved(self.min_ps, device),
-            edits,
-            self.scores,
-        )
+        """A copy there."""
+        return self.moved(lambda tensors: [tensor.to(device) for tensor in tensors])
 
 
 def parameters_of(samplings: Sequence[Sampling], vocabulary: int) -> Parameters:
@@ -75,7 +76,7 @@ def parameters_of(samplings: Sequence[Sampling], vocabulary: int) -> Parameters:
     return Parameters(
         torch.tensor(seeds, dtype=torch.int64),
         torch.tensor([sampling.position for sampling in samplings], dtype=torch.int64),
-        torch.tensor([one.temperature for one in params], dtype=torch.float32).clamp(min=0),
+        torch.tensor([0.0 if one.greedy else max(one.temperature, COLDEST) for one in params], dtype=torch.float32),
         torch.tensor([max(one.top_k, 0) for one in params], dtype=torch.int32),
         torch.tensor([one.top_p for one in params], dtype=torch.float64),
         torch.tensor([one.min_p for one in params], dtype=torch.float32),
@@ -109,11 +110,3 @@ def _row_edits(sampling: Sampling, vocabulary: int) -> dict[int, tuple[float, in
         counts[token] = counts.get(token, 0) + 1
     tokens = biases.keys() | counts.keys()
     return {token: (biases.get(token, 0.0), counts.get(token, -1)) for token in sorted(tokens) if token < vocabulary}
-
-
-def _moved(tensor: torch.Tensor | None, device: torch.device | str) -> torch.Tensor | None:
-    return None if tensor is None else _to(tensor, device)
-
-
-def _to(tensor: torch.Tensor, device: torch.device | str) -> torch.Tensor:
-    return tensor.to(device, non_blocking=True)

@@ -139,7 +139,7 @@ def _queries(q, row, mask, D: tl.constexpr, HALF: tl.constexpr, KIND: tl.constex
     return (first, second), tl.sum(first.to(tl.float32), axis=1) + tl.sum(second.to(tl.float32), axis=1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "width"])
 def prefill_kernel(
     q,  # [T, KV_HEADS * GROUP, D]
     signs, key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros,  # a TritonKv
@@ -197,7 +197,7 @@ def prefill_kernel(
     _store(out, place, mask, run, signs, ROWS, D, HALF, LOG)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slices", "width", "splits"])
 def decode_kernel(
     q,  # [S, KV_HEADS * GROUP, D]: each slice is one row
     key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros,
@@ -248,7 +248,7 @@ def decode_kernel(
         tl.store(marks_out + place * 2 * GROUP + GROUP + group, highest, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine_kernel(
     sums, marks, signs, contexts, out, splits, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, LOG: tl.constexpr,
@@ -310,7 +310,7 @@ def attention(
         "KV_HEADS": kv_heads,
         "BLOCK_SIZE": kv.block_size,
     }
-    shape |= {"SLICES": triton.next_power_of_2(slices)}
+    shape |= {"SLICES": slices_of(slices)}
     factor, reach = scale * _LOG2_E, window or 0
     height, warps, stages = tile.decode if rows == slices else tile.prefill
     shape |= {"ROWS": max(height, triton.next_power_of_2(group)), "num_warps": warps, "num_stages": stages}
@@ -336,6 +336,11 @@ def attention(
         enable_fp_fusion=False,
     )  # fmt: skip
     return out
+
+
+def slices_of(slices: int) -> int:
+    """What the kernels are compiled for: few numbers, for a compiler takes seconds while somebody waits for a token."""
+    return max(64, int(triton.next_power_of_2(slices)))
 
 
 def _check(

@@ -66,7 +66,7 @@ def _add_block(total, sums, block, m, n, row_scales, row_totals, scales, zeros, 
     return total + sums.to(tl.float32) * (row_scale[:, None] * scale[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w4a8_kernel(
     x,  # int8 [T, K]
     row_scales,  # float32 [T, K / 128]
@@ -117,7 +117,7 @@ def _floats(values, zeros, block, n, outputs, KIND: tl.constexpr):
     return tl.trans(values.to(tl.float32).to(KIND))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def w4a16_kernel(
     x,  # bfloat16 or float16 [T, K], prepared
     wide,

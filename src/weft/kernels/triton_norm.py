@@ -14,7 +14,7 @@ from weft.kernels.triton_numbers import KINDS, helper, rounded
 from weft.kernels.triton_tiles import ACTIVATION, NORM, architecture
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def norm_kernel(
     x,  # [T, D]
     residual,  # [T, D] of x's type, or None: becomes the sum
@@ -47,7 +47,7 @@ def gated(gate, up):
     return gate * (tl.where(gate >= 0.0, 1.0, small) / (1.0 + small)) * up
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def gate_kernel(
     gate_up,  # [T, 2 F]
     out,  # [T, F]

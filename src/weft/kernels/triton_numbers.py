@@ -1,6 +1,9 @@
 """What several Triton kernels need: numbers rounded to the type that they are stored in.
 
 Importing this module needs triton. Set TRITON_INTERPRET=1 before, and kernels run on a CPU, slowly, through numpy.
+
+Kernels name the counts that change from step to step in `do_not_specialize`: Triton would compile them again for a
+count of 1, and for multiples of 16, while somebody waits.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def _written(
             tl.store(codes + target[:, None] * (D // 2) + column, packed, mask=mask[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def rotary_kernel(
     qkv,  # [T, (heads + 2 * kv_heads) * D]
     cos, sin,  # float32 [positions, D / 2]

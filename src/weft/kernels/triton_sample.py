@@ -20,7 +20,6 @@ from weft.kernels.triton_tiles import SAMPLE, architecture
 
 _UNIT = tl.constexpr(2.0**40)
 _ALL = tl.constexpr(0x7FFFFFFF)
-_COLDEST = tl.constexpr(1e-30)  # keeps 0 / temperature at 0
 _WEYL = tl.constexpr(0x9E3779B97F4A7C15)
 
 
@@ -199,7 +198,6 @@ def draw_kernel(
     if temperatures is not None:
         temperature = tl.load(temperatures + row)
         if (temperature > 0.0) & (tl.abs(peak) < float("inf")):
-            temperature = tl.maximum(temperature, _COLDEST)
             bits, equals = _filtered(
                 logits, vocabulary, peak, temperature, tl.load(min_ps + row), tl.load(top_ks + row),
                 tl.load(top_ps + row), CHUNK, DIGITS,
@@ -212,7 +210,7 @@ def draw_kernel(
     tl.store(tokens + row, token.to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def score_kernel(logits, tokens, logprobs, ranks, top_tokens, top_logprobs, vocabulary, k, CHUNK: tl.constexpr):
     """Log-probability and rank of a row's token, and the k most probable tokens."""
     row = tl.program_id(0)
@@ -245,18 +243,25 @@ def score_kernel(logits, tokens, logprobs, ranks, top_tokens, top_logprobs, voca
         tl.store(top_logprobs + row * k + place, last - norm)
 
 
+class Scores(NamedTuple):
+    """Of the raw logits. logprobs float32 [R] and ranks int32 [R] of the rows' tokens; the k most probable tokens int32
+    and their log-probabilities float32 [R, k]. A row without a finite maximum scores NaN."""
+
+    logprobs: torch.Tensor
+    ranks: torch.Tensor
+    top_tokens: torch.Tensor
+    top_logprobs: torch.Tensor
+
+
 class Drawn(NamedTuple):
-    """tokens int64 [R]; logprobs float32 [R], ranks int32 [R], and the most probable tokens int32 and their
-    log-probabilities float32 [R, scores]: of the raw logits, where asked for. peaks: the largest logit as it was drawn
-    from, float32 [R]; a row whose peak is not finite has no token: NaN where there was one, -inf where none was left.
-    """
+    """tokens int64 [R]. peaks float32 [R]: the largest raw logit, NaN where there is one. left float32 [R]: the largest
+    logit after bias, penalties and forbidden ids; None where no row has any. A row for which either is not finite has
+    no token, whatever `tokens` says (some id of the vocabulary). scores: where a row asks for any."""
 
     tokens: torch.Tensor
-    logprobs: torch.Tensor | None
-    ranks: torch.Tensor | None
-    top_tokens: torch.Tensor | None
-    top_logprobs: torch.Tensor | None
     peaks: torch.Tensor
+    left: torch.Tensor | None
+    scores: Scores | None
 
 
 def sample(logits: torch.Tensor, parameters: Parameters) -> Drawn:
@@ -279,16 +284,12 @@ def sample(logits: torch.Tensor, parameters: Parameters) -> Drawn:
             source, parameters.seeds, parameters.positions, *drawing, tokens, peaks, vocabulary, CHUNK=chunk,
             DIGITS=digits, num_warps=warps, enable_fp_fusion=False,
         )  # fmt: skip
-    if parameters.scores is None:
-        return Drawn(tokens, None, None, None, None, peaks)
-    return Drawn(tokens, *score(logits, tokens, parameters.scores), peaks)
+    scores = None if parameters.scores is None else score(logits, tokens, parameters.scores)
+    return Drawn(tokens, peaks, None, scores) if edits is None else Drawn(tokens, logits.amax(-1), peaks, scores)
 
 
-def score(
-    logits: torch.Tensor, tokens: torch.Tensor, k: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Score tokens int64 [R] by rows of float32 logits [R, V]: log-probabilities, ranks, and the k most probable tokens
-    with theirs, as in `Drawn`. A row without a finite maximum scores NaN. Raises TypeError, ValueError."""
+def score(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Scores:
+    """Score tokens int64 [R] by rows of float32 logits [R, V]. Raises TypeError, ValueError."""
     _check(logits)
     rows, vocabulary = logits.shape
     if not 0 <= k <= vocabulary:
@@ -303,7 +304,7 @@ def score(
         score_kernel[(rows,)](
             logits, tokens, logprobs, ranks, top_tokens, top_logprobs, vocabulary, k, CHUNK=chunk, num_warps=warps
         )
-    return logprobs, ranks, top_tokens, top_logprobs
+    return Scores(logprobs, ranks, top_tokens, top_logprobs)
 
 
 def _check(logits: torch.Tensor) -> None:

@@ -43,6 +43,7 @@ import torch
 
 from weft.core.plan import Sampling, TokenScore
 from weft.core.sampling import SamplingParams
+from weft.kernels.sample_parameters import COLDEST
 
 Row = np.ndarray[Any, np.dtype[np.float32]]
 Ids = np.ndarray[Any, np.dtype[np.int64]]
@@ -53,8 +54,7 @@ MASK64 = 2**64 - 1
 STRIDE, FACTOR_1, FACTOR_2, FACTOR_3 = map(np.uint32, (0x9E3779B9, 0xED5AD4BB, 0xAC4C1B51, 0x31848BAB))
 SHIFT_1, SHIFT_2, SHIFT_3, SHIFT_4 = map(np.uint32, (17, 11, 15, 14))
 UNIT, LOWEST, HIGHEST = map(np.float32, (2**-32, 2**-33, 1 - 2**-24))
-# Keeps 0 / temperature at 0 for temperatures that float32 cannot hold.
-COLDEST = 1e-30
+FORBIDDEN = "every token is forbidden"
 
 
 def sample(logits: torch.Tensor, samplings: Sequence[Sampling]) -> list[tuple[int, TokenScore | None] | str]:
@@ -184,7 +184,7 @@ def _adjust(row: Row, sampling: Sampling) -> str | None:
         row[list(ids)] += np.array(biases, np.float32)
     if params.penalised:
         _penalise(row, sampling)
-    return None if math.isfinite(row.max()) else "every token is forbidden"
+    return None if math.isfinite(row.max()) else FORBIDDEN
 
 
 def _penalise(row: Row, sampling: Sampling) -> None:

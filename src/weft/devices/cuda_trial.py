@@ -1,0 +1,82 @@
+"""Steps that a GPU runs before it opens: to know what memory they take, and so that all kernels are compiled by then.
+
+Compiling one takes seconds, and a request would wait for it. What decides which kernels are called: how many rows there
+are (the tile of a product), how many slices (attention), and what is asked of a draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from weft.config import EngineConfig
+from weft.core.plan import Sampling, Slice
+from weft.core.sampling import SamplingParams
+from weft.devices.cuda_draw import start_draw
+from weft.devices.cuda_forward import CudaForward
+from weft.devices.cuda_streams import Gpu
+from weft.kernels.triton import TritonKernels
+from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig
+from weft.models.loader import Weights
+
+GREEDY = SamplingParams(temperature=0.0)
+ALL = SamplingParams(
+    temperature=0.5, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=1
+)
+TILES = (16, 32, 64)  # rows; from there on a product has one kernel
+
+
+@dataclass(frozen=True, slots=True)
+class Peaks:
+    """Bytes at the peak: of a prefill step, and of what decode graphs of one lane hold."""
+
+    prefill: int
+    graphs: int
+
+
+def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonKernels, weights: Weights) -> Peaks:
+    """Run the largest steps that there can be, and small ones, on a KV of their own that is gone afterwards."""
+    seats, tokens, size = config.max_num_seqs, config.max_num_batched_tokens, config.block_size
+    length = min(tokens, model.context)
+    decoder = Decoder(model, weights, kernels, length)
+    whole = -(-length // size)
+    kv = decoder.make_kv(whole, size, config.kv_cache_dtype)
+    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, max_slices=seats, graphs=False)
+    table = tuple(range(whole))
+    # As wide as in a graph: decode keeps partial sums for every split that a table might have.
+    longest = min(model.context, config.max_model_len or model.context)
+    row = Slice(0, 0, (0,), (0,) * max(whole, -(-longest // size)))
+
+    def prompt(count: int) -> Slice:
+        return Slice(0, 0, (0,) * count, table)
+
+    def run(slices: Sequence[Slice], rows: int) -> None:
+        logits = forward.run(slices, range(rows))
+        for params in (GREEDY, ALL):
+            start_draw(gpu, logits, [Sampling(params, 0, 1, (0,), (0,), (0,))] * rows, forward.drawn)
+
+    @torch.inference_mode()
+    def prefill() -> None:
+        run([prompt(min(length, tokens - at)) for at in range(0, tokens, length)], seats)
+
+    @torch.inference_mode()
+    def decode() -> None:
+        run([row] * seats, seats)
+
+    @torch.inference_mode()
+    def others() -> None:
+        for count in TILES:
+            run([prompt(min(count, length))], 1)
+        count = 64
+        while count < seats:  # another kernel of attention each
+            run([row] * count, count)
+            run([*[row] * (count - 1), prompt(min(2, length))], 1)
+            count *= 2
+
+    gpu.peak(others)
+    peaks = gpu.peak(prefill), gpu.peak(decode)
+    logits = seats * model.vocabulary * torch.float32.itemsize  # of all graphs
+    return Peaks(peaks[0], peaks[1] + logits if kernels.attend.capturable else 0)
