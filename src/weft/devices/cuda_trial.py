@@ -26,7 +26,7 @@ GREEDY = SamplingParams(temperature=0.0)
 ALL = SamplingParams(
     temperature=0.5, top_k=5, top_p=0.9, min_p=0.01, repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=1
 )
-TILES = (16, 32, 64)  # rows; from there on a product has one kernel
+TILES = (16, 32, 64)  # rows; beyond them a product has one kernel
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,9 @@ def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonK
     def others() -> None:
         for count in TILES:
             run([prompt(min(count, length))], 1)
-        count = 64
-        while count < seats:  # another kernel of attention each
+        for count in (*(64 << step for step in range(seats.bit_length()) if 64 << step < seats), seats):
             run([row] * count, count)
             run([*[row] * (count - 1), prompt(min(2, length))], 1)
-            count *= 2
 
     gpu.peak(others)
     peaks = gpu.peak(prefill), gpu.peak(decode)
