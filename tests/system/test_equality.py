@@ -138,7 +138,7 @@ CASES += [("cuda", "float32")] * (find_spec("triton") is not None)
 def case(request: pytest.FixtureRequest, tiny_model: Path) -> Case:
     name, dtype = request.param
     if name == "cuda":
-        # Without scores, so that tokens are drawn on the device and steps are computed ahead.
+        # Without scores, which take the interpreter long.
         brief = replace(GREEDY, max_tokens=6, logprobs=None)
         return Case({"device": "cuda", "model": str(tiny_model), "dtype": dtype}, False, brief)
     return Case({"kernels": name, "dtype": dtype}, name != "reference")

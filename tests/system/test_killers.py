@@ -1,17 +1,21 @@
 """What has killed other engines: oversized, impossible and malformed requests, and clients that go away.
 
 Against a real server on the simulated device with a pool of 16 blocks. After each test the server still serves, and
-every block is back within a second.
+every block is back within a second. The last test does some of it to the cuda device, which is interpreted where there
+is no GPU, and gets longer.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,8 +52,8 @@ def http(url: str) -> Iterator[httpx.Client]:
         assert answer.json()["choices"][0]["token_ids"] == list(continuation([1, 2, 3], 4, TOKENIZER.vocabulary))
 
 
-def back_at_baseline(client: httpx.Client) -> None:
-    end = time.monotonic() + 1.0
+def back_at_baseline(client: httpx.Client, seconds: float = 1.0) -> None:
+    end = time.monotonic() + seconds
     while True:
         text = client.get("/metrics").text
         found = HELD.findall(text) + BUSY.findall(text)
@@ -99,13 +103,12 @@ def test_more_than_fits_at_one_time(http: httpx.Client) -> None:
     assert preemptions is not None and float(preemptions[1]) > 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("reset", [False, True])
-def test_clients_that_go_away(http: httpx.Client, url: str, stream: bool, reset: bool) -> None:
+def go_away(url: str, count: int, body: dict[str, Any], *, stream: bool, reset: bool) -> None:
+    """So many clients ask, and hang up before they have their answer."""
     parts = urlsplit(url)
-    data = json.dumps({"prompt": [3, 4], "max_tokens": 200, "ignore_eos": True, "stream": stream}).encode()
+    data = json.dumps({**body, "ignore_eos": True, "stream": stream}).encode()
     head = f"POST {TEXT} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(20)]
+    clients = [socket.create_connection((parts.hostname, parts.port)) for _ in range(count)]
     for client in clients:
         client.sendall(head.encode() + data)
     if stream:
@@ -115,6 +118,12 @@ def test_clients_that_go_away(http: httpx.Client, url: str, stream: bool, reset:
         if reset:
             client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         client.close()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("reset", [False, True])
+def test_clients_that_go_away(http: httpx.Client, url: str, stream: bool, reset: bool) -> None:
+    go_away(url, 20, {"prompt": [3, 4], "max_tokens": 200}, stream=stream, reset=reset)
     back_at_baseline(http)
 
 
@@ -156,3 +165,26 @@ def test_a_hundred_megabytes(http: httpx.Client) -> None:
 def test_a_queue_that_is_full(http: httpx.Client) -> None:
     response = http.post(TEXT, json={"prompt": [[5, 6]] * 1000, "max_tokens": 100, "ignore_eos": True})
     assert error_of(response, 429)["code"] == "queue_full" and int(response.headers["retry-after"]) > 0
+
+
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_the_cuda_device_outlives_them(served: Served, tiny_model: Path, tmp_path: Path) -> None:
+    builtin = resolve_model("builtin")
+    for path in (*tiny_model.iterdir(), builtin / "tokenizer.json", builtin / "tokenizer_config.json"):
+        shutil.copy(path, tmp_path)
+    flags = ["--device", "cuda", "--num-blocks", "4", "--max-num-seqs", "4", "--max-model-len", "64"]
+    body = {"prompt": [5, 6, 7], "max_tokens": 3, "temperature": 0, "ignore_eos": True, "return_token_ids": True}
+    with (
+        served(str(tmp_path), *flags, "--max-num-queued-reqs", "20", "--log-level", "error") as address,
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        first = client.post(TEXT, json=body).json()["choices"][0]["token_ids"]
+        error_of(client.post(TEXT, json={"prompt": [5] * 64, "max_tokens": 1}), 400)
+        error_of(client.post(TEXT, json={**body, "max_tokens": 2**63}), 400)
+        error_of(client.post(TEXT, json={**body, "logit_bias": {"4096": 1}}), 400)
+        error_of(client.post(TEXT, json={**body, "prompt": [[5, 6]] * 50}), 429)
+        together = client.post(TEXT, json={**body, "prompt": [[5, 6, 7]] * 6, "max_tokens": 14}).json()["choices"]
+        assert {tuple(choice["token_ids"][:3]) for choice in together} == {tuple(first)}  # preempted or not
+        go_away(address, 6, {"prompt": [3, 4], "max_tokens": 40, "temperature": 1}, stream=True, reset=True)
+        back_at_baseline(client, 30.0)
+        assert client.post(TEXT, json=body).json()["choices"][0]["token_ids"] == first

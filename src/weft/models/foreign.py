@@ -85,7 +85,7 @@ class ForeignCheckpoint:
         if self.scheme.activation_bits == 16:
             found.append(
                 "the checkpoint leaves activations in 16 bits; weft rounds what enters its quantised layers to 8 bits, "
-                f"with a scale for each token and {BLOCK} channels"
+                f"with a scale for each token and {BLOCK} channels (--w4a16 on --device cuda leaves it alone)"
             )
         if self._rounded:
             group = self.scheme.group or "all"
