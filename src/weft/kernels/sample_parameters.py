@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -52,12 +53,12 @@ class Parameters:
 
     def moved(self, move: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]) -> Parameters:
         """The same in other tensors: `move` is given all that there are, and returns its own in the same order."""
-        rows = (self.seeds, self.positions, self.temperatures, self.top_ks, self.top_ps, self.min_ps)
-        given = [tensor for tensor in rows if tensor is not None]
-        edits = [] if self.edits is None else list(self.edits.tensors)
-        there = iter(move(given + edits))
-        found = [None if tensor is None else next(there) for tensor in rows]
-        return Parameters(*found, edits=Edits(*there) if edits else None, scores=self.scores)
+        names = ("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps")
+        rows = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
+        edits = () if self.edits is None else self.edits.tensors
+        there = move([*rows.values(), *edits])
+        found: dict[str, Any] = dict(zip(rows, there, strict=False))
+        return replace(self, **found, edits=Edits(*there[len(rows) :]) if edits else None)
 
     def to(self, device: torch.device | str) -> Parameters:
         """A copy there."""
