@@ -91,8 +91,12 @@ def test_pools_that_hold_no_sequence_of_full_length_name_what_would_work(device:
     small = config("pd:1:3", device=device, num_blocks=40)
     with pytest.raises(ConfigError, match=r"40 KV blocks into 10 and 30.* 256 tokens; --num-blocks 65 would work"):
         open_device(small, BUILTIN, lambda phase: None)
-    for changes in ({"num_blocks": 65}, {"max_model_len": 160}):
-        open_device(config("pd:1:3", device=device, **changes), BUILTIN, lambda phase: None).close()
+    for changes, decode in (({"num_blocks": 65}, 49), ({"max_model_len": 160}, 30)):
+        opened = open_device(config("pd:1:3", device=device, **changes), BUILTIN, lambda phase: None)
+        opened.close()
+        assert opened.capacity().decode_blocks == decode
+        note = f"disaggregated: weights twice, {opened.capacity().blocks - decode} + {decode} KV blocks"
+        assert (note in opened.describe().notes) == (device == "cpu")
 
 
 def test_a_gpu_has_no_disaggregation() -> None:

@@ -70,6 +70,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
         if group is not None:
             pool = size_pool(replace(config, num_blocks=group.agree(pool.blocks)), model.context, kept, free)
         decode = decode_blocks(config, pool.blocks, pool.max_model_len)
+        divided = f"disaggregated: weights twice, {pool.blocks - decode} + {decode} KV blocks" if apart else None
         say("KV pool")
         store = None if group is None else group.meet()
         decoders = {
@@ -112,7 +113,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
             kernels=name,
-            notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes) if note),
+            notes=tuple(note for note in (dtype_note, kernels_note, *weights.notes, *pool.notes, divided) if note),
         ),
         memory=memory_rows(capacity, own_model, weights.size + (second.size if apart else 0), kept, dtype),
         cores=cores,
