@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from weft.comet.checkpoint import parse
 from weft.comet.linear import QuantisedReferenceKernels
 from weft.core.plan import Slice
-from weft.errors import CheckpointError, ConfigError
+from weft.errors import ConfigError
 from weft.kernels.base import Kernels
 from weft.kernels.reference import ReferenceKernels
 from weft.models import loader, quantised
@@ -128,22 +128,38 @@ def test_ranks_together_compute_a_quantised_model(
     assert (got - wanted).abs().mean() < 0.01 * wanted.std()
 
 
-def test_blocks_of_several_ranks_cannot_be_cut(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:
-    order = torch.arange(512).roll(64)
-    write_fmpq(tmp_path, 4, order)
+def test_blocks_with_heads_of_several_ranks(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:
+    """A rank has zeros in the place of what is not its own; every weight acts on every channel once."""
+    heads = torch.arange(512).view(8, 64)[[0, 4, 1, 5, 2, 3, 6, 7]]  # two blocks with heads of both ranks
+    order = torch.cat([block[torch.randperm(128)] for block in heads.flatten().view(-1, 128)])
+    write_fmpq(tmp_path, 8, order)
     config = read_config(tmp_path)
-    with pytest.raises(CheckpointError, match=r"layers\.0\.output\.permutation.*block 0.*--tensor-parallel-size 2"):
-        load_weights(tmp_path, config, QuantisedReferenceKernels((0,)), torch.float32, part=Part(1, 2))
+    assert [output_blocks(order, config, Part(rank, 2)) for rank in range(2)] == [(0, 1, 2), (0, 1, 3)]
+    kernels = QuantisedReferenceKernels((0,))
+    wanted = logits_of_one(tmp_path, kernels, torch.float32, None)
+    got = logits_of_ranks(tmp_path, kernels, torch.float32, 2, None)
+    # A block with zeros in it has another scale: the input is rounded to other integers, finer ones.
+    assert (got - wanted).abs().mean() < 0.02 * wanted.std()
 
 
-def test_every_block_of_an_order_has_one_rank(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:
+@pytest.mark.parametrize("mixed", [False, True])
+def test_an_order_of_a_rank_has_each_of_its_channels_once_and_then_zeros(
+    tmp_path: Path, write_fmpq: Callable[..., None], mixed: bool
+) -> None:
     write_fmpq(tmp_path, 4)
-    config = read_config(tmp_path)
-    order = Checkpoint(tmp_path).take(["model.layers.0.output.permutation"])["model.layers.0.output.permutation"]
-    assert [output_blocks(order, config, Part(rank, 2), 0) for rank in range(2)] == [(1, 3), (0, 2)]
+    config, name = read_config(tmp_path), "model.layers.0.output.permutation"
+    order = Checkpoint(tmp_path).take([name])[name]
+    order = order.roll(64) if mixed else order
+    x = torch.randn(512)
+    total = torch.zeros(512)
     for rank in range(2):
-        own = output_order(order, config, Part(rank, 2), 0)
-        assert sorted(own.tolist()) == list(range(256))
+        part = Part(rank, 2)
+        own, blocks = output_order(order, config, part), output_blocks(order, config, part)
+        assert sorted(own.tolist()) == list(range(len(own)))
+        padded = torch.cat([x[256 * rank : 256 * rank + 256], torch.zeros(len(own) - 256)])
+        for place, block in enumerate(blocks):
+            total[128 * block : 128 * block + 128] += padded[own[128 * place : 128 * place + 128]]
+    assert torch.equal(total, x[order.long()])
 
 
 def test_no_more_of_a_file_is_read_than_the_part(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:

@@ -118,8 +118,11 @@ def parse(raw: Any, shapes: Shapes) -> FmpqConfig:
     return FmpqConfig(bits, blocks, flags, head, embedding_bits)
 
 
-def site_shapes(shapes: Shapes) -> dict[str, tuple[dict[str, int], int]]:
-    """For each site the rows of its linears by name, and their columns."""
+def site_shapes(shapes: Shapes, output_channels: int | None = None) -> dict[str, tuple[dict[str, int], int]]:
+    """For each site the rows of its linears by name, and their columns.
+
+    output_channels: of o_proj's input, where that has more than the heads give: one rank's part of it ends in zeros.
+    """
     queries, keys = shapes.heads * shapes.head_dim, shapes.kv_heads * shapes.head_dim
     rows = {
         "attention": (queries, keys, keys),
@@ -129,7 +132,7 @@ def site_shapes(shapes: Shapes) -> dict[str, tuple[dict[str, int], int]]:
     }
     columns = {
         "attention": shapes.hidden_size,
-        "output": queries,
+        "output": output_channels or queries,
         "mlp": shapes.hidden_size,
         "down": shapes.intermediate_size,
     }
@@ -153,10 +156,12 @@ def layer_tensors(layer: QuantisedLayer, config: FmpqConfig, shapes: Shapes) -> 
     return tensors
 
 
-def tensor_shapes(config: FmpqConfig, shapes: Shapes, index: int) -> dict[str, Stored]:
-    """Shapes and dtypes of layer `index`'s tensors, biases and norms apart."""
+def tensor_shapes(
+    config: FmpqConfig, shapes: Shapes, index: int, output_channels: int | None = None
+) -> dict[str, Stored]:
+    """Shapes and dtypes of layer `index`'s tensors, biases and norms apart. output_channels: as `site_shapes`."""
     wanted: dict[str, Stored] = {}
-    for site, (rows, columns) in site_shapes(shapes).items():
+    for site, (rows, columns) in site_shapes(shapes, output_channels).items():
         if site in PERMUTED:
             wanted[f"{site}.permutation"] = ((columns,), "I32")
         for name, count in rows.items():
@@ -165,13 +170,21 @@ def tensor_shapes(config: FmpqConfig, shapes: Shapes, index: int) -> dict[str, S
 
 
 def read_layer(
-    tensors: Mapping[str, torch.Tensor], config: FmpqConfig, shapes: Shapes, index: int, file: Path
+    tensors: Mapping[str, torch.Tensor],
+    config: FmpqConfig,
+    shapes: Shapes,
+    index: int,
+    file: Path,
+    output_channels: int | None = None,
 ) -> QuantisedLayer:
-    """The layer from its tensors. file: where they come from, for errors. Raises CheckpointError."""
+    """The layer from its tensors. file: where they come from, for errors. output_channels: as `site_shapes`.
+
+    Raises CheckpointError.
+    """
     whose = f" of layer {index}"
-    check_tensors(tensors, tensor_shapes(config, shapes, index), file, whose)
+    check_tensors(tensors, tensor_shapes(config, shapes, index, output_channels), file, whose)
     sites = {}
-    for site, (rows, columns) in site_shapes(shapes).items():
+    for site, (rows, columns) in site_shapes(shapes, output_channels).items():
         permutation = None
         if site in PERMUTED:
             permutation = tensors[f"{site}.permutation"]

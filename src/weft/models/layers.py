@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from weft.kernels.base import Batch, Kernels
 from weft.models.families import ModelConfig
@@ -66,6 +67,8 @@ class Layer:
         mixed = kernels.attention(q, kv, batch, heads, kv_heads, self._scale, self._window)
         if last:
             mixed = kernels.keep(mixed, batch)
+        if weights.output_zeros:
+            mixed = pad(mixed, (0, weights.output_zeros))
         return kernels.linear(mixed, weights.output)
 
     def feed(self, hidden: torch.Tensor) -> torch.Tensor:

@@ -39,7 +39,10 @@ DUMMY_SPREAD = 0.035  # uniform in [-spread, spread): a standard deviation of 0.
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One layer: four packed linears (q, k and v joined, gate and up joined) and its norms."""
+    """One layer: four packed linears (q, k and v joined, gate and up joined) and its norms.
+
+    output_zeros: how many zeros the input of `output` ends in, after what the heads give (see shard.py).
+    """
 
     input_norm: torch.Tensor
     mlp_norm: torch.Tensor
@@ -49,6 +52,7 @@ class LayerWeights:
     output: Any
     gate_up: Any
     down: Any
+    output_zeros: int = 0
 
 
 @dataclass(frozen=True, slots=True)

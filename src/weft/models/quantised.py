@@ -37,7 +37,7 @@ def outer_shapes(config: ModelConfig, fmpq: FmpqConfig) -> dict[str, Shape]:
 
 
 def shard(source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, part: Part) -> tuple[Shard, FmpqConfig]:
-    """This rank's tensors and what the config says of them. Raises CheckpointError for what cannot be cut."""
+    """This rank's tensors and what the config says of them. Raises CheckpointError for an order that is none."""
     names = [f"{_prefix(index)}output.permutation" for index in range(config.layers)]
     found = source.take(names)
     orders = [found[name] for name in names]
@@ -46,7 +46,7 @@ def shard(source: Checkpoint, config: ModelConfig, fmpq: FmpqConfig, part: Part)
     for index, (name, order) in enumerate(zip(names, orders, strict=True)):
         check_permutation(order, str(source.entries[name].file), name)
         cuts |= fmpq_cuts(fmpq, config, part, index, _prefix(index), order)
-        made[name] = output_order(order, config, part, index)
+        made[name] = output_order(order, config, part)
     return Shard(source, cuts, made), shard_fmpq(fmpq, config, part, orders)
 
 
@@ -96,8 +96,11 @@ def take_layer(
     """The fields of LayerWeights. Raises CheckpointError naming file and tensor."""
     names = list(layer_shapes(config, fmpq, index))
     prefix = _prefix(index)
+    heads = config.heads * config.head_dim
+    order = source.made.get(f"{prefix}output.permutation")
+    channels = heads if order is None else len(order)
     tensors = {name.removeprefix(prefix): tensor for name, tensor in source.take(names).items()}
-    layer = read_layer(tensors, fmpq, config, index, source.entries[names[0]].file)
+    layer = read_layer(tensors, fmpq, config, index, source.entries[names[0]].file, channels)
     norms = {name: norm.to(dtype, copy=True) for name, norm in layer.norms.items()}
     return {
         "input_norm": norms[INPUT_NORM],
@@ -108,6 +111,7 @@ def take_layer(
         "output": _pack(layer.sites["output"], kernels),
         "gate_up": _pack(layer.sites["mlp"], kernels),
         "down": _pack(layer.sites["down"], kernels),
+        "output_zeros": channels - heads,
     }
 
 

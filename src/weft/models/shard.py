@@ -8,8 +8,9 @@
 
 A sum over ranks follows `output` and `down`; so the bias of these is rank 0's, and zeros elsewhere. Of an fmpq
 checkpoint the channels of `down` are dealt out in blocks of 128, one to each rank in turn, so that each has its part of
-the outlier blocks, which come first. The columns of `output` were put in an order when it was quantised; they can be
-cut only where every block of 128 belongs to one rank's heads.
+the outlier blocks, which come first. The columns of `output` were put in an order when it was quantised, so that a
+block of 128 may have heads of several ranks (of 64 channels). Each of these ranks has the block, with zeros in the
+place of what is not its own: linear and transform are sums, so that their sum over the ranks is the whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 
 from weft.comet.checkpoint import FmpqConfig
 from weft.comet.packing import BLOCK, PER_WORD
-from weft.errors import CheckpointError, ConfigError
+from weft.errors import ConfigError
 from weft.models.checkpoint import Checkpoint, Entry, Shape
 from weft.models.families import ModelConfig
 
@@ -175,8 +176,8 @@ def shard_fmpq(fmpq: FmpqConfig, config: ModelConfig, part: Part, orders: Sequen
     outliers = dict(fmpq.outlier_blocks)
     outliers["down"] = tuple(len(part.dealt(count)) for count in fmpq.outlier_blocks["down"])
     outliers["output"] = tuple(
-        sum(block < count for block in output_blocks(order, config, part, index))
-        for index, (order, count) in enumerate(zip(orders, fmpq.outlier_blocks["output"], strict=True))
+        sum(block < count for block in output_blocks(order, config, part))
+        for order, count in zip(orders, fmpq.outlier_blocks["output"], strict=True)
     )
     return replace(fmpq, outlier_blocks=outliers)
 
@@ -190,7 +191,7 @@ def fmpq_cuts(
         for end in ("weight_packed", "weight_outlier", "weight_scale", "bias"):
             cuts[f"{prefix}{name}.{end}"] = _cut(0, ranges)
     blocks = {
-        "self_attn.o_proj": ("output", output_blocks(order, config, part, index)),
+        "self_attn.o_proj": ("output", output_blocks(order, config, part)),
         "mlp.down_proj": ("down", tuple(part.dealt(config.intermediate_size // BLOCK))),
     }
     for name, (site, own) in blocks.items():
@@ -205,29 +206,28 @@ def fmpq_cuts(
     return cuts | _summed_biases(config, part, prefix)
 
 
-def output_blocks(order: torch.Tensor, config: ModelConfig, part: Part, index: int) -> tuple[int, ...]:
-    """The blocks of the prepared input of o_proj that are made of this rank's heads.
+def output_blocks(order: torch.Tensor, config: ModelConfig, part: Part) -> tuple[int, ...]:
+    """The blocks of the prepared input of o_proj that have a channel of this rank's heads."""
+    return tuple(_owned(order, config, part).view(-1, BLOCK).any(dim=1).nonzero().flatten().tolist())
 
-    Raises CheckpointError naming the tensor where a block has heads of several ranks.
-    """
+
+def output_order(order: torch.Tensor, config: ModelConfig, part: Part) -> torch.Tensor:
+    """The permutation of this rank's o_proj: its input are the channels of its heads, and after them as many zeros as
+    its blocks have places of other ranks' channels."""
+    blocks = list(output_blocks(order, config, part))
+    places = order.view(-1, BLOCK)[blocks].flatten()
+    own = _owned(places, config, part)
     ((first, end),) = _heads(config, part, config.heads)
-    inside = ((order >= first) & (order < end)).view(-1, BLOCK)
-    mixed = inside.any(dim=1) & ~inside.all(dim=1)
-    if bool(mixed.any()):
-        block = int(mixed.int().argmax())
-        raise CheckpointError(
-            f"model.layers.{index}.output.permutation puts heads of several ranks into block {block} of o_proj's "
-            f"input, so that {FLAG} {part.ranks} cannot cut it; 1 rank serves it, and several serve a checkpoint whose "
-            f"heads have {BLOCK} channels"
-        )
-    return tuple(inside.all(dim=1).nonzero().flatten().tolist())
+    zeros = torch.arange(int((~own).sum()), dtype=order.dtype) + (end - first)
+    made = places - first
+    made[~own] = zeros
+    return made
 
 
-def output_order(order: torch.Tensor, config: ModelConfig, part: Part, index: int) -> torch.Tensor:
-    """The permutation of this rank's part of o_proj's input."""
-    ((first, _),) = _heads(config, part, config.heads)
-    blocks = list(output_blocks(order, config, part, index))
-    return (order.view(-1, BLOCK)[blocks] - first).flatten()
+def _owned(channels: torch.Tensor, config: ModelConfig, part: Part) -> torch.Tensor:
+    """Which of these channels of o_proj's input are of this rank's heads."""
+    ((first, end),) = _heads(config, part, config.heads)
+    return (channels >= first) & (channels < end)
 
 
 def _row_ranges(config: ModelConfig, part: Part) -> dict[str, Ranges]:
