@@ -5,7 +5,7 @@
 --quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
 each form: of 8-bit integers for W4A8, of 16-bit floats for W4A16 and attention; `wgmma` on capability 9 where the tile
 is high enough. And no W4A8 kernel and none that quantises may hold a fused multiply-add of floats: they promise the
-reference's bits.
+reference's bits. Nor may a kernel be one of several for counts that change from step to step.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from weft.kernels.triton_w4ax import tile
 INTEGERS, FLOATS = r"\bs8\.s8|\.s32\.s8\.s8", r"\.f32\.bf16\.bf16"
 WGMMA_ROWS = 64  # the least height of a tile for wgmma
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+COUNTS = {"rows", "slices", "width", "splits", "tokens", "k"}  # that change from step to step
 SPILLS = 216  # of attention: what is held beside the loop
 # Pointers are 16-byte aligned and row lengths multiples of 16, as torch's are.
 ALIGNED = [["tt.divisibility", 16]]
@@ -100,6 +101,9 @@ def _problems(case: Case, capability: int, made: Any) -> list[str]:
         problems.append(f"{case.name} for {capability}: no tensor-core product of its types")
     if case.product and capability // 10 == 9 and case.constants.get("M", 0) >= WGMMA_ROWS and not wgmma:
         problems.append(f"{case.name} for {capability}: no wgmma")
+    for parameter in case.kernel.params:
+        if parameter.name in COUNTS and not parameter.do_not_specialize:
+            problems.append(f"{case.name}: Triton compiles it again for {parameter.name} of 1 and multiples of 16")
     if case.exact and fused:
         problems.append(f"{case.name} for {capability}: {fused} fused multiply-adds")
     if made.metadata.shared > SHARED[capability]:
