@@ -7,12 +7,17 @@
    units of SMs, and the same on all of them. This is the calibration that a cost model reads.
 3. *beside*: both at once on the two halves of a split, at five splits, and each with all SMs: how much longer each
    takes than alone on the same part.
+4. *serving*: the 8B shape of gpu.py in BF16 with random weights under a Poisson load (prompts of 1024 tokens, answers
+   of 128, on average), in one process without HTTP: chunks of several sizes in one mixed lane, fixed splits, full
+   overlap, and `auto`. A request counts that has its first token within eight times, the others within twice what one
+   request alone takes.
 
 Rows are written as they come, so a run that is killed leaves what it has. Without a GPU it says so and ends;
 TRITON_INTERPRET=1 runs all of it on a tiny shape, to show that it works and nothing else.
 
-Claims (only from a GPU that can be divided): `switch_us` of a step, `interference_worst`: the longest time beside the
-other, by that alone, over the splits.
+Claims (only from a GPU that can be divided): `switch_us` of a step; `interference_worst`: the longest time beside the
+other, by that alone, over the splits; `h200_goodput_vs_best_chunk`: requests a second that count, of auto and of the
+best chunk, each at the rate that suits it best.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import common
+import gpu_model
+import gpu_phases_serving as serving
 import torch
 
 from weft.core.plan import Lane, Slice
@@ -69,6 +76,7 @@ class Work:
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="stop with what there is after so long")
+    parser.add_argument("--parts", choices=("all", "sms", "serving"), default="all", help="1 to 3, or 4 (all)")
     arguments = parser.parse_args()
     try:
         gpu = open_gpu()
@@ -76,19 +84,30 @@ def main() -> None:
         print(f"nothing measured: {error.message}")
         return
     gpu.adopt()
-    shape = TINY if isinstance(gpu, Interpreted) else Shape(repeats=3 if arguments.quick else 7)
+    tiny = isinstance(gpu, Interpreted)
+    shape = TINY if tiny else Shape(repeats=3 if arguments.quick else 7)
     end = time.monotonic() + arguments.minutes * 60
     rows: list[dict[str, Any]] = []
     notes = [gpu.name, *([] if gpu.undivided is None else [f"the SMs were not divided: {gpu.undivided}"])]
     with torch.inference_mode():
-        for row in measure(gpu, shape, quick=arguments.quick):
+        for row in rows_of(gpu, shape, arguments.parts, end, quick=arguments.quick):
             rows.append(row)
             common.say(", ".join(f"{name} {_words(value)}" for name, value in row.items()))
             common.write_json(arguments, {}, rows, [*notes, "not finished"])
             if time.monotonic() > end:
                 notes.append(f"stopped after {arguments.minutes:g} minutes, before the end")
                 break
-    common.report(arguments, {} if gpu.undivided is not None else claims(rows), rows, notes)
+    common.report(arguments, {} if gpu.undivided is not None else claims(rows) | serving.claims(rows), rows, notes)
+
+
+def rows_of(gpu: Gpu, shape: Shape, parts: str, end: float, *, quick: bool) -> Iterator[dict[str, Any]]:
+    if parts != "serving":
+        yield from measure(gpu, shape, quick=quick)
+    if parts != "sms":
+        sizes, traffic = gpu_model.REAL, serving.Traffic(rates=(0.6,)) if quick else serving.Traffic()
+        if shape is TINY:
+            sizes, traffic = gpu_model.TINY, serving.TINY
+        yield from serving.measure(gpu, sizes.raw, traffic, end)
 
 
 def measure(gpu: Gpu, shape: Shape, *, quick: bool) -> Iterator[dict[str, Any]]:

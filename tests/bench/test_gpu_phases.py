@@ -31,6 +31,10 @@ def test_all_rows_come_out_interpreted(tmp_path: Path) -> None:
     curves = {(row["what"], row["share"]) for row in rows if row["part"] == "curves"}
     assert len(curves) == 2 * 3
     assert len([row for row in rows if row["part"] == "beside"]) == 2 * 6
+    served = {row["what"]: row for row in rows if row["part"] == "serving"}
+    assert {"one request alone", "chunk 4", "split 4:4", "overlap", "auto"} <= served.keys()
+    assert all(0 <= row["met"] <= row["requests"] for row in served.values() if "met" in row)
+    assert max(row["met"] for row in served.values() if "met" in row) > 0
     assert all(row["alone"] > 0 and row["beside"] > 0 for row in rows if row["part"] == "beside")
 
 
