@@ -26,8 +26,10 @@ import common
 from weft.bench.stats import Slo
 from weft.bench.traces import read_trace
 from weft.config import EngineConfig
-from weft.sim.estimate import find_gpu, find_model, setup_of
+from weft.sim.estimate import cost_of, setup_of
+from weft.sim.hardware import find_gpu
 from weft.sim.load import Load
+from weft.sim.models import find_model
 from weft.sim.study import Fleet, study
 
 HOUR, MINUTES = 3600.0, 600.0
@@ -127,10 +129,10 @@ def measure(arguments: argparse.Namespace) -> list[Timed]:
     part, found = 0.05 if arguments.quick else 1.0, []
     for gpu in ("a100-80", "h100"):
         common.say(f"one {gpu}")
-        one = Fleet(setup_of(find_model("llama-3-8b"), find_gpu(gpu), 1, "bf16", config()))
+        one = Fleet(setup_of(cost_of(find_model("llama-3-8b"), find_gpu(gpu), 1, "bf16"), config()))
         found.append(run(f"one {gpu}, Llama-3-8B", one, loads(arguments.trace, HOUR * part), HOUR * part))
     large = max(1, round((16 if arguments.quick else arguments.gpus) / RANKS))
-    big = setup_of(find_model("llama-3-70b"), find_gpu("h100"), RANKS, "bf16", config())
+    big = setup_of(cost_of(find_model("llama-3-70b"), find_gpu("h100"), RANKS, "bf16"), config())
     for count in (max(1, large // 4), large):
         common.say(f"{count} replicas of {RANKS}")
         fleet = Fleet(big, count, "least-loaded")

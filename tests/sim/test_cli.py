@@ -8,7 +8,11 @@ from pathlib import Path
 import pytest
 
 from weft.cli import main
-from weft.sim.estimate import cost_of, find_gpu, find_model
+from weft.config import EngineConfig
+from weft.errors import ConfigError
+from weft.sim.estimate import cost_of, setup_of
+from weft.sim.hardware import find_gpu
+from weft.sim.models import find_model
 
 LOAD = ["--dataset-name", "random", "--seconds", "5", "--random-input-len", "200", "--random-output-len", "20"]
 TARGETS = ["--slo-ttft", "0.5", "--slo-tpot", "0.05"]
@@ -70,8 +74,8 @@ def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["simulate", "--gpu", "h1000"], "--gpu is 'h1000'; it must be one of"),
-        (["simulate", "--model", "nothing"], "--model is 'nothing'; it must be one of"),
+        (["simulate", "--gpu", "h1000"], "--gpu: no GPU is called 'h1000'; there are"),
+        (["simulate", "--model", "nothing"], "--model: no model is called 'nothing'; there are"),
         (["simulate", "--model", "llama-3-70b"], "more ranks (--tp)"),
         (["simulate", "--rates", "0"], "--rates has 0.0; each must be more than 0"),
         (["simulate", "--replicas", "0"], "--replicas is 0; it must be at least 1"),
@@ -89,7 +93,7 @@ def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest
         (["plan", "--slo-ttft", "1"], "there is no --price"),
         (["plan", "--price", "h100=2"], "there is no target"),
         (["plan", "--price", "h100"], "is not GPU=X"),
-        (["plan", "--price", "h1000=2"], "--gpu is 'h1000'"),
+        (["plan", "--price", "h1000=2"], "--price: no GPU is called 'h1000'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_is_refused_with_the_flag(
@@ -99,27 +103,12 @@ def test_what_cannot_be_is_refused_with_the_flag(
     assert words in " ".join(capsys.readouterr().err.split())
 
 
-def test_the_roofline_by_hand() -> None:
-    """Llama-3-8B: 7.5 billion weights in the layers and the head, and 128 KiB of KV for a token."""
-    model, gpu = find_model("llama-3-8b"), find_gpu("h100")
-    assert model.weights == pytest.approx(7.5e9, rel=0.01) and model.kv * 2 == 128 * 1024
-    cost = cost_of(model, gpu, 1, "bf16")
-    assert cost.weights == pytest.approx(2 * 7.5e9 / (3.35e12 * 0.8), rel=0.01)
-    assert cost.per_token == pytest.approx(2 * 7.5e9 / (989e12 * 0.6), rel=0.01)
-    four = cost_of(model, gpu, 4, "w4a16", "int4")
-    assert four.weights == pytest.approx(cost.weights / 16) and four.per_context == pytest.approx(cost.per_context / 16)
-
-
-def test_a_model_is_read_from_its_config(tmp_path: Path) -> None:
-    shape = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "vocab_size": 100,
-    }
-    (tmp_path / "config.json").write_text(json.dumps(shape))
-    model = find_model(str(tmp_path))
-    assert model.kv == 2 * 2 * 64 and model.weights == 2 * (4 * 64 * 64 + 3 * 64 * 128) + 6400
-    (tmp_path / "config.json").write_text(json.dumps({**shape, "num_local_experts": 8}))
-    assert main(["simulate", "--model", str(tmp_path)]) == 2
+def test_a_replica_has_the_kv_that_its_weights_leave_room_for() -> None:
+    """Llama-3-8B: 8.03 billion weights of two bytes, and 128 KiB of KV for a token, in nine tenths of 85.5 GB."""
+    config = EngineConfig(max_model_len=8192)
+    one = setup_of(cost_of(find_model("llama-3-8b"), find_gpu("h100"), 1, "bf16"), config)
+    assert one.capacity.blocks * 16 == pytest.approx((0.9 * 85.5e9 - 16.06e9) / 2**17, rel=0.01)
+    four = setup_of(cost_of(find_model("llama-3-8b"), find_gpu("h100"), 1, "w4a8", "int4"), config)
+    assert four.capacity.blocks > 3.7 * one.capacity.blocks
+    with pytest.raises(ConfigError, match="llama-3-70b in bf16 on 1 x h100: weights of 141 GB"):
+        setup_of(cost_of(find_model("llama-3-70b"), find_gpu("h100"), 1, "bf16"), config)

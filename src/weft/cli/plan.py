@@ -16,10 +16,15 @@ from rich.table import Table
 from weft.bench.report import finite
 from weft.cli import simulated
 from weft.cli.flags import Parser
+from weft.config import EngineConfig
 from weft.errors import ConfigError
-from weft.sim.estimate import GPUS, PRECISIONS, find_gpu, find_model, setup_of
+from weft.sim.estimate import cost_of, setup_of
+from weft.sim.hardware import Gpu, find_gpu, gpu_names
 from weft.sim.load import Load
+from weft.sim.models import Model, find_model
 from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, replicas, search, traffic_of
+from weft.sim.precision import PRECISIONS
+from weft.sim.replica import Setup
 from weft.sim.report import SIMULATED
 from weft.sim.study import ROUTERS
 
@@ -59,7 +64,7 @@ def _parser() -> Parser:
     looked.add_argument("--model", default="llama-3-8b", metavar="NAME|FOLDER", help="or a folder with a config.json")
     looked.add_argument(
         "--price", type=_price, action="append", default=[], metavar="GPU=X",
-        help=f"of a GPU for an hour; may be repeated. GPUs: {', '.join(GPUS)}",
+        help=f"of a GPU for an hour; may be repeated. GPUs: {', '.join(gpu_names())}",
     )  # fmt: skip
     looked.add_argument("--tensor-parallel-sizes", "--tp", type=int, nargs="+", default=[1, 2, 4, 8], metavar="N")
     looked.add_argument("--precisions", choices=tuple(PRECISIONS), nargs="+", default=["bf16"])
@@ -104,21 +109,25 @@ def _price(text: str) -> tuple[str, float]:
         price = 0.0
     if not 0 < price < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not GPU=X with a price of more than 0, such as h100=2.5")
-    return find_gpu(name).name, price
+    return simulated.named("--price", find_gpu, name).name, price
 
 
 def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
-    model = find_model(given.model)
+    model = simulated.named("--model", find_model, given.model)
     found = []
     for name, price in dict(given.price).items():
         for ranks in sorted(set(given.tensor_parallel_sizes)):
             for precision in dict.fromkeys(given.precisions):
                 for text in dict.fromkeys(given.partitions):
                     config = simulated.config_of(given, text, load)
-                    make = partial(setup_of, model, GPUS[name], ranks, precision, config)
+                    make = partial(_setup, model, find_gpu(name), ranks, precision, config)
                     words = f"{ranks} x {name}, {precision}, --partition {text}"
                     found.append(Candidate(words, ranks, price * ranks, make))
     return found
+
+
+def _setup(model: Model, gpu: Gpu, ranks: int, precision: str, config: EngineConfig) -> Setup:
+    return setup_of(cost_of(model, gpu, ranks, precision, config.kv_cache_dtype), config)
 
 
 def _print(verdicts: Sequence[Verdict], targets: Targets, console: Console) -> None:

@@ -14,10 +14,14 @@ from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
 from weft.errors import ConfigError
-from weft.sim.estimate import GPUS, KV_BYTES, PRECISIONS, Model, find_gpu, find_model, setup_of
+from weft.sim.estimate import cost_of, setup_of
+from weft.sim.hardware import find_gpu, gpu_names
 from weft.sim.load import Load
+from weft.sim.models import find_model, model_names
+from weft.sim.precision import PRECISIONS
 from weft.sim.report import Run, as_json, plot, print_runs
 from weft.sim.run import Transfer
+from weft.sim.step import StepCost
 from weft.sim.study import ROUTERS, Failure, Fleet, study
 
 LOOKS = 240
@@ -33,17 +37,26 @@ def main(arguments: Sequence[str]) -> int:
     _check(given)
     if given.plot is not None:
         require_matplotlib()
-    model = find_model(given.model)
+    cost = cost_of(
+        simulated.named("--model", find_model, given.model),
+        simulated.named("--gpu", find_gpu, given.gpu),
+        given.tensor_parallel_size,
+        given.precision,
+        given.kv_cache_dtype,
+        weave=given.weave,
+    )
     load = simulated.load_of(given)
-    fleet = _fleet(given, model, load)
+    fleet = _fleet(given, cost, load)
     slo = Slo(given.slo_ttft, given.slo_tpot)
     runs = [_run(fleet, load, rate, slo, given) for rate in given.rates]
     console = Console()
     title = (
-        f"{given.replicas} x {given.tensor_parallel_size} x {given.gpu}, {model.name} in {given.precision}, "
+        f"{given.replicas} x {given.tensor_parallel_size} x {given.gpu}, {cost.model.name} in {given.precision}, "
         f"--partition {given.partition}"
     )
     console.print(title, markup=False, highlight=False)
+    for caveat in cost.caveats:
+        console.print(f"  {caveat}", markup=False, highlight=False)
     for run in runs:
         console.print(f"  {run.words}", markup=False, highlight=False)
     print_runs(runs, slo, console)
@@ -57,9 +70,17 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("weft simulate", "Serve traffic on simulated GPUs in virtual time.", EPILOG)
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument("--model", default="llama-3-8b", metavar="NAME|FOLDER", help="or a folder with a config.json")
-    fleet.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(GPUS)} (h100)")
+    fleet.add_argument(
+        "--model",
+        default="llama-3-8b",
+        metavar="NAME|FOLDER",
+        help=f"{', '.join(model_names())}, or a folder with a config.json (llama-3-8b)",
+    )
+    fleet.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (h100)")
     fleet.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="GPUs of a replica (1)")
+    fleet.add_argument(
+        "--weave", action="store_true", help="fuse the seams between ranks, and hide them where that is quicker"
+    )
     fleet.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of weights and activations")
     fleet.add_argument("--replicas", type=int, default=1, metavar="N", help="behind a router (1)")
     fleet.add_argument("--router", choices=ROUTERS, default="least-loaded")
@@ -124,15 +145,9 @@ def _failure(text: str) -> Failure:
     return found
 
 
-def _fleet(given: argparse.Namespace, model: Model, load: Load) -> Fleet:
-    setup = setup_of(
-        model,
-        find_gpu(given.gpu),
-        given.tensor_parallel_size,
-        given.precision,
-        simulated.config_of(given, given.partition, load),
-    )
-    link = Transfer(model.kv * KV_BYTES[given.kv_cache_dtype], given.kv_link * 1e9)
+def _fleet(given: argparse.Namespace, cost: StepCost, load: Load) -> Fleet:
+    setup = setup_of(cost, simulated.config_of(given, given.partition, load))
+    link = Transfer(cost.kv_bytes_per_token, given.kv_link * 1e9)
     return Fleet(setup, given.replicas, given.router, tuple(given.fail), given.prefill_replicas, link)
 
 

@@ -8,15 +8,17 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.errors import ConfigError
-from weft.sim.estimate import KV_BYTES
+from weft.sim.estimate import KV_BITS
 from weft.sim.load import DATASETS, Load, read_rows
+
+T = TypeVar("T")
 
 # Of a GPU server, where weft serve's own defaults are for a CPU.
 SEATS, TOKENS, BLOCK = 256, 2048, 64
@@ -63,7 +65,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
         "--max-num-batched-tokens", type=int, default=TOKENS, metavar="N", help=f"most tokens in one step ({TOKENS})"
     )
     engine.add_argument("--block-size", type=int, default=BLOCK, metavar="N", help=f"KV slots in one block ({BLOCK})")
-    engine.add_argument("--kv-cache-dtype", choices=tuple(KV_BYTES), default="auto", help="auto: 16 bits")
+    engine.add_argument("--kv-cache-dtype", choices=tuple(KV_BITS), default="auto", help="auto: 16 bits")
     engine.add_argument("--max-num-queued-reqs", type=int, default=1024, metavar="N", help="most that wait (1024)")
     engine.add_argument(
         "--enable-prefix-caching", action=argparse.BooleanOptionalAction, help="default: where a trace names blocks"
@@ -209,3 +211,11 @@ def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:
         return [plain(one) for one in value] if isinstance(value, Sequence) else str(value)
 
     return {name: plain(value) for name, value in vars(arguments).items()}
+
+
+def named(flag: str, find: Callable[[str], T], name: str) -> T:
+    """What `find` finds; its error names the flag."""
+    try:
+        return find(name)
+    except ConfigError as error:
+        raise ConfigError(f"{flag}: {error.message}") from error
