@@ -133,8 +133,8 @@ def lose(server: Server, rank: int, number: signal.Signals) -> tuple[float, list
     return when, answers
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: signal.Signals) -> None:
+@pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
+def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: signal.Signals, rank: int) -> None:
     """Shared memory for the one that is killed; gloo, woven steps and two lanes for the one that hangs. Prompts come in
     chunks, and the second time from the prefix cache."""
     stops = number is signal.SIGSTOP
@@ -146,15 +146,15 @@ def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: sig
             reply = httpx.post(f"{server.url}/v1/completions", json=body(PROMPTS, LENGTH, stream=False), timeout=60)
             assert reply.status_code == 200, reply.text
             assert [choice["token_ids"] for choice in reply.json()["choices"]] == wanted
-        when, answers = lose(server, 1, number)
+        when, answers = lose(server, rank, number)
         for answer in answers:
-            assert answer.text.count('"error"') == 1 and "rank 1" in answer.text, answer.text[-500:]
+            assert answer.text.count('"error"') == 1 and f"rank {rank}" in answer.text, answer.text[-500:]
             assert answer.ended - when < (2 + 1 if stops else 0) + 5
         assert server.process.wait(10) == 1
         words = server.log.read_text()
     # Who is stopped is missed at a seam by the other rank, or at the end of a step by the engine.
     last = words.splitlines()[-1]
-    assert "rank 1" in last and ("within 2 s" if stops else "was killed by SIGKILL") in last, words
+    assert f"rank {rank}" in last and ("within 2 s" if stops else "was killed by SIGKILL") in last, words
 
 
 CLIENT = """
