@@ -11,16 +11,17 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from weft.config import EngineConfig
-from weft.core.request import Request, TokenOutput
+from weft.core.request import PromptScores, Request, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.loop.build import open_engine
 
@@ -77,20 +78,45 @@ def ready(url: str) -> bool:
         return False
 
 
-def greedy_of_one() -> list[list[int]]:
-    """What one rank answers."""
+@dataclass
+class Alone:
+    """What one rank answers: greedy to PROMPTS, and drawn with a seed to the last of them, whose tokens it scores."""
+
+    greedy: list[list[int]]
+    drawn: list[int]
+    scores: list[float]
+
+
+def alone() -> Alone:
     engine, _ = open_engine(EngineConfig(**SETTINGS), lambda phase: None)  # type: ignore[arg-type]
     try:
         for number, prompt in enumerate(PROMPTS):
             engine.submit(Request(str(number), prompt, SamplingParams(LENGTH, temperature=0.0, ignore_eos=True)))
+        draw = SamplingParams(LENGTH, temperature=0.8, top_p=0.9, seed=7, ignore_eos=True, prompt_logprobs=1)
+        engine.submit(Request("drawn", PROMPTS[-1], draw))
         tokens: dict[str, list[int]] = {}
+        scores: list[float] = []
         while not engine.idle:
             for event in engine.step(10.0):
-                if isinstance(event, TokenOutput):
+                if isinstance(event, TokenOutput) and event.token is not None:
                     tokens.setdefault(event.request, []).append(event.token)
-        return [tokens[str(number)] for number in range(len(PROMPTS))]
+                elif isinstance(event, PromptScores):
+                    scores = [score.logprob for score in event.scores]
+        return Alone([tokens[str(number)] for number in range(len(PROMPTS))], tokens["drawn"], scores)
     finally:
         engine.close()
+
+
+def compare(post: Callable[[dict[str, object]], dict[str, Any]]) -> None:
+    """With what one rank answers. post: a body to /v1/completions, and its answer."""
+    wanted = alone()
+    for _ in range(2):  # the second time from the prefix cache
+        assert [one["token_ids"] for one in post(body(PROMPTS, LENGTH, stream=False))["choices"]] == wanted.greedy
+    settings = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "prompt_logprobs": 1}
+    (choice,) = post(body(PROMPTS[-1], LENGTH, stream=False) | settings)["choices"]
+    assert choice["token_ids"] == wanted.drawn
+    rows = zip(PROMPTS[-1][1:], choice["prompt_logprobs"][1:], strict=True)
+    assert [row[str(token)]["logprob"] for token, row in rows] == pytest.approx(wanted.scores, abs=1e-3)
 
 
 def body(prompts: object, length: int, *, stream: bool) -> dict[str, object]:
@@ -136,16 +162,18 @@ def lose(server: Server, rank: int, number: signal.Signals) -> tuple[float, list
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
 def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: signal.Signals, rank: int) -> None:
     """Shared memory for the one that is killed; gloo, woven steps and two lanes for the one that hangs. Prompts come in
-    chunks, and the second time from the prefix cache."""
+    chunks."""
     stops = number is signal.SIGSTOP
     flags = ["--dtype", "float32", "--rank-timeout", "2"]
     flags += ["--collective", "gloo", "--weave", "woven", "--partition", "100%:100%"] if stops else []
     with ranked(tmp_path / "log", *flags) as server:
-        wanted = greedy_of_one()
-        for _ in range(2):
-            reply = httpx.post(f"{server.url}/v1/completions", json=body(PROMPTS, LENGTH, stream=False), timeout=60)
+
+        def post(content: dict[str, object]) -> dict[str, Any]:
+            reply = httpx.post(f"{server.url}/v1/completions", json=content, timeout=60)
             assert reply.status_code == 200, reply.text
-            assert [choice["token_ids"] for choice in reply.json()["choices"]] == wanted
+            return dict(reply.json())
+
+        compare(post)
         when, answers = lose(server, rank, number)
         for answer in answers:
             assert answer.text.count('"error"') == 1 and f"rank {rank}" in answer.text, answer.text[-500:]
@@ -212,6 +240,6 @@ def test_two_hosts_answer_like_one(tmp_path: Path) -> None:
         content = json.dumps(body(PROMPTS, LENGTH, stream=False))
         reply = subprocess.run([*asking, content], capture_output=True, text=True, timeout=180, check=False)
         assert reply.returncode == 0, (reply.stderr, [log.read_text() for log in logs])
-        assert [choice["token_ids"] for choice in json.loads(reply.stdout)["choices"]] == greedy_of_one()
+        assert [choice["token_ids"] for choice in json.loads(reply.stdout)["choices"]] == alone().greedy
         nodes[0].send_signal(signal.SIGTERM)
         assert [node.wait(30) for node in nodes] == [0, 0], [log.read_text() for log in logs]
