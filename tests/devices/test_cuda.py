@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -290,6 +290,15 @@ def samplings(draw: st.DrawFn) -> Sampling:
 @given(
     given=st.lists(st.tuples(samplings(), st.sampled_from(["fine", "fine", "nan", "inf", "-inf"])), max_size=5),
     seed=st.integers(0, 2**31),
+)
+@example(
+    given=[
+        (Sampling(SamplingParams(), 1, 2), "nan"),
+        (Sampling(SamplingParams(logprobs=2), 1, 2, forbidden=(5,)), "inf"),
+        (Sampling(SamplingParams(), 1, 2, forbidden=tuple(range(VOCABULARY))), "fine"),
+        (Sampling(SamplingParams(logprobs=0), 1, 2), "fine"),
+    ],
+    seed=0,
 )
 def test_whatever_is_asked_the_draw_is_the_cpus(given: list[tuple[Sampling, str]], seed: int) -> None:
     gpu = open_gpu()
@@ -596,7 +605,7 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
         "start_draw",
         lambda gpu, logits, asked, _: drawn.add((asked[0].params.greedy, asked[0].params.penalised, len(logits) > 0)),
     )
-    model, kernels = read_config(folder), TritonKernels(torch.device("cpu"))
+    model, kernels = replace(read_config(folder), context=1024), TritonKernels(torch.device("cpu"))
     weights = load_weights(folder, model, kernels, torch.float32)
     config = EngineConfig(max_num_seqs=seats, max_num_batched_tokens=tokens)
     cuda_trial.try_out(Measured([]), config, model, kernels, weights)
@@ -608,7 +617,7 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
     assert drawn == {(True, False, True), (False, True, True)}
     assert max(sum(len(one.tokens) for one in slices) for slices, _ in tried) == tokens
     # Decode keeps sums for all blocks of a table, and a graph's tables are as long as a sequence may be.
-    assert {len(one.blocks) for one in tried[-1][0]} == {128 // BLOCK} and len(tried[-1][0]) == seats
+    assert {len(one.blocks) for one in tried[-1][0]} == {1024 // BLOCK} and len(tried[-1][0]) == seats
 
 
 def pool(usage: Usage, **given: Any) -> Any:

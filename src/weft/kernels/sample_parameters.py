@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
@@ -53,12 +52,13 @@ class Parameters:
 
     def moved(self, move: Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]) -> Parameters:
         """The same in other tensors: `move` is given all that there are, and returns its own in the same order."""
-        names = ("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps")
-        rows = {name: tensor for name in names if (tensor := getattr(self, name)) is not None}
-        edits = () if self.edits is None else self.edits.tensors
-        there = move([*rows.values(), *edits])
-        found: dict[str, Any] = dict(zip(rows, there, strict=False))
-        return replace(self, **found, edits=Edits(*there[len(rows) :]) if edits else None)
+        rows = (self.seeds, self.positions, self.temperatures, self.top_ks, self.top_ps, self.min_ps)
+        given = [tensor for tensor in rows if tensor is not None]
+        edits = [] if self.edits is None else list(self.edits.tensors)
+        there = iter(move(given + edits))
+        seeds, positions, temperatures, top_ks, top_ps, min_ps = (None if x is None else next(there) for x in rows)
+        moved = Edits(*there) if edits else None
+        return Parameters(seeds, positions, temperatures, top_ks, top_ps, min_ps, moved, self.scores)
 
     def to(self, device: torch.device | str) -> Parameters:
         """A copy there."""
