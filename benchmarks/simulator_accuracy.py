@@ -31,6 +31,7 @@ from weft.sim.step import StepCost
 
 SXM = {"a100-80": "a100_sxm", "h100": "h100_sxm", "h200": "h200_sxm"}
 LINKS = {"nvlink3": ("a100_sxm",), "nvlink4": ("h100_sxm", "h200_sxm")}
+DRAWN = 800  # about so many rows of each kind
 RTX = Path("llmservingsim") / "perf" / "RTXPRO6000" / "meta-llama" / "Llama-3.1-8B" / "bf16"
 
 
@@ -66,7 +67,8 @@ def main() -> None:
         raise SystemExit(f"{data} is not there; --data names the folder that holds gpu_profiles")
     found = [*gemms(data), *serving_layers(data), *attentions(data), *reduces(data), *experts(data)]
     rows = [one.row() for one in found]
-    rows += transferred(data)
+    if not arguments.quick:
+        rows += transferred(data)
     print(common.table(["kept back", *list(rows[0])[2:]], [_cells(row) for row in rows]))
     claims = pooled(found) | {"roofline_gemm_mape_percent": roofline(data)}
     run, replayed = vllm(data / vllm_replay.MEASURED)
@@ -220,11 +222,12 @@ def vllm(folder: Path) -> tuple[dict[str, float], dict[str, tuple[np.ndarray, np
 def draw(found: list[Residuals], replayed: dict[str, tuple[np.ndarray, np.ndarray]], path: Path) -> None:
     from matplotlib.figure import Figure as Picture
 
-    picture = Picture(figsize=(20, 16), layout="constrained")
+    picture = Picture(figsize=(18, 14), layout="constrained")
     rows = picture.subplots(5, 5)
     axes = iter(rows.flat)
     for one, axis in zip(found, axes, strict=False):
-        axis.semilogx(one.size[one.kept], one.errors, ".", markersize=2)
+        some = slice(None, None, max(1, len(one.errors) // DRAWN))
+        axis.semilogx(one.size[one.kept][some], one.errors[some], ".", markersize=2)
         axis.set(title=f"{one.kind}, {one.name}", xlabel=one.size_name, ylabel="error %", ylim=(-60, 60))
         axis.axhline(0, color="black", linewidth=0.5)
     for (name, (simulated, measured)), axis in zip(replayed.items(), axes, strict=False):
@@ -235,7 +238,7 @@ def draw(found: list[Residuals], replayed: dict[str, tuple[np.ndarray, np.ndarra
         axis.legend()
     for axis in axes:
         axis.axis("off")
-    picture.savefig(path, dpi=110)
+    picture.savefig(path, dpi=50)
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

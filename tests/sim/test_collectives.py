@@ -34,6 +34,15 @@ def test_every_rank_receives_what_it_lacks(name: str, ranks: int, size: float) -
     assert gather_seconds(link, ranks, size) >= size * (ranks - 1) / ranks / link.bandwidth
 
 
+@given(LINKS, RANKS, SIZES)
+def test_without_a_switch_that_adds_up_all_sums_cross_the_links(name: str, ranks: int, size: float) -> None:
+    """Everything to everybody, or a part to each and back again: the less of both, at most at the link's bandwidth."""
+    link = find_link(name)
+    if not link.collective.multicast and not link.large.multicast:
+        least = size * min(ranks - 1, 2 * (ranks - 1) / ranks) / link.bandwidth
+        assert all_reduce_seconds(link, ranks, size) >= least
+
+
 def test_large_sizes_are_left_to_nccl() -> None:
     vllm, nccl = find_link("nvlink4", "vllm"), find_link("nvlink4", "nccl")
     beyond = 2 * vllm.collective.limit

@@ -54,7 +54,7 @@ def gemm_seconds(fit: GemmFit, part: Part, m: Any, n: Any, k: Any, operands: Ope
     moved = gemm_bytes(m, n, k, operands)
     memory = moved / bandwidth
     whole = (compute**fit.overlap + memory**fit.overlap) ** (1 / fit.overlap)
-    least = np.maximum(2 * m * n * k / part.flops, moved / part.bandwidth)[..., 0]
+    least = (2 * m * n * k / part.flops)[..., 0]
     return np.asarray(fit.launch + np.maximum(whole.min(axis=-1), least))
 
 
