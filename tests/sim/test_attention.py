@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.sim.attention import ROWS, Heads, Work, attention_seconds, work_of
@@ -27,6 +27,7 @@ def work(fit: AttentionFit, slices: list[tuple[int, int]], heads: Heads = LLAMA)
     return work_of(rows, before, heads.together(fit.packed))
 
 
+@settings(deadline=None)
 @given(SLICES)
 def test_the_work_covers_every_pair_that_a_row_may_see(slices: list[tuple[int, int]]) -> None:
     found = work_of(*zip(*slices, strict=True), 1.0)
@@ -38,6 +39,7 @@ def test_the_work_covers_every_pair_that_a_row_may_see(slices: list[tuple[int, i
     assert found.slots == sum(before + 1 for rows, before in slices if rows == 1)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 64), st.integers(1, 5000), LENGTHS, st.booleans())
 def test_batches_of_a_profile_are_the_same_work(batch: int, rows: int, before: int, packed: bool) -> None:
     column = [np.array([float(value)]) for value in (batch, rows, before, 32, 8, 1)]
@@ -49,6 +51,7 @@ def test_batches_of_a_profile_are_the_same_work(batch: int, rows: int, before: i
         assert getattr(found, name) == pytest.approx(getattr(expected, name)), name
 
 
+@settings(deadline=None)
 @given(GPUS, SLICES, st.data())
 def test_more_context_or_more_sequences_never_take_less(
     name: str, slices: list[tuple[int, int]], data: st.DataObject
@@ -60,12 +63,14 @@ def test_more_context_or_more_sequences_never_take_less(
     assert seconds(name, [*slices, (1, data.draw(LENGTHS))]) >= seconds(name, slices) * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(GPUS, SLICES, st.floats(0.05, 1.0), st.floats(0.05, 1.0))
 def test_a_greater_share_never_takes_longer(name: str, slices: list[tuple[int, int]], one: float, other: float) -> None:
     low, high = sorted((one, other))
     assert seconds(name, slices, share=high) <= seconds(name, slices, share=low) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(GPUS, st.lists(LENGTHS, min_size=1, max_size=64), st.sampled_from([16.0, 8.25, 4.25]))
 def test_keys_and_values_are_read_at_most_at_full_bandwidth(name: str, before: list[int], bits: float) -> None:
     heads = Heads(32, 8, 128, 128, 256, bits)
@@ -73,6 +78,7 @@ def test_keys_and_values_are_read_at_most_at_full_bandwidth(name: str, before: l
     assert seconds(name, [(1, known) for known in before], heads) >= moved / find_gpu(name).bandwidth
 
 
+@settings(deadline=None)
 @given(GPUS, st.lists(st.tuples(st.integers(2, 3000), LENGTHS), min_size=1, max_size=8))
 def test_prompts_are_computed_at_most_at_the_peak(name: str, slices: list[tuple[int, int]]) -> None:
     pairs = sum(rows * before + rows * (rows + 1) // 2 for rows, before in slices)

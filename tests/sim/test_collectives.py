@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.errors import ConfigError
@@ -15,17 +15,20 @@ RANKS = st.sampled_from([2, 4, 8])
 SIZES = st.floats(1, 1e10)
 
 
+@settings(deadline=None)
 @given(LINKS, SIZES)
 def test_one_rank_has_nothing_to_join(name: str, size: float) -> None:
     assert all_reduce_seconds(find_link(name), 1, size) == gather_seconds(find_link(name), 1, size) == 0
 
 
+@settings(deadline=None)
 @given(LINKS, RANKS, SIZES, st.floats(1, 4))
 def test_more_bytes_never_take_less(name: str, ranks: int, size: float, more: float) -> None:
     link = find_link(name)
     assert all_reduce_seconds(link, ranks, size * more) >= all_reduce_seconds(link, ranks, size) * (1 - 1e-9)
 
 
+@settings(deadline=None)
 @given(LINKS, RANKS, SIZES)
 def test_every_rank_receives_what_it_lacks(name: str, ranks: int, size: float) -> None:
     """Each of the others' sums at least once, over its own link: a switch that adds up needs no more."""
@@ -34,6 +37,7 @@ def test_every_rank_receives_what_it_lacks(name: str, ranks: int, size: float) -
     assert gather_seconds(link, ranks, size) >= size * (ranks - 1) / ranks / link.bandwidth
 
 
+@settings(deadline=None)
 @given(LINKS, RANKS, SIZES)
 def test_without_a_switch_that_adds_up_all_sums_cross_the_links(name: str, ranks: int, size: float) -> None:
     """Everything to everybody, or a part to each and back again: the less of both, at most at the link's bandwidth."""

@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.sim.gemm import BF16, Operands, gemm_bytes, gemm_seconds
@@ -26,6 +26,7 @@ def seconds(gpu: str, m: int, n: int, k: int, operands: Operands = BF16, share: 
     return gemm_seconds(found.gemm, found.part(share), m, n, k, operands).item()
 
 
+@settings(deadline=None)
 @given(GPUS, SIZES, SIZES, SIZES, OPERANDS, SHARES)
 def test_never_faster_than_the_peaks(gpu: str, m: int, n: int, k: int, operands: Operands, share: float) -> None:
     part = find_gpu(gpu).part(share)
@@ -34,17 +35,20 @@ def test_never_faster_than_the_peaks(gpu: str, m: int, n: int, k: int, operands:
     assert taken >= gemm_bytes(m, n, k, operands) / part.bandwidth
 
 
+@settings(deadline=None)
 @given(GPUS, SIZES, SIZES, SIZES, SIZES)
 def test_more_rows_never_take_less(gpu: str, m: int, more: int, n: int, k: int) -> None:
     assert seconds(gpu, m + more, n, k) >= seconds(gpu, m, n, k)
 
 
+@settings(deadline=None)
 @given(GPUS, SIZES, SIZES, SIZES, SHARES, SHARES)
 def test_a_greater_share_never_takes_longer(gpu: str, m: int, n: int, k: int, one: float, other: float) -> None:
     low, high = sorted((one, other))
     assert seconds(gpu, m, n, k, share=high) <= seconds(gpu, m, n, k, share=low) * (1 + 1e-9)
 
 
+@settings(deadline=None)
 @given(GPUS, SIZES, st.integers(1, 2000), SIZES, st.sampled_from([2, 4, 8]))
 def test_a_part_of_the_columns_takes_at_least_its_part(gpu: str, m: int, n: int, k: int, ranks: int) -> None:
     assert seconds(gpu, m, n, k) >= seconds(gpu, m, n * ranks, k) / ranks * (1 - 1e-9)
