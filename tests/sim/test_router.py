@@ -53,6 +53,18 @@ def test_the_least_loaded_has_the_fewest_tokens_under_way(script: list[tuple[str
             router.up(which % 4)
 
 
+def test_what_is_no_longer_true_is_not_kept() -> None:
+    router = LeastLoaded(range(3))
+    sizes = [Size(1 + 7 * number % 50, 1) for number in range(2000)]
+    chosen = [router.choose(number, size) for number, size in enumerate(sizes)]
+    for number, index in enumerate(chosen):
+        router.ended(index, number)
+    assert (
+        len(router._order) <= 16 * 3 and router._costs == {} and [router.load(index) for index in range(3)] == [0] * 3
+    )
+    assert sorted({router.choose(number, Size(1, 1)) for number in range(3)}) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("make", [RoundRobin, LeastLoaded, lambda indices: PrefixAware(indices, 1000)])
 def test_when_all_are_down_there_is_nobody_to_choose(make: type[RoundRobin]) -> None:
     router: Router = make([0, 1])

@@ -10,6 +10,9 @@ from typing import Protocol
 from weft.bench.traces import Size
 from weft.errors import DeviceError
 
+# Entries for each replica at most, true and untrue ones, before a heap is made anew.
+STALE = 16
+
 
 class Router(Protocol):
     """Over some replicas, by their indices."""
@@ -115,6 +118,9 @@ class LeastLoaded:
         self._turn += 1
         self._turns[index] = self._turn
         heapq.heappush(self._order, (self._load[index], self._turn, index))
+        if len(self._order) > STALE * len(self._load):
+            self._order = [(load, self._turns[one], one) for one, load in self._load.items()]
+            heapq.heapify(self._order)
 
 
 class PrefixAware:
