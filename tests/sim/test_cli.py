@@ -67,6 +67,9 @@ def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest
     content = json.loads(out.read_text())
     best, other = content["verdicts"]
     assert best["replicas"] and (other["price"] is None or other["price"] >= best["price"]) and other["reason"]
+    other = ["--price", "l40s=1", "--tp", "1", "--partitions", "off", "--slo-ttft", "5"]
+    assert main(["plan", *other, "--rate", "2", *LOAD]) == 0
+    assert "is uncalibrated" in " ".join(capsys.readouterr().out.split())
     assert main(["plan", *prices, "--rate", "30", *LOAD, "--slo-ttft", "0.001"]) == 1
     assert "no configuration meets the targets" in capsys.readouterr().out
 

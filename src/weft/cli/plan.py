@@ -26,6 +26,7 @@ from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, replica
 from weft.sim.precision import PRECISIONS
 from weft.sim.replica import Setup
 from weft.sim.report import SIMULATED
+from weft.sim.step import StepCost
 from weft.sim.study import ROUTERS
 
 EPILOG = (
@@ -51,6 +52,8 @@ def main(arguments: Sequence[str]) -> int:
             bar.show(len(candidates), "confirming the answer on its whole fleet")
             verdicts[0] = confirmed(verdicts[0], traffic, targets, given.router, given.max_gpus)
     _print(verdicts, targets, console)
+    for caveat in _caveats(verdicts[0]):
+        console.print(f"  {caveat}", markup=False, highlight=False)
     if given.json is not None:
         rows = [_row(one) for one in verdicts]
         content = {"simulated": True, "settings": simulated.settings_of(given), "traffic": words, "verdicts": rows}
@@ -128,6 +131,12 @@ def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
 
 def _setup(model: Model, gpu: Gpu, ranks: int, precision: str, config: EngineConfig) -> Setup:
     return setup_of(cost_of(model, gpu, ranks, precision, config.kv_cache_dtype), config)
+
+
+def _caveats(best: Verdict) -> tuple[str, ...]:
+    """What of the answer was not measured."""
+    cost = None if best.replicas is None else best.candidate.make().cost
+    return cost.caveats if isinstance(cost, StepCost) else ()
 
 
 def _print(verdicts: Sequence[Verdict], targets: Targets, console: Console) -> None:
