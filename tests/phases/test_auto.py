@@ -19,11 +19,11 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices.cost import CostModel
 from weft.devices.virtual import VirtualDevice
 from weft.loop.engine import Engine
-from weft.phases.auto import STEPS_EACH, AutoPolicy, kept
+from weft.phases.auto import STEPS_EACH, TRIAL_ARRIVALS, AutoPolicy, kept
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
 from weft.phases.forecast import Device, Load, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
-from weft.phases.observations import Queue, Stepped, Targets
+from weft.phases.observations import Arrived, Queue, Stepped, Targets
 
 SHARES = 12
 CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
@@ -258,6 +258,28 @@ def test_changes_are_at_least_a_dwell_apart_and_say_why() -> None:
     for before, after in itertools.pairwise(changes):
         assert after.at - before.at >= min(policy.dwell, policy.trial)
         assert "misses" in after.reason and "\n" not in after.reason
+
+
+def test_a_trial_waits_for_requests_to_go_by_and_holds_no_prompt_back() -> None:
+    """It is over before a prompt that comes meanwhile has its turn, so its speed is not what that prompt will see."""
+    run: list[Asked] = []
+    serve(AutoPolicy(TARGETS, DEVICE), poisson(7.0, 900, 60, 15.0), run.append)
+    arrived, hold, trials = 0, None, 0
+    for one in run:
+        arrived += sum(isinstance(seen, Arrived) for seen in one.seen)
+        if one.decision is not None and "a trial of" in one.decision.reason:
+            trials += 1
+            assert arrived >= TRIAL_ARRIVALS and one.decision.hold == hold
+        hold = hold if one.decision is None else one.decision.hold
+    assert trials >= 1
+
+
+def test_prompts_go_in_the_order_of_arrival_unless_the_targets_are_out_of_reach() -> None:
+    for rate, ordered in ((5.0, False), (14.0, True)):
+        run: list[Asked] = []
+        serve(AutoPolicy(TARGETS, DEVICE), poisson(rate, 1200 if ordered else 900, 40, 12.0), run.append)
+        made = [one.decision for one in run if one.decision is not None]
+        assert any(one.sharing.size_weight > 0 for one in made) is ordered
 
 
 def test_a_prompt_that_cannot_be_in_time_lets_those_pass_that_can() -> None:

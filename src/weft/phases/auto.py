@@ -5,10 +5,10 @@ the device allows. The step law is fitted from every step; shares that were not 
 while there are misses to be saved. A change must save enough (hysteresis), and no change comes soon after another
 (dwell).
 
-Prompts wait in the order of arrival, put back by their size, so that short ones go first and long ones get their turn.
-One that could not make the TTFT target any more when it came is put back further: it would make others late and gain
-nothing. Where nothing meets both targets, the declared policy: decode keeps its target, size counts for more, and a
-prompt that could not make its deadline even so is refused, if that was allowed.
+Prompts wait in the order of arrival. One that could not make the TTFT target any more when it came is put back: it
+would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
+prompts are put back by their size, so that short ones go first and long ones get their turn, and one that could not
+make its deadline even so is refused, if that was allowed.
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ SAVES, SAVES_PART = 0.5, 0.1
 TRIALS = (1 / 4, 1 / 3, 2 / 3, 3 / 4)
 # So many misses within the horizon are worth a trial, and so many trials are made at most.
 TRIAL_WORTH, TRIALS_MOST = 2.0, 12
-# Seconds that a second of a prompt's own computing time puts it back in the queue; and under overload.
-ORDER, ORDER_OVERLOAD = 2.0, 4.0
+# Before so many requests have come, what is predicted of the load is no reason for a trial.
+TRIAL_ARRIVALS = 8
+# Seconds that a second of a prompt's own computing time puts it back in the queue, under overload.
+ORDER = 4.0
 # A prompt that finds more before it than this part of the TTFT target takes lets others pass, for so many targets.
 HOLD, BACK = 1.1, 30.0
 # What is told anew when it has changed by such a part.
@@ -39,6 +41,8 @@ HOLD_CHANGES = 0.15
 # A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
 # has that part of them miss one or the other.
 OUT_OF_REACH, HOPELESS = 0.5, 0.5
+# What it begins with is such a part of the largest chunk: a long step hurts those that decode at once.
+FIRST_CHUNK = 8
 # Where memory is taken to be full until it is known: with half of the device, as on most of those that were measured.
 LIKELY_SATURATION = 0.5
 
@@ -80,8 +84,12 @@ class AutoPolicy:
     def _whole(self) -> Partition:
         return Partition(self.device.shares, self.device.shares)
 
+    @property
+    def _back(self) -> float:
+        return BACK * self.targets.ttft
+
     def start(self) -> AutoState:
-        return AutoState(Sharing(Regime.MIXED, self._whole, max(1, self.device.chunk // 4)))
+        return AutoState(Sharing(Regime.MIXED, self._whole, max(1, self.device.chunk // FIRST_CHUNK)))
 
     def first(self, now: float) -> Decision:
         return Decision(now, self.start().sharing, "one lane for both phases until there is something to go by")
@@ -192,6 +200,8 @@ class AutoPolicy:
             return None
         if not (queue.waiting and queue.decoding) or state.tried >= TRIALS_MOST:
             return None
+        if len(state.arrivals) < TRIAL_ARRIVALS:
+            return None
         parts = sorted({max(1, min(units - 1, round(units * part))) for part in TRIALS})
         splits = [Sharing(Regime.SPLIT, Partition(one, units - one), None, state.sharing.size_weight) for one in parts]
         likely = replace(state, model=_likely(model))
@@ -223,6 +233,8 @@ class AutoPolicy:
         """How much a new prompt may find before it, beside the decision or, where it has changed enough, as one."""
         if state.model is None:
             return state, decision
+        if state.trial:  # over before a prompt that comes now has its turn
+            return state, decision if decision is None else replace(decision, hold=state.hold, back=self._back)
         speed = self._outlook(state.sharing, state, self._load(state, now), queue, now).speed
         hold = max(1, int(HOLD * self.targets.ttft * speed))
         if decision is None:
@@ -230,7 +242,7 @@ class AutoPolicy:
                 return state, None
             reason = f"{words(state.sharing, self.device.shares)} goes on, at {speed:.0f} tokens of prompts/s"
             decision = Decision(now, state.sharing, reason)
-        decision = replace(decision, hold=hold, back=BACK * self.targets.ttft, shed=self.shed and state.overload)
+        decision = replace(decision, hold=hold, back=self._back, shed=self.shed and state.overload)
         return replace(state, hold=hold), decision
 
     def _change(
@@ -243,8 +255,9 @@ class AutoPolicy:
         load: Load,
         now: float,
     ) -> tuple[AutoState, Decision | None]:
-        # Shortest first: a second of its own computing time puts a prompt back by a few seconds of waiting.
-        weight = (ORDER_OVERLOAD if overload else ORDER) / self._speed(model, load)
+        # In the order of arrival while all can be in time: that is the order of their deadlines. Otherwise shortest
+        # first: a second of its own computing time puts a prompt back by a few seconds of waiting.
+        weight = ORDER / self._speed(model, load) if overload else 0.0
         sharing = replace(best.sharing, size_weight=weight)
         moved = replace(state, sharing=sharing, since=now, trial=False, overload=overload)
         if replace(sharing, size_weight=0.0) == replace(state.sharing, size_weight=0.0) and overload is state.overload:
