@@ -85,6 +85,23 @@ def test_a_file_of_times_is_read_and_its_faults_are_named(tmp_path: Path) -> Non
         profiles.read_gemms(tmp_path / "none.csv")
 
 
+def test_what_weft_bench_kernels_writes_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "times.csv"
+    names = ("operation", "name", "precision", "m", "n", "k", "share", "shares", "seconds")
+    rows = [
+        ("gemm", "qkv", "bf16", 1, 2, 3, 1, 2, 9e-6),
+        ("gemm", "qkv", "bf16", 1, 2, 3, 2, 2, 1e-6),
+        ("gemm", "o", "w4a8", 4, 5, 6, 2, 2, 2e-6),
+        ("norm", "norm", "bf16", 7, 8, 0, 2, 2, 3e-6),
+    ]
+    with path.open("w") as out:
+        csv.writer(out).writerows([names, *rows])
+    found = profiles.read_gemms(path, "bf16")
+    assert (found.m.tolist(), found.seconds.tolist()) == ([1], [1e-6]), "products on the whole device"
+    with pytest.raises(ConfigError, match="has no rows of int8; there are bf16, w4a8"):
+        profiles.read_gemms(path, "int8")
+
+
 @needs_data
 @pytest.mark.parametrize(("name", "prefix"), [("a100-80", "a100_sxm"), ("h100", "h100_sxm"), ("h200", "h200_sxm")])
 def test_shipped_coefficients_describe_shapes_that_were_kept_back(name: str, prefix: str) -> None:

@@ -1,6 +1,6 @@
 """`weft bench kernels`: how long a model's kernels take on this machine, as a table and a CSV.
 
-The CSV is what the simulator's cost model is fitted from (docs/simulator_model.md).
+`tools/fit_gpu.py` fits the simulator's cost model to the CSV (docs/simulator_model.md).
 """
 
 from __future__ import annotations

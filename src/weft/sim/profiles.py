@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -132,15 +133,24 @@ def read_table(path: Path) -> dict[str, list[str]]:
     return {name: [row[name] for row in rows] for name in rows[0]}
 
 
+def _rows(table: dict[str, list[str]], kept: list[bool]) -> dict[str, list[str]]:
+    return {name: list(compress(column, kept)) for name, column in table.items()}
+
+
 def read_gemms(path: Path, dtype: str | None = None) -> Gemms:
-    """m, n, k and latency_ms (or seconds) of a CSV file; of its rows of `dtype` where it has such a column. Raises
+    """m, n, k and latency_ms (or seconds) of a CSV file; of its rows of `dtype` where it has such a column. What
+    `weft bench kernels` writes will do: its products on the whole device, whose precision is the dtype. Raises
     ConfigError for a column that is missing, and when no row is left."""
     table = read_table(path)
+    if "operation" in table:
+        rows = zip(table["operation"], table["share"], table["shares"], strict=True)
+        table = _rows(table, [operation == "gemm" and share == shares for operation, share, shares in rows])
+        table["dtype"] = table["precision"]
     if dtype is not None and "dtype" in table:
-        kept = [row for row, kind in enumerate(table["dtype"]) if kind == dtype]
-        if not kept:
-            raise ConfigError(f"{path} has no rows of {dtype}; there are {', '.join(sorted(set(table['dtype'])))}")
-        table = {name: [column[row] for row in kept] for name, column in table.items()}
+        there = ", ".join(sorted(set(table["dtype"]))) or "none"
+        table = _rows(table, [kind == dtype for kind in table["dtype"]])
+        if not table["dtype"]:
+            raise ConfigError(f"{path} has no rows of {dtype}; there are {there}")
     unit = 1e-3 if "latency_ms" in table else 1.0
     m, n, k, taken = _columns(path, table, "m", "n", "k", "latency_ms" if "latency_ms" in table else "seconds")
     return Gemms(m, n, k, taken * unit)
