@@ -299,6 +299,26 @@ def test_a_launch_waits_for_the_other_lanes_guess_only_where_both_write(monkeypa
         lazy.device.close()
 
 
+def test_a_guess_is_void_once_another_lane_has_written_to_its_block() -> None:
+    """A sequence is preempted, somebody else has its blocks for a while, and then it gets the very same ones again."""
+    lazy = Lazy(32, (Lane.PREFILL, Lane.DECODE))
+    try:
+        lane, other = lazy.lanes[Lane.DECODE], lazy.lanes[Lane.PREFILL]
+        prefixes = begin(lane, 0)
+        decode(lane, prefixes, 0)
+        (block,) = piece(0, prefixes[0]).blocks[len(prefixes[0]) // BLOCK :][:1]
+        somebody = Slice(5, 0, (1, 2, 3, 4), (block,), Sampling(GREEDY, 0, 4))
+        take({5: [1, 2, 3, 4]}, other.start(Plan(9, Lane.PREFILL, (somebody,)), [lane]).finish())
+        back = piece(0, prefixes[0][:-1], len(prefixes[0]) - 1)
+        assert other.start(Plan(10, Lane.PREFILL, (back,)), [lane]).finish().error is None
+        launched = len(lazy.forwards[Lane.DECODE].launched)
+        for _ in range(3):
+            decode(lane, prefixes, 0)
+        assert not lazy.forwards[Lane.DECODE].launched[launched][1], "computed anew"
+    finally:
+        lazy.device.close()
+
+
 @pytest.mark.parametrize("lanes", [(Lane.MIXED,), (Lane.PREFILL, Lane.DECODE)], ids=["mixed", "two lanes"])
 @pytest.mark.parametrize("seed", range(6))
 def test_everybody_gets_the_oracles_tokens_in_a_pool_that_is_too_small(lanes: tuple[Lane, ...], seed: int) -> None:

@@ -92,6 +92,7 @@ class CudaLane:
         self._block_size = block_size
         self._guess: Launch | None = None
         self._guesses: tuple[tuple[frozenset[int], Event], ...] = ()  # that may still write, oldest first
+        self._overwritten: frozenset[int] = frozenset()  # blocks that others have written to since the latest guess
 
     def start(
         self, plan: Plan, others: Iterable[CudaLane] = (), *, ahead: bool = True, share: int | None = None
@@ -118,31 +119,44 @@ class CudaLane:
         """When the guesses that may still write to some of these blocks have done so."""
         return [event for written, event in self._guesses if not written.isdisjoint(blocks) and not event.reached()]
 
+    def overwritten(self, blocks: set[int]) -> None:
+        """Another lane writes to these blocks: what was guessed there will not be there any more. A sequence that was
+        preempted meanwhile may get the very same blocks again, and ask for what was guessed.
+
+        It cannot meet `start` in the other thread: whose blocks a guess writes to, he is in a plan until that is over.
+        """
+        self._overwritten |= blocks
+
     def _start(self, plan: Plan, others: Iterable[CudaLane], ahead: bool) -> Pending:
         guess, self._guess = self._guess, None
-        rest = plan.slices if guess is None else _not_guessed(plan.slices, guess)
+        overwritten, self._overwritten = self._overwritten, frozenset()
+        rest = plan.slices if guess is None else self._not_guessed(plan.slices, guess, overwritten)
         launches = [guess] if guess is not None and len(rest) < len(plan.slices) else []
         prompt_scores: PromptScores = ()
         failed: dict[int, str] = {}
         if rest:
-            for other in others:
-                for event in other.writing(self._written(rest)):
-                    self._stream.follow(event)
-            launches.append(self._launch(rest))
+            launches.append(self._launch(rest, others))
             prompt_scores, failed = score_prompts(rest, self._decoder, self._forward.hidden)
         decode = all(len(piece.tokens) == 1 for piece in plan.slices)  # prompts are followed by prompts
         if ahead and decode and len(launches) == 1:
-            self._guess = self._go_ahead(plan, launches[0])
+            self._guess = self._go_ahead(plan, launches[0], others)
         return Pending(plan, tuple(launches), prompt_scores, tuple(failed.items()))
 
-    def _launch(self, slices: tuple[Slice, ...], feeds: Sequence[int] | None = None) -> Launch:
+    def _launch(
+        self, slices: tuple[Slice, ...], others: Iterable[CudaLane], feeds: Sequence[int] | None = None
+    ) -> Launch:
+        written = self._written(slices)
+        for other in others:
+            for event in other.writing(written):
+                self._stream.follow(event)
+            other.overwritten(written)
         began = self._stream.mark()
         logits = self._forward.run(slices, last_rows(slices), feeds)
         samplings = [piece.sample for piece in slices if piece.sample is not None]
         draw = start_draw(self._gpu, logits, samplings, self._forward.drawn)
         return Launch(slices, draw, began, self._stream.mark())
 
-    def _go_ahead(self, plan: Plan, launch: Launch) -> Launch | None:
+    def _go_ahead(self, plan: Plan, launch: Launch, others: Iterable[CudaLane]) -> Launch | None:
         """Launch the next decode step of a plan's sequences, where it can be told and has room."""
         going_on = [piece for piece in plan.slices if piece.end < self._decoder.max_model_len]
         following = [_next(piece, self._block_size) for piece in going_on]
@@ -150,32 +164,33 @@ class CudaLane:
         if not slices or len(slices) != len(following):
             return None
         places = {piece.sequence: place for place, piece in enumerate(launch.slices)}
-        guess = self._launch(slices, [places[piece.sequence] for piece in slices])
+        guess = self._launch(slices, others, [places[piece.sequence] for piece in slices])
         guess.before = launch
         old = tuple(entry for entry in self._guesses if not entry[1].reached())
         self._guesses = (*old, (frozenset(self._written(slices)), guess.done))
         return guess
 
+    def _not_guessed(self, slices: tuple[Slice, ...], guess: Launch, overwritten: frozenset[int]) -> tuple[Slice, ...]:
+        """The slices that the guess did not compute, or of which what it wrote is gone. Their tokens are known by now,
+        if they were made from its results."""
+        guessed = {piece.sequence: piece for piece in guess.slices}
+        tokens = {} if guess.before is None else guess.before.tokens
+
+        def computed(piece: Slice) -> bool:
+            found = guessed.get(piece.sequence)
+            return (
+                found is not None
+                and piece.tokens == (tokens.get(piece.sequence),)
+                and (piece.start, piece.sample, piece.prompt_logprobs) == (found.start, found.sample, None)
+                and piece.blocks[: len(found.blocks)] == found.blocks
+                and overwritten.isdisjoint(self._written([found]))
+            )
+
+        return tuple(piece for piece in slices if not computed(piece))
+
     def _written(self, slices: Iterable[Slice]) -> set[int]:
         size = self._block_size
         return {block for one in slices for block in one.blocks[one.start // size : (one.end - 1) // size + 1]}
-
-
-def _not_guessed(slices: tuple[Slice, ...], guess: Launch) -> tuple[Slice, ...]:
-    """The slices that the guess did not compute. Their tokens are known by now, if they were made from its results."""
-    guessed = {piece.sequence: piece for piece in guess.slices}
-    tokens = {} if guess.before is None else guess.before.tokens
-
-    def computed(piece: Slice) -> bool:
-        found = guessed.get(piece.sequence)
-        return (
-            found is not None
-            and piece.tokens == (tokens.get(piece.sequence),)
-            and (piece.start, piece.sample, piece.prompt_logprobs) == (found.start, found.sample, None)
-            and piece.blocks[: len(found.blocks)] == found.blocks
-        )
-
-    return tuple(piece for piece in slices if not computed(piece))
 
 
 def _next(piece: Slice, block_size: int) -> Slice | None:
