@@ -640,7 +640,6 @@ def leaks_on_abort(scheduler: Scheduler) -> None:
     scheduler.pool.unpin = lambda blocks: None  # type: ignore[method-assign]
 
 
-@pytest.mark.no_cover  # what is wrong covers nothing
 @pytest.mark.parametrize(
     "wrong",
     [

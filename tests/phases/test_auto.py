@@ -25,8 +25,6 @@ from weft.phases.forecast import Device, Load, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Arrived, Queue, Stepped, Targets
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 SHARES = 12
 CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
 COST = CostModel(fixed=1e-3, per_token=85e-6, per_context=65e-9, weights=8e-3, saturation=0.5, contention=0.2)

@@ -14,8 +14,6 @@ from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu
 from weft.sim.models import find_model
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 LOAD = ["--dataset-name", "random", "--seconds", "5", "--random-input-len", "200", "--random-output-len", "20"]
 TARGETS = ["--slo-ttft", "0.5", "--slo-tpot", "0.05"]
 

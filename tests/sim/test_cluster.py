@@ -21,8 +21,6 @@ from weft.sim.run import Transfer
 from weft.sim.study import Failure, Fleet, Outcome, study
 from weft.sim.transferred import received
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 Make = Callable[..., Setup]
 
 

@@ -20,8 +20,6 @@ from weft.sim.replica import Setup
 from weft.sim.study import Fleet, study
 from weft.sim.traffic import every
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 TARGETS = Targets(ttft=0.12, tpot=0.02)
 LOAD = [(number * 0.0125, Size(30 + 11 * number % 60, 4 + number % 10)) for number in range(300)]
 

@@ -24,8 +24,6 @@ from weft.sim.run import Simulation
 from weft.sim.traffic import prompt
 from weft.text.hub import resolve_model
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 TICK = 2.0**-20  # of the clock, so that sums and differences of times are exact
 
 

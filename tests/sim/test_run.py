@@ -23,8 +23,6 @@ from weft.sim import traffic
 from weft.sim.router import LeastLoaded, RoundRobin
 from weft.sim.run import Simulation
 
-pytestmark = pytest.mark.no_cover  # it runs the engine for hours of virtual time; tests/core covers the core
-
 
 class Watch:
     """Looks over the shoulder of one replica: plans, results and ends, and the pool after each of them."""
