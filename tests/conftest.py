@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,14 @@ TINY = {
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+if find_spec("hypothesis") is not None:  # a bare GPU image has none
+    from hypothesis import HealthCheck, settings
+
+    # How long an example takes says something of the machine, and nothing of the code.
+    settings.register_profile("weft", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("weft")
 
 
 @pytest.fixture(scope="session")
