@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +90,26 @@ def test_fake_linears_compute_what_the_integer_reference_does(tmp_path: Path, mo
             x = torch.randn(5, one.form.channels)
             expected = reference.linear(x, one.form, one.linear, exact_a4=exact_a4)
             assert torch.allclose(fake(site, x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("method", ["fmpq", "paper"])
+def test_a_layers_weights_are_gone_before_the_next_layer_is_read(
+    tmp_path: Path, model_of: ModelOf, method: str
+) -> None:
+    model = model_of(num_hidden_layers=3)
+    alive: list[weakref.ref[Any]] = []
+    reads = 0
+
+    def layer(index: int) -> dict[str, torch.Tensor]:
+        nonlocal reads
+        reads += 1
+        assert not any(reference() is not None for reference in alive), f"read {reads} is of layer {index}"
+        arrays = {name: tensor.numpy().copy() for name, tensor in model.layer(index).items()}
+        alive[:] = [weakref.ref(array) for array in arrays.values()]  # a tensor and its views hold the array
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+    quantise(dataclasses.replace(model, layer=layer), tmp_path / "q", Method(name=method))
+    assert reads == (9 if method == "fmpq" else 6)
 
 
 def test_the_budget_bounds_the_share_of_8_bits_over_the_model(tmp_path: Path, model_of: ModelOf) -> None:

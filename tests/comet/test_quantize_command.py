@@ -128,7 +128,7 @@ def test_a_full_disk_leaves_no_output_and_is_told_by_file(
         patch.setattr(weft.comet.work, "save_file", full)
         assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 1
     told = capsys.readouterr().err
-    assert "plan-00000" in told and "No space left on device" in told and "same command" in told
+    assert "rows-00000" in told and "No space left on device" in told and "same command" in told
     assert not (tmp_path / "out").exists()
     assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 0
 

@@ -1,7 +1,7 @@
 """From a float model to a quantised one, layer after layer: never more than one layer of weights in memory.
 
     pass 1   the calibration text through the float layers; each layer's plan (scalings, orders) is kept, and at the end
-             that of the output layer
+             that of the output layer; some hidden rows before each layer go to a file
     back     from the last layer to the first, gradients tell what 4 bits would cost in each block of the plans; with
              this the 8-bit blocks are allotted over the whole model
     pass 2   the text through the layers again: a layer is put into its plan's form, its inputs are seen as the layers
@@ -59,7 +59,17 @@ from weft.comet.report import EmbeddingRow, LayerRow, SiteRow, Summary, compare,
 from weft.comet.sensitivity import TOKENS, Pulled, block_costs, last_gradients, pull_back
 from weft.comet.watch import Moments, Watch, every
 from weft.comet.weights import Rounding, quantise_weight
-from weft.comet.work import load_layer, load_plan, save_layer, save_plan, save_whole, shard, write_index
+from weft.comet.work import (
+    load_layer,
+    load_plan,
+    save_layer,
+    save_plan,
+    save_rows,
+    save_whole,
+    shard,
+    take_rows,
+    write_index,
+)
 
 CHUNK = 4096  # tokens that go through a layer at a time
 
@@ -142,31 +152,37 @@ def quantise_model(model: Model, text: Text, settings: Settings, work: Path, tel
 def make_plans(job: Job) -> list[LayerPlan]:
     """Pass 1: a plan for each layer, and one more for an output layer of 4 bits."""
     phase, model, method = "looking at the layers", job.model, job.settings.method
-    layers, tokens = model.shapes.layers, job.text.calibration
+    layers = model.shapes.layers
     plans: list[LayerPlan] = []
-    kept: list[torch.Tensor] = []  # some of the hidden rows before each layer
-    hidden = as_it_was(model.rest()).embed(tokens)
+    hidden = as_it_was(model.rest()).embed(job.text.calibration)
     few = slice(0, max(1, TOKENS // hidden.shape[1]))
     for index in range(layers):
         job.tell(Progress(phase, index, layers))
-        tensors, path = model.layer(index), plan_file(job.work, index)
-        kept.append(hidden[few].clone())
-        if path.exists():
-            plans.append(load_plan(path))
-            hidden = through(hidden, tensors, model, index, plain_linears(tensors))
-            continue
-        watch = Watch(plain_linears(tensors), tokens.numel())
-        hidden = through(hidden, tensors, model, index, watch)
-        plans.append(plan_layer(tensors, watch.statistics(), model.shapes, method))
-        save_plan(path, plans[-1])
+        if method.name != "paper":
+            save_rows(rows_file(job.work, index), hidden[few])
+        plan, hidden = make_plan(job, index, hidden)
+        plans.append(plan)
     if job.settings.head_bits == 4:
         plans.append(plan_head(model.rest(), hidden, model.shapes.eps, method))
     job.tell(Progress(phase, layers, layers))
-    return plans if method.name == "paper" else weighed(job, plans, kept, hidden[few])
+    return plans if method.name == "paper" else weighed(job, plans, hidden[few])
 
 
-def weighed(job: Job, plans: list[LayerPlan], kept: list[torch.Tensor], last: torch.Tensor) -> list[LayerPlan]:
-    """The plans with the costs of their blocks. kept: hidden rows [S, L, hidden] before each layer; last: after all."""
+def make_plan(job: Job, index: int, hidden: torch.Tensor) -> tuple[LayerPlan, torch.Tensor]:
+    """The plan of one layer, from its file if that is there, and the hidden rows after it."""
+    tensors, path, tokens = job.model.layer(index), plan_file(job.work, index), job.text.calibration.numel()
+    if path.exists():
+        return load_plan(path), through(hidden, tensors, job.model, index, plain_linears(tensors))
+    watch = Watch(plain_linears(tensors), tokens)
+    hidden = through(hidden, tensors, job.model, index, watch)
+    plan = plan_layer(tensors, watch.statistics(), job.model.shapes, job.settings.method)
+    save_plan(path, plan)
+    return plan, hidden
+
+
+def weighed(job: Job, plans: list[LayerPlan], last: torch.Tensor) -> list[LayerPlan]:
+    """The plans with the costs of their blocks. last: hidden rows [S, L, hidden] after all layers; those before each
+    layer are in the files that `make_plans` left."""
     phase, model = "weighing the blocks", job.model
     shapes, outer, head = model.shapes, as_it_was(model.rest()), float_head(model.rest())
     gradients, pulled = last_gradients(last, lambda rows: outer.normalised(rows, shapes.eps), head)
@@ -176,17 +192,22 @@ def weighed(job: Job, plans: list[LayerPlan], kept: list[torch.Tensor], last: to
     outputs = {site: sum(rows.values()) for site, (rows, _) in site_shapes(shapes).items()}
     for index in reversed(range(shapes.layers)):
         job.tell(Progress(phase, shapes.layers - 1 - index, shapes.layers))
-        tensors, window = model.layer(index), shapes.windows[index]
-
-        def run(
-            hidden: torch.Tensor, linears: Linears, tensors: Tensors = tensors, window: int | None = window
-        ) -> torch.Tensor:
-            return run_layer(hidden, tensors, shapes, window, model.rotation, linears)
-
-        sites, gradients = pull_back(tensors, run, kept[index], gradients)
+        sites, gradients = pull_back_layer(model, index, take_rows(rows_file(job.work, index)), gradients)
         found[index] = with_costs(plans[index], sites, outputs, shapes)
     job.tell(Progress(phase, shapes.layers, shapes.layers))
     return found
+
+
+def pull_back_layer(
+    model: Model, index: int, hidden: torch.Tensor, gradients: torch.Tensor
+) -> tuple[Pulled, torch.Tensor]:
+    """`pull_back` through layer `index`. hidden: before it; gradients: after it."""
+    tensors, window = model.layer(index), model.shapes.windows[index]
+
+    def run(rows: torch.Tensor, linears: Linears) -> torch.Tensor:
+        return run_layer(rows, tensors, model.shapes, window, model.rotation, linears)
+
+    return pull_back(tensors, run, hidden, gradients)
 
 
 def with_costs(plan: LayerPlan, pulled: Pulled, outputs: Mapping[str, int], shapes: Shapes) -> LayerPlan:
@@ -224,34 +245,55 @@ def choose(plans: list[LayerPlan], method: Method) -> list[Chosen]:
     return [{site: allotted[f"{index}.{site}"] for site in plan.sites} for index, plan in enumerate(plans)]
 
 
+@dataclass(frozen=True, slots=True)
+class Texts:
+    """Hidden rows [S, L, hidden] before a layer in pass 2: of both texts through the quantised layers, and of the
+    held-out text through the float ones (`exact`)."""
+
+    calibration: torch.Tensor
+    held_out: torch.Tensor
+    exact: torch.Tensor
+
+
+def pass_layer(
+    job: Job, index: int, at: Texts, plan: LayerPlan, chosen: Chosen, config: FmpqConfig
+) -> tuple[LayerRow, Texts]:
+    """One layer of pass 2: quantised, or read where it was quantised before; and the texts after it."""
+    model = job.model
+    shapes = model.shapes
+    tensors, path = model.layer(index), shard(job.work, index, shapes.layers)
+    exact = through(at.exact, tensors, model, index, plain_linears(tensors))
+    if path.exists():
+        stored, row = load_layer(path, index)
+        layer = read_layer(stored, config, shapes, index, path)
+        linears = quantised_linears(layer)
+        held_out = through(at.held_out, layer.norms, model, index, linears)
+    else:
+        prepared = prepare_layer(tensors, plan, chosen, shapes)
+        warn = job.warn("quantising", index)
+        layer, site_rows = quantise_layer(prepared, at.calibration, model, index, job.settings.rounding, warn)
+        linears = quantised_linears(layer)
+        held_out = through(at.held_out, layer.norms, model, index, linears)
+        row = LayerRow(index, site_rows, decibels(exact, held_out))
+        save_layer(path, index, layer_tensors(layer, config, shapes), row)
+    return row, Texts(through(at.calibration, layer.norms, model, index, linears), held_out, exact)
+
+
 def quantise_layers(job: Job, plans: list[LayerPlan], chosen: list[Chosen], config: FmpqConfig) -> Summary:
     """Pass 2."""
     phase, model, text = "quantising", job.model, job.text
     shapes, float_rest = model.shapes, as_it_was(model.rest())
     rows: list[LayerRow] = []
     start = replace(float_rest, embedding=quantise_embedding(model.rest()[EMBEDDING], job.settings.embedding_bits))
-    hidden, coarse, exact = start.embed(text.calibration), start.embed(text.held_out), float_rest.embed(text.held_out)
+    at = Texts(start.embed(text.calibration), start.embed(text.held_out), float_rest.embed(text.held_out))
     for index in range(shapes.layers):
         job.tell(Progress(phase, index, shapes.layers))
-        tensors, path = model.layer(index), shard(job.work, index, shapes.layers)
-        exact = through(exact, tensors, model, index, plain_linears(tensors))
-        if path.exists():
-            stored, row = load_layer(path, index)
-            layer = read_layer(stored, config, shapes, index, path)
-            coarse = through(coarse, layer.norms, model, index, quantised_linears(layer))
-        else:
-            prepared = prepare_layer(tensors, plans[index], chosen[index], shapes)
-            warn = job.warn(phase, index)
-            layer, site_rows = quantise_layer(prepared, hidden, model, index, job.settings.rounding, warn)
-            coarse = through(coarse, layer.norms, model, index, quantised_linears(layer))
-            row = LayerRow(index, site_rows, decibels(exact, coarse))
-            save_layer(path, index, layer_tensors(layer, config, shapes), row)
+        row, at = pass_layer(job, index, at, plans[index], chosen[index], config)
         rows.append(row)
-        hidden = through(hidden, layer.norms, model, index, quantised_linears(layer))
-    whole, head = (start, None) if config.head is None else quantise_head(job, start, plans, chosen, hidden)
+    whole, head = (start, None) if config.head is None else quantise_head(job, start, plans, chosen, at.calibration)
     tensors = outer_tensors(whole, config, tied=float_rest.head is float_rest.embedding)
     save_whole(shard(job.work, shapes.layers, shapes.layers), tensors, {"format": "pt"})
-    quality = compare(exact, coarse, float_rest.logits(shapes.eps), whole.logits(shapes.eps), text.held_out)
+    quality = compare(at.exact, at.held_out, float_rest.logits(shapes.eps), whole.logits(shapes.eps), text.held_out)
     job.tell(Progress(phase, shapes.layers, shapes.layers))
     return Summary(tuple(rows), quality, head, embedding_row(float_rest, whole, config, text.held_out))
 
@@ -336,6 +378,10 @@ def quantised_linears(layer: QuantisedLayer, *, exact_a4: bool = True) -> Linear
 
 def plan_file(work: Path, index: int) -> Path:
     return work / f"plan-{index:05}.safetensors"
+
+
+def rows_file(work: Path, index: int) -> Path:
+    return work / f"rows-{index:05}.safetensors"
 
 
 def through(hidden: torch.Tensor, tensors: Tensors, model: Model, index: int, linears: Linears) -> torch.Tensor:

@@ -75,6 +75,17 @@ def load_plan(path: Path) -> LayerPlan:
     return LayerPlan(sites, raw["value_transform"], tensors["key_scaling"], costs, raw["blocks"])
 
 
+def save_rows(path: Path, rows: torch.Tensor) -> None:
+    save_whole(path, {"rows": rows}, {})
+
+
+def take_rows(path: Path) -> torch.Tensor:
+    """The rows of `save_rows`; their file goes."""
+    tensors, _ = _read(path)
+    path.unlink()
+    return tensors["rows"]
+
+
 def write_index(folder: Path, layers: int) -> None:
     """model.safetensors.index.json over the shards; the plans and what was left unfinished go."""
     names: dict[str, str] = {}
@@ -86,7 +97,7 @@ def write_index(folder: Path, layers: int) -> None:
         size += path.stat().st_size
     text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(names.items()))}, indent=2)
     (folder / INDEX_FILE).write_text(text + "\n")
-    for pattern in ("plan-*.safetensors", "*.row", "*.new"):
+    for pattern in ("plan-*.safetensors", "rows-*.safetensors", "*.row", "*.new"):
         for path in folder.glob(pattern):
             path.unlink()
 
