@@ -259,6 +259,11 @@ def test_an_exception_leaves_nothing_behind(llm: LLM, engine: Reciter) -> None:
         ([[True]], None, "holds True"),
         ("a", SamplingParams(temperature=float("nan")), "temperature"),
         (["a", "b"], [SamplingParams()], "params has 1 entries for 2 prompts"),
+        ("a", {"max_tokens": 5}, "params holds 'max_tokens'; it must be SamplingParams"),
+        (5, None, "prompts is 5; it must be a text"),
+        (["a", None], None, r"prompts\[1\] is None; it must be a text"),
+        ("a", SamplingParams(max_tokens="5"), "max_tokens is '5'; it must be a whole number"),  # type: ignore[arg-type]
+        ("a", SamplingParams(stop="ab"), "stop is 'ab'; it must be a tuple of texts"),  # type: ignore[arg-type]
     ],
 )
 def test_what_cannot_be_honoured(llm: LLM, engine: Reciter, prompts: object, params: object, words: str) -> None:
@@ -278,7 +283,9 @@ def test_a_text_goes_on_from_its_prompt_and_an_answer_begins(engine: Reciter, tm
     with LLM(str(tmp_path)) as llm:
         engine.tokenizer = llm.tokenizer
         assert llm.generate("one", MANY)[0].text == " two one"
-        assert llm.chat([{"role": "user", "content": "one"}], MANY)[0].text == "two one"
+        talk = [{"role": "user", "content": "one"}]
+        assert llm.chat(talk, MANY)[0].text == "two one"
+        assert llm.chat(talk, MANY, continue_final_message=True)[0].text == " two one"
 
 
 def test_no_prompts_no_outputs(llm: LLM) -> None:

@@ -6,6 +6,8 @@ Names are vLLM's where vLLM has one. A value that is derived from a setting live
 
 from __future__ import annotations
 
+import types
+import typing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from weft.errors import ConfigError
 
 BUILTIN_MODEL = "builtin"
 MAX_CORE = 4095
+MAX_NAME = 256  # characters by which a request may name the model
 MAX_RANKS = 64
 
 
@@ -226,7 +229,9 @@ class EngineConfig:
 
     def problems(self) -> list[str]:
         """Everything that is wrong with the settings by themselves, one sentence each."""
-        found = []
+        found = _type_problems(self)
+        if found:
+            return found
         for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks", "max_num_queued_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -312,6 +317,9 @@ class ServerConfig:
     chat_template: Path | None = setting(None, help="file with a Jinja chat template, instead of the checkpoint's")
     max_body_bytes: int = setting(8 * 2**20, help="largest request body; a larger one gets 413", unit="bytes")
     shutdown_timeout: float = setting(30.0, help="seconds that running requests get to finish after SIGTERM")
+    write_timeout: float = setting(
+        60.0, help="seconds that a client may take in nothing of its answer before it is hung up on; 0: for ever"
+    )
     sse_keep_alive: float = setting(15.0, help="seconds of silence after which a stream sends a comment line; 0: never")
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may call from (CORS); default: none")
     enable_metrics: bool = setting(True, help="serve /metrics")
@@ -322,9 +330,12 @@ class ServerConfig:
         found = []
         if not 0 <= self.port <= 65535:
             found.append(f"--port is {self.port}; it must be between 0 and 65535")
+        for name in self.served_model_name:
+            if not 1 <= len(name) <= MAX_NAME:
+                found.append(f"--served-model-name is {name!r}; it must have 1 to {MAX_NAME} characters")
         if self.max_body_bytes < 1024:
             found.append(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1024")
-        for name in ("shutdown_timeout", "sse_keep_alive"):
+        for name in ("shutdown_timeout", "write_timeout", "sse_keep_alive"):
             value = getattr(self, name)
             if not 0 <= value < 86400:
                 found.append(f"--{name.replace('_', '-')} is {value}; it must be between 0 and 86400 seconds")
@@ -348,6 +359,19 @@ def _form_problems(config: Any) -> list[str]:
                 parse(value)
             except ValueError as error:
                 found.append(f"{flag} is {value!r}; {error}")
+    return found
+
+
+def _type_problems(config: Any) -> list[str]:
+    """Values that are of another type than their setting: only Python can give these, flags are converted."""
+    hints, found = typing.get_type_hints(type(config)), []
+    for spec in fields(config):
+        value, hint = getattr(config, spec.name), hints[spec.name]
+        kinds = typing.get_args(hint) if isinstance(hint, types.UnionType) else (typing.get_origin(hint) or hint,)
+        fits = isinstance(value, (*kinds, int) if float in kinds else kinds)
+        if not fits or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+            found.append(f"--{spec.name.replace('_', '-')} is {value!r}; it must be of type {names}")
     return found
 
 

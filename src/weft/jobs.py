@@ -1,4 +1,4 @@
-"""What one request of the offline API has produced so far, and what came of it."""
+"""What one request has produced so far, and what came of it."""
 
 from __future__ import annotations
 
@@ -98,11 +98,12 @@ class Continuation:
 
 @dataclass(slots=True)
 class Job:
-    """One request on its way."""
+    """One request on its way. prompt_only: what is generated is thrown away."""
 
     request: Request
     prompt: str | None
     sequences: list[Continuation]
+    prompt_only: bool = False
     scores: tuple[TokenScore, ...] | None = None
     cached: int = 0
     error: str | None = None
@@ -116,6 +117,8 @@ class Job:
             for sequence in self.sequences:
                 if sequence.finish is None:
                     sequence.end(event.reason)
+        elif self.prompt_only and event.token is not None:
+            self.sequences[event.index].end(Finish.LENGTH)
         elif self.sequences[event.index].finish is None:  # the engine may be ahead of a stop string
             self.sequences[event.index].apply(event)
             stopped = self.sequences[event.index].stream.stopped_by is not None

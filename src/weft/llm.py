@@ -84,16 +84,22 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
         progress: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[Output]:
         """Answer a conversation, a list of {"role", "content"}, or several; otherwise as `generate`.
 
-        variables: for the chat template, such as enable_thinking=False. Without params, an answer may fill the context.
+        continue_final_message: go on in the last message instead of beginning a new one. variables: for the chat
+        template, such as enable_thinking=False. Without params, an answer may fill the context.
         """
         single = not messages or isinstance(messages[0], Mapping)
         talks: list[Conversation] = [messages] if single else list(messages)  # type: ignore[list-item, arg-type]
         given = self._params(params, len(talks), max_tokens=None)
-        return self._run([self._talk(talk, one, variables) for talk, one in zip(talks, given, strict=True)], progress)
+        jobs = [
+            self._talk(talk, one, variables, go_on=continue_final_message)
+            for talk, one in zip(talks, given, strict=True)
+        ]
+        return self._run(jobs, progress)
 
     def stream_chat(
         self, messages: Conversation, params: SamplingParams | None = None, **variables: Any
@@ -125,22 +131,28 @@ class LLM:
         if params is None:
             return [self.defaults.params(**defaults)] * count
         given = [params] * count if isinstance(params, SamplingParams) else list(params)
+        for one in given:
+            if not isinstance(one, SamplingParams):
+                raise InvalidRequest(f"params holds {one!r}; it must be SamplingParams, or a list of them")
+            one.validate(self.info.vocabulary)
         if len(given) != count:
             raise InvalidRequest(f"params has {len(given)} entries for {count} prompts; give one, or one for each")
-        for one in given:
-            one.validate(self.info.vocabulary)
         return given
 
-    def _talk(self, messages: Conversation, params: SamplingParams, variables: Mapping[str, Any]) -> Job:
+    def _talk(
+        self, messages: Conversation, params: SamplingParams, variables: Mapping[str, Any], go_on: bool = False
+    ) -> Job:
         if self._template is None:
             raise missing_template()
-        text = self._template.render(messages, **variables)
+        text = self._template.render(messages, continue_final_message=go_on, **variables)
         # The template has written the special tokens; an answer begins a text of its own, so the prompt is no context.
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return Job(self._request(ids, params), text, self._streams((), params))
+        return Job(self._request(ids, params), text, self._streams(ids if go_on else (), params))
 
     def _job(self, where: str, prompt: Prompt, params: SamplingParams) -> Job:
         text = prompt if isinstance(prompt, str) else None
+        if text is None and not isinstance(prompt, Sequence):
+            raise InvalidRequest(f"{where} is {prompt!r}; it must be a text or a list of token ids", param="prompts")
         ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
         if not ids:
             raise InvalidRequest(f"{where} is empty; give a text or at least one token id", param="prompts")
@@ -222,6 +234,8 @@ def _submit(engine: Engine, waiting: deque[Job], running: dict[str, Job]) -> Non
 def _prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidRequest(f"prompts is {prompts!r}; it must be a text, token ids, or a list of them")
     if prompts and all(isinstance(entry, int) for entry in prompts):
         return [prompts]  # type: ignore[list-item]
     return list(prompts)  # type: ignore[arg-type]

@@ -57,6 +57,17 @@ async def test_a_run_writes_its_table_json_and_picture(
         assert word in printed
 
 
+async def test_a_run_whose_files_could_not_be_written_does_not_begin(start_server: Start, tmp_path: Path) -> None:
+    fake = await start_server()
+    with pytest.raises(ConfigError) as refused:
+        await run(fake, "--json", str(tmp_path / "none" / "out.json"), "--plot", str(tmp_path))
+    assert refused.value.message.splitlines() == [
+        f"--json is {tmp_path}/none/out.json; there is no folder {tmp_path}/none",
+        f"--plot is {tmp_path}, a folder; give a file",
+    ]
+    assert not fake.bodies
+
+
 async def test_failures_are_reported_with_their_number(start_server: Start, capsys: pytest.CaptureFixture[str]) -> None:
     async def refuse(exchange: Any) -> None:
         await exchange.reply(429, {"error": {"message": "queue is full"}})

@@ -95,7 +95,10 @@ def test_urls(url: str, netloc: str, base: str) -> None:
     assert request_bytes(address, "GET", "/v1/models", b"", {}).startswith(f"GET {base}/v1/models ".encode())
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://x:99999", "http://x:y", "http://a b"])
+URLS = ["ftp://x", "http://", "http://x:99999", "http://x:y", "http://a b", "http://[::1", "http://a..b", "x/é"]
+
+
+@pytest.mark.parametrize("url", URLS)
 def test_impossible_urls_are_refused_by_name(url: str) -> None:
     with pytest.raises(ConfigError, match="--url"):
         parse_url(url)

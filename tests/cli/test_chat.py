@@ -194,10 +194,17 @@ def test_no_server_there() -> None:
         Remote("http://127.0.0.1:9").first_model()
 
 
-@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://host:port"])
+@pytest.mark.parametrize("url", ["ftp://x", "http://", "http://host:port", "http://[::1", "http://a..b"])
 def test_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ConfigError, match="--url"):
-        Remote(url).first_model()
+        Remote(url)
+
+
+@pytest.mark.parametrize("key", ["a\nb", "schlüssel"])
+def test_keys_that_no_header_carries(key: str) -> None:
+    with pytest.raises(ConfigError, match="--api-key has characters") as refused:
+        Remote("http://127.0.0.1:9", key)
+    assert key not in refused.value.message
 
 
 def test_engine_flags_are_not_for_a_server(capsys: pytest.CaptureFixture[str]) -> None:

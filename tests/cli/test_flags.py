@@ -17,6 +17,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from weft.cli.flags import Parser, add_settings, load, settings_of
+from weft.cli.others import INSTEAD, WITHOUT
 from weft.config import EngineConfig, ServerConfig, Shares, disaggregated, parse_cores, parse_partition
 from weft.errors import ConfigError
 
@@ -187,6 +188,10 @@ def test_every_problem_is_named_at_once_with_its_place(tmp_path: Path) -> None:
     [
         (["--prot=1"], "unknown argument --prot=1; did you mean --port?"),
         (["m", "n"], "unknown argument n"),
+        (["--quantization=awq"], "unknown argument --quantization=awq: the checkpoint says it"),
+        (["--ctx_size", "5"], "unknown argument --ctx-size: here it is --max-model-len"),
+        (["--served-model-name="], "--served-model-name is ''; it must have 1 to 256 characters"),
+        (["--write-timeout=-1"], "--write-timeout is -1.0; it must be between 0 and 86400 seconds"),
         (["--port"], "argument --port: expected one argument"),
         (["m", "--model", "n"], "MODEL is 'm' and --model is 'n'; give one of them"),
         (["--shutdown-timeout=nan"], "--shutdown-timeout is nan; it must be between 0 and 86400 seconds"),
@@ -205,6 +210,14 @@ def test_files_that_hold_no_settings(content: str, tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text(content)
     assert problems(["--config", str(path)])[0].startswith(f"--config {path}")
+
+
+def test_the_flags_of_other_engines_are_none_of_ours_and_what_they_are_called_here_is() -> None:
+    ours = {item.flag for item in SETTINGS.values()}
+    for flag in WITHOUT | INSTEAD:
+        assert flag not in ours
+    for words in [*INSTEAD.values(), *(w for text in WITHOUT.values() for w in re.findall(r"--[a-z-]+", text))]:
+        assert words.split()[0].replace("--no-", "--") in ours
 
 
 def test_secrets_are_not_shown() -> None:

@@ -38,6 +38,19 @@ from weft.errors import InvalidRequest
         ("logit_bias", ((-1, 1.0),)),
         ("logit_bias", ((1, float("nan")),)),
         ("logit_bias", ((1, 1.0),) * 2000),
+        # What a caller in Python may give, where a request over HTTP has been looked at before.
+        ("max_tokens", "5"),
+        ("max_tokens", True),
+        ("n", 1.5),
+        ("min_tokens", None),
+        ("temperature", "hot"),
+        ("top_p", None),
+        ("stop", "ab"),
+        ("stop", (5,)),
+        ("stop_token_ids", 5),
+        ("stop_token_ids", ("5",)),
+        ("logit_bias", {5: 1.0}),
+        ("logit_bias", ((5, "x"),)),
     ],
 )
 def test_a_value_out_of_bounds_is_refused_by_name(field: str, value: Any) -> None:

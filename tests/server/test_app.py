@@ -78,6 +78,20 @@ async def test_every_path_but_the_probes_needs_a_key(sites: Any) -> None:
             assert response.headers["x-request-id"]
 
 
+@pytest.mark.parametrize(
+    ("path", "near"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("//v1/models", "/v1/models"),
+        ("/v1/completion", "/v1/completions"),
+    ],
+)
+async def test_a_path_that_is_almost_one_of_ours_is_told_it(site: Any, path: str, near: str) -> None:
+    response = await site.http.request("POST", "http://weft" + path, json={})
+    assert response.status_code == 404 and response.json()["error"]["code"] == "not_found"
+    assert response.json()["error"]["message"] == f"there is no {path} here; did you mean {near}?"
+
+
 async def test_metrics_can_be_switched_off(site: Any, sites: Any) -> None:
     assert (await site.http.get("/metrics")).status_code == 200
     assert (await sites(enable_metrics=False).http.get("/metrics")).status_code == 404

@@ -168,6 +168,19 @@ async def test_template_variables_come_from_the_request(site: Any, engine: Any) 
     assert response.status_code == 400 and "enable_thinking" in response.json()["error"]["message"]
 
 
+async def test_the_last_message_is_continued(site: Any, engine: Any) -> None:
+    talk = [USER, {"role": "assistant", "content": "one two"}]
+    engine.say = lambda prompt, index: " three"
+    answer = await site.chat(messages=talk, continue_final_message=True, add_generation_prompt=False, logprobs=True)
+    text = site.context.template.render(talk, continue_final_message=True)
+    assert text.endswith("one two") and list(engine.seen[-1].prompt) == TOKENIZER.encode(text, add_special_tokens=False)
+    (choice,) = answer["choices"]
+    assert choice["message"]["content"] == " three"
+    assert len(choice["logprobs"]["content"]) == len(TOKENIZER.encode(" three", add_special_tokens=False))
+    counted = (await site.post("/tokenize", messages=talk, continue_final_message=True)).json()
+    assert counted["tokens"] == list(engine.seen[-1].prompt)
+
+
 async def test_a_model_without_a_template_says_what_to_do(site: Any) -> None:
     response = await site.with_context(template=None).post(CHAT, messages=[USER])
     assert response.status_code == 400 and "--chat-template" in response.json()["error"]["message"]

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
+from weft.errors import StepFailed
 from weft.text.chat import ChatTemplate
 from weft.text.generation import GenerationDefaults
 from weft.text.hub import resolve_model
@@ -128,10 +129,12 @@ async def test_echo_begins_with_the_prompt(site: Any) -> None:
 async def test_logprobs_lie_beside_their_tokens(site: Any) -> None:
     (choice,) = (await site.complete(logprobs=2))["choices"]
     found = choice["logprobs"]
-    assert found["token_logprobs"] == [-0.5] * len(IDS)  # the end of the text is not part of it
-    assert len(found["top_logprobs"]) == len(found["tokens"]) == len(IDS)
+    count = len(IDS) + 1  # the end of the text has a score, as it was generated
+    assert found["token_logprobs"] == [-0.5] * count
+    assert len(found["top_logprobs"]) == len(found["tokens"]) == count
+    assert found["tokens"][-1] == TOKENIZER.token_text(EOS) and found["text_offset"][-1] == len(TEXT)
     assert all(-1.5 in top.values() for top in found["top_logprobs"])
-    for token, offset in zip(found["tokens"], found["text_offset"], strict=True):
+    for token, offset in zip(found["tokens"][:-1], found["text_offset"][:-1], strict=True):
         assert token.startswith("bytes:") or TEXT[offset:].startswith(token)
     streamed: dict[str, list[Any]] = {name: [] for name in found}
     length = 0
@@ -140,16 +143,18 @@ async def test_logprobs_lie_beside_their_tokens(site: Any) -> None:
         length += len(choice["text"])
         for name, values in choice["logprobs"].items():
             streamed[name] += values
-        assert all(offset < length for offset in choice["logprobs"]["text_offset"])
+        last = length + (choice["finish_reason"] is not None)
+        assert all(offset < last for offset in choice["logprobs"]["text_offset"])
     assert streamed == found
 
 
 async def test_the_bytes_of_half_characters_are_shown_as_openai_shows_them(site: Any, engine: Any) -> None:
     engine.say = lambda prompt, index: "🙂"
     (choice,) = (await site.complete(logprobs=0))["choices"]
-    shown = [token.removeprefix("bytes:") for token in choice["logprobs"]["tokens"]]
+    *tokens, _ = choice["logprobs"]["tokens"]
+    shown = [token.removeprefix("bytes:") for token in tokens]
     assert bytes(int(part, 16) for token in shown for part in token.split("\\x")[1:]) == "🙂".encode()
-    assert set(choice["logprobs"]["text_offset"]) == {0}
+    assert set(choice["logprobs"]["text_offset"][:-1]) == {0}
 
 
 async def test_logprobs_of_a_text_that_a_stop_string_cut(site: Any) -> None:
@@ -176,6 +181,54 @@ async def test_echo_with_logprobs_scores_the_prompt(site: Any) -> None:
     assert first["choices"][0]["text"] == "def f"
     streamed = first["choices"][0]["logprobs"]["tokens"]
     assert streamed + [t for chunk in rest for t in chunk["choices"][0]["logprobs"]["tokens"]] == found["tokens"]
+
+
+def continuation_score(logprobs: dict[str, Any], context: int) -> tuple[float, bool]:
+    """What lm-eval's local-completions makes of the logprobs of an echoed prompt and one token that it asks for: the
+    score of the prompt's tokens from number `context` on, and whether each of them was the most probable."""
+    scores, tops = (logprobs[name][context:-1] for name in ("token_logprobs", "top_logprobs"))
+    return sum(scores), all(score == max(top.values()) for score, top in zip(scores, tops, strict=True))
+
+
+@pytest.mark.parametrize("said", ["more", ""], ids=["a token follows", "the text ends"])
+async def test_a_harness_scores_a_continuation(site: Any, engine: Any, said: str) -> None:
+    engine.say = lambda prompt, index: said
+    lists = [TOKENIZER.encode("def f(x):"), TOKENIZER.encode("import os, sys")]
+    body = {"temperature": 0, "max_tokens": 1, "logprobs": 1, "seed": 1234, "echo": True}
+    for choice, ids in zip((await site.complete(prompt=lists, **body))["choices"], lists, strict=True):
+        assert len(choice["logprobs"]["token_logprobs"]) == len(ids) + 1
+        assert continuation_score(choice["logprobs"], 2) == (-0.5 * (len(ids) - 2), True)
+
+
+@pytest.mark.parametrize("said", ["more", ""], ids=["a token follows", "the text ends"])
+async def test_no_tokens_and_echo_score_the_prompt_alone(site: Any, engine: Any, said: str) -> None:
+    engine.say = lambda prompt, index: said
+    ids = TOKENIZER.encode("def f")
+    body = {"prompt": ["def f"] * 2, "n": 2, "max_tokens": 0, "echo": True, "logprobs": 1, "return_token_ids": True}
+    answer = await site.complete(**body)
+    assert answer["usage"]["completion_tokens"] == 0 and answer["usage"]["prompt_tokens"] == 2 * len(ids)
+    assert len(answer["choices"]) == 4
+    for choice in answer["choices"]:
+        assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("def f", "length", None)
+        assert choice["logprobs"]["token_logprobs"] == [None] + [-0.5] * (len(ids) - 1)
+        assert choice["logprobs"]["tokens"] == [TOKENIZER.token_text(token) for token in ids]
+        assert choice["token_ids"] == []
+    chunks = await site.stream(**body)
+    assert texts(chunks, 4) == ["def f"] * 4
+    ends = [choice["finish_reason"] for chunk in chunks for choice in chunk["choices"]]
+    assert ends.count("length") == 4 and ends.count(None) == 4
+    assert engine.seen[0].params.logprobs is None
+
+
+async def test_no_tokens_without_echo_are_no_text(site: Any) -> None:
+    (choice,) = (await site.complete(max_tokens=0, prompt_logprobs=0))["choices"]
+    assert choice["text"] == "" and len(choice["prompt_logprobs"]) == len(TOKENIZER.encode("x"))
+
+
+async def test_a_prompt_that_is_only_scored_can_fail_like_any_other(site: Any, engine: Any) -> None:
+    engine.fail = (0, StepFailed("the step failed"))
+    response = await site.post("/v1/completions", prompt="x", max_tokens=0)
+    assert response.status_code == 500 and response.json()["error"]["code"] == "step_failed"
 
 
 async def test_prompt_logprobs_are_vllms(site: Any) -> None:

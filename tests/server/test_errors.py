@@ -36,7 +36,9 @@ def error_of(response: httpx.Response, status: int = 400) -> dict[str, Any]:
 
 BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (TEXT, {"max_tokens": 2**63}, "max_tokens", "less than or equal to 2147483647"),
-    (TEXT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    (TEXT, {"max_tokens": -1}, "max_tokens", "greater than or equal to 0"),
+    (CHAT, {"max_tokens": 0}, "max_tokens", "greater than or equal to 1"),
+    (TEXT, {"max_tokens": 0, "min_tokens": 3}, "min_tokens", "more than max_tokens 0"),
     (TEXT, {"max_tokens": "5"}, "max_tokens", "integer"),
     (TEXT, {"max_tokens": 1.5}, "max_tokens", "integer"),
     (TEXT, {"max_tokens": True}, "max_tokens", "integer"),
@@ -126,7 +128,12 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
     (CHAT, {"web_search_options": {}}, "web_search_options", "search the web"),
     (CHAT, {"store": True}, "store", "stores nothing"),
     (CHAT, {"service_tier": "flex"}, "service_tier", "one tier"),
-    (CHAT, {"continue_final_message": True}, "continue_final_message", "/v1/completions"),
+    (
+        CHAT,
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "leave out add_generation_prompt",
+    ),
     (CHAT, {"chat_template": "{{ 1 }}"}, "chat_template", "--chat-template"),
     (
         CHAT,

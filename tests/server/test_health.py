@@ -55,6 +55,8 @@ async def test_probes_and_requests_are_answered_in_every_state(
         gate.open(application(health))
     async with client(gate) as http:
         assert (await http.get("/health/live")).status_code == live
+        if loaded:
+            assert [(await http.head(path)).status_code for path in ("/health/live", "/health")] == [live, ready]
         for path in ("/health/ready", "/health", "/v1/models", "/v1/nowhere"):
             response = await http.get(path)
             if path == "/v1/nowhere" and ready == 200:

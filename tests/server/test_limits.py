@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -162,9 +163,9 @@ async def test_what_is_no_http_request_passes() -> None:
 
 
 @asynccontextmanager
-async def server(inside: Any) -> AsyncIterator[int]:
+async def server(inside: Any, write_timeout: float = 0.0) -> AsyncIterator[int]:
     """The port of the HTTP server as weft runs it, around the body limit and an application."""
-    listener = listen("127.0.0.1", 0)
+    listener = listen("127.0.0.1", 0, write_timeout)
     http = make_server(BodyLimitMiddleware(inside, LIMIT, seconds=0.3), "info", 1.0)
     task = asyncio.create_task(http.serve(sockets=[listener]))
     try:
@@ -242,3 +243,41 @@ async def test_headers_beyond_the_limit_are_refused() -> None:
     async with server(Inside()) as port:
         answer = await talk(port, POST, *[b"X-" + b"a" * 9000 + b": b\r\n"] * 20)
         assert b" 400 " in answer or b" 431 " in answer or answer.endswith(b"reset")
+
+
+class Endless:
+    """Answers with bytes until the client has gone. ended: set then."""
+
+    def __init__(self) -> None:
+        self.ended = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        writing = asyncio.create_task(self.write(send))
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        writing.cancel()
+        self.ended.set()
+
+    async def write(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        while True:
+            await send({"type": "http.response.body", "body": b"x" * 2**16, "more_body": True})
+            await asyncio.sleep(0)
+
+
+async def test_a_client_that_takes_in_nothing_is_hung_up_on_in_time_and_a_slow_one_is_not() -> None:
+    for reads, hung_up in ((False, True), (True, False)):
+        endless = Endless()
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**14)
+            async with server(endless, write_timeout=0.5) as port:
+                client.connect(("127.0.0.1", port))
+                client.sendall(b"GET / HTTP/1.1\r\nHost: weft\r\n\r\n")
+                for _ in range(100 if hung_up else 20):
+                    await asyncio.sleep(0.1)
+                    if reads:
+                        client.recv(2**14)
+                    if endless.ended.is_set():
+                        break
+                assert endless.ended.is_set() is hung_up
+                client.close()

@@ -211,8 +211,8 @@ def test_requests_that_do_not_finish_are_aborted_and_told_so(life: Run, how: str
 def test_a_client_that_does_not_read_cannot_hold_up_the_end(
     life: Run, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def small_buffers(host: str, port: int) -> socket.socket:
-        listener = listen(host, port)
+    def small_buffers(*where: Any) -> socket.socket:
+        listener = listen(*where)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         return listener
 

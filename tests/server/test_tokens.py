@@ -44,6 +44,12 @@ async def test_the_tokens_of_a_conversation(site: Any) -> None:
         ("/tokenize", {"prompt": "x", "messages": [USER]}, 400, "either prompt or messages"),
         ("/tokenize", {"prompt": "x", "model": "none"}, 404, "does not exist"),
         ("/tokenize", {"messages": [USER], "chat_template_kwargs": {"x": 1}}, 400, "chat_template_kwargs"),
+        (
+            "/tokenize",
+            {"messages": [USER], "continue_final_message": True, "add_generation_prompt": True},
+            400,
+            "both true",
+        ),
         ("/detokenize", {"tokens": [4096]}, 400, "0 to 4095"),
         ("/detokenize", {"tokens": [2**32]}, 400, "less than or equal"),
         ("/detokenize", {"tokens": [-1]}, 400, "tokens[0] is -1"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
@@ -105,6 +105,33 @@ def same(oracle: Any, name: str, messages: list[dict[str, Any]], **variables: An
 @settings(max_examples=50, deadline=None)
 def test_renders_as_transformers(name: str, messages: list[dict[str, Any]], add: bool, oracle: Any) -> None:
     same(oracle, name, messages, add_generation_prompt=add)
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@given(messages=TALK)
+@settings(max_examples=50, deadline=None)
+def test_a_last_message_is_continued_as_transformers_does(
+    name: str, messages: list[dict[str, Any]], oracle: Any
+) -> None:
+    # What transformers makes of an empty message, or of one that ends in spaces, is to look for a text that need not
+    # be the message's; the template's own trimming makes no difference to the others.
+    assume(messages[-1]["content"] == messages[-1]["content"].strip() != "")
+    same(oracle, name, messages, continue_final_message=True)
+
+
+def test_a_message_that_is_continued_ends_as_it_was_written() -> None:
+    source = "{% for m in messages %}<{{ m.role }}>{{ m.content | trim }}</s>{% endfor %}<more>"
+    template = ChatTemplate(source, {})
+    for content in ("s", "", "a ", None):  # "s" is in what comes after it as well
+        talk = [{"role": "user", "content": "x"}, {"role": "assistant", "content": content}]
+        text = template.render(talk, continue_final_message=True)
+        assert text == "<user>x</s><assistant>" + (content or "") and talk[1]["content"] == content
+
+
+@pytest.mark.parametrize("source", ["{{ messages[0].role }}", "{{ messages[0].content * 2 }}"])
+def test_a_message_that_the_template_does_not_show_once_is_not_continued(source: str) -> None:
+    with pytest.raises(InvalidRequest, match=r"shows the last message [02] times"):
+        ChatTemplate(source, {}).render([{"role": "user", "content": "x"}], continue_final_message=True)
 
 
 def test_variables_tools_and_tool_calls_as_transformers(oracle: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from weft.bench.stats import Record
 from weft.bench.traffic import Shot
-from weft.bench.wire import Address, EventParser, ResponseParser, WireError, error_words, request_bytes
+from weft.bench.wire import Address, EventParser, ResponseParser, WireError, authorization, error_words, request_bytes
 
 READ_BYTES = 64 * 1024
 
@@ -54,7 +54,7 @@ async def send(target: Target, shot: Shot, clock: Callable[[], float], stream: S
     """
     stream = Stream() if stream is None else stream
     raw = request_bytes(
-        target.address, "POST", target.path, json.dumps(payload(target, shot)).encode(), _headers(target.api_key)
+        target.address, "POST", target.path, json.dumps(payload(target, shot)).encode(), authorization(target.api_key)
     )
     sent = clock()
     error: str | None = None
@@ -160,7 +160,7 @@ async def fetch(
     data = b"" if body is None else json.dumps(body).encode()
     parser = ResponseParser()
     async with asyncio.timeout(timeout), connection(address) as (reader, writer):
-        writer.write(request_bytes(address, "GET" if body is None else "POST", path, data, _headers(api_key)))
+        writer.write(request_bytes(address, "GET" if body is None else "POST", path, data, authorization(api_key)))
         while not parser.done:
             read = await reader.read(READ_BYTES)
             if read:
@@ -175,7 +175,7 @@ async def first_model(address: Address, api_key: str | None = None) -> str:
     try:
         status, body = await fetch(address, "/v1/models", api_key)
     except OSError as error:  # TimeoutError is one as well
-        raise WireError(f"no server answers at {address.netloc}: {error or 'timed out'}") from error
+        raise WireError(f"no server answers at {address.netloc}: {error.strerror or error or 'timed out'}") from error
     if status != 200:
         raise WireError(f"{address.netloc}/v1/models answers HTTP {status}: {error_words(body)}")
     try:
@@ -192,10 +192,6 @@ async def connection(address: Address) -> AsyncIterator[tuple[asyncio.StreamRead
         yield reader, writer
     finally:
         writer.close()
-
-
-def _headers(api_key: str | None) -> dict[str, str]:
-    return {"Authorization": f"Bearer {api_key}"} if api_key else {}
 
 
 def _text(choice: Mapping[str, Any]) -> bool:

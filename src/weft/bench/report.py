@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -74,6 +75,21 @@ def _latencies(summary: Summary, open_loop: bool) -> Table:
 def _milliseconds(values: Spread) -> list[str]:
     figures = (values.mean, values.p50, values.p90, values.p99, values.max)
     return ["-" if math.isnan(figure) else f"{figure * 1000:.1f}" for figure in figures]
+
+
+def output_problems(arguments: Any) -> list[str]:
+    """Why the files of --json and --plot could not be written: asked before the work whose result they are to hold."""
+    found = []
+    for flag, path in (("--json", arguments.json), ("--plot", getattr(arguments, "plot", None))):
+        if path is None:
+            continue
+        if path.is_dir():
+            found.append(f"{flag} is {path}, a folder; give a file")
+        elif not path.parent.is_dir():
+            found.append(f"{flag} is {path}; there is no folder {path.parent}")
+        elif not os.access(path if path.exists() else path.parent, os.W_OK):
+            found.append(f"{flag} is {path}, which may not be written; give another file")
+    return found
 
 
 def finite(content: Any) -> Any:

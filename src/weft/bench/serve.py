@@ -20,7 +20,7 @@ from weft.bench import traffic
 from weft.bench.client import Target, first_model
 from weft.bench.load import run_load
 from weft.bench.plot import plot, require_matplotlib
-from weft.bench.report import as_json, print_report
+from weft.bench.report import as_json, output_problems, print_report
 from weft.bench.stats import Record, Slo, summarise
 from weft.bench.traces import Size, clip, read_trace, scale_trace
 from weft.bench.traffic import Shot
@@ -242,7 +242,7 @@ def _problems(arguments: argparse.Namespace) -> list[str]:
         found.append("--dataset-path is of no use without --dataset-name trace or custom")
     if arguments.endpoint == "chat" and arguments.prompt_format == "ids":
         found.append("--prompt-format ids does not go with --endpoint chat, which takes texts")
-    return found
+    return found + output_problems(arguments)
 
 
 def _prompt_format(arguments: argparse.Namespace) -> str:

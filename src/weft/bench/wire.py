@@ -41,15 +41,26 @@ class Address:
 def parse_url(text: str) -> Address:
     """An address from a URL with or without /v1. Raises ConfigError."""
     problem = ConfigError(f"--url is {text!r}; it must look like http://127.0.0.1:8000")
-    parts = urlsplit(text if "://" in text else f"http://{text}")
     try:
+        parts = urlsplit(text if "://" in text else f"http://{text}")
         port = parts.port
+        host = (parts.hostname or "").encode("idna").decode()  # fails for a name with an empty or too long part
     except ValueError:
         raise problem from None
-    if parts.scheme not in ("http", "https") or not parts.hostname or any(c.isspace() for c in text):
+    path = parts.path.isascii() and parts.path.isprintable() and " " not in parts.path
+    if parts.scheme not in ("http", "https") or not host or any(c.isspace() for c in text) or not path:
         raise problem
     tls = parts.scheme == "https"
-    return Address(parts.hostname, port or (443 if tls else 80), tls, parts.path.rstrip("/").removesuffix("/v1"))
+    return Address(host, port or (443 if tls else 80), tls, parts.path.rstrip("/").removesuffix("/v1"))
+
+
+def authorization(api_key: str | None) -> dict[str, str]:
+    """The header that carries a key, if there is one. Raises ConfigError; the message does not show the key."""
+    if not api_key:
+        return {}
+    if not (api_key.isascii() and api_key.isprintable()):
+        raise ConfigError("--api-key has characters that a header cannot carry; use printable ASCII")
+    return {"Authorization": f"Bearer {api_key}"}
 
 
 def request_bytes(address: Address, method: str, path: str, body: bytes, headers: Mapping[str, str]) -> bytes:

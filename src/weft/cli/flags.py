@@ -16,6 +16,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from weft.cli.others import advice
 from weft.config import EngineConfig, ServerConfig
 from weft.errors import ConfigError
 
@@ -94,7 +95,7 @@ class Parser(argparse.ArgumentParser):
         namespace, unknown = self.parse_known_args([_dashed(argument) for argument in arguments])
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
-            self.error("\n".join(f"unknown argument {text}{nearest(text.split('=')[0], flags)}" for text in unknown))
+            self.error("\n".join(_unknown(text, flags) for text in unknown))
         return namespace
 
 
@@ -143,6 +144,12 @@ def nearest(word: str, candidates: Iterable[str]) -> str:
     """'; did you mean X?', or nothing when no candidate is near."""
     near = difflib.get_close_matches(word, list(candidates), n=1)
     return f"; did you mean {near[0]}?" if near else ""
+
+
+def _unknown(argument: str, flags: Sequence[str]) -> str:
+    flag = argument.partition("=")[0]
+    words = advice(flag)
+    return f"unknown argument {argument}" + (nearest(flag, flags) if words is None else f": {words}")
 
 
 def _setting(spec: Field[Any], hint: Any) -> Setting:

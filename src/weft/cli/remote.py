@@ -7,27 +7,26 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
 
-from weft.errors import ConfigError, Unavailable, WeftError
+from weft.bench.wire import authorization, parse_url
+from weft.errors import Unavailable, WeftError
 
 MAX_BODY = 2**20
 
 
 class Remote:
-    """One server. url: with or without /v1. timeout: seconds without a byte after which it counts as gone."""
+    """One server. url: with or without /v1. timeout: seconds without a byte after which it counts as gone. Raises
+    ConfigError for a URL or a key that cannot be."""
 
     def __init__(self, url: str, api_key: str | None = None, timeout: float = 300.0) -> None:
-        parts = urlsplit(url if "://" in url else f"http://{url}")
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"--url is {url!r}; it must look like http://127.0.0.1:8000")
-        self._kind = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        self._address = parts.netloc.rpartition("@")[2]
-        self._base = parts.path.rstrip("/").removesuffix("/v1")
+        self._address = parse_url(url)
+        self._name = self._address.netloc
         self._timeout = timeout
-        self._headers = {"Content-Type": "application/json", "Accept": "application/json, text/event-stream"}
-        if api_key:
-            self._headers["Authorization"] = f"Bearer {api_key}"
+        self._headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json, text/event-stream",
+            **authorization(api_key),
+        }
 
     def first_model(self) -> str:
         """The name of the first model that the server lists."""
@@ -36,7 +35,7 @@ class Remote:
         try:
             return str(listed["data"][0]["id"])
         except (KeyError, IndexError, TypeError) as error:
-            raise WeftError(f"{self._address} lists no models") from error
+            raise WeftError(f"{self._name} lists no models") from error
 
     def stream_chat(self, messages: Sequence[Mapping[str, Any]], **fields: Any) -> Iterator[str]:
         """The answer, piece by piece; close the iterator to stop it. fields: of the request, None is left out."""
@@ -50,25 +49,24 @@ class Remote:
                     for choice in event.get("choices", []):
                         yield choice.get("delta", {}).get("content") or ""
             except (OSError, http.client.HTTPException) as error:
-                raise Unavailable(f"{self._address} broke off: {error}") from error
+                raise Unavailable(f"{self._name} broke off: {error}") from error
 
     def _connect(self) -> http.client.HTTPConnection:
-        try:
-            return self._kind(self._address, timeout=self._timeout)
-        except http.client.InvalidURL as error:
-            raise ConfigError(f"--url: {error}") from error
+        kind = http.client.HTTPSConnection if self._address.tls else http.client.HTTPConnection
+        return kind(self._address.host, self._address.port, timeout=self._timeout)
 
     def _ask(
         self, connection: http.client.HTTPConnection, method: str, path: str, body: bytes | None = None
     ) -> http.client.HTTPResponse:
         try:
-            connection.request(method, self._base + path, body, self._headers)
+            connection.request(method, self._address.base + path, body, self._headers)
             response = connection.getresponse()
         except (OSError, http.client.HTTPException) as error:
-            raise Unavailable(f"no server answers at {self._address}: {error}") from error
+            reason = getattr(error, "strerror", None) or error
+            raise Unavailable(f"no server answers at {self._name}: {reason}") from error
         if response.status != 200:
             content = _json(response.read(MAX_BODY))
-            raise WeftError(f"{self._address} answers {response.status} {response.reason}: {_message(content)}")
+            raise WeftError(f"{self._name} answers {response.status} {response.reason}: {_message(content)}")
         return response
 
 

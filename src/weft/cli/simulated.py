@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
+from weft.bench.report import output_problems
 from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import KV_BITS
@@ -142,6 +143,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.dataset_name == "random" and arguments.dataset_path is not None:
         found.append("--dataset-path is of no use without --dataset-name trace or clients")
+    found += output_problems(arguments)
     if found:
         raise ConfigError("\n".join(found))
 

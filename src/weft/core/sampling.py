@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from weft.errors import InvalidRequest
 
@@ -67,9 +68,11 @@ class SamplingParams:
             ("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS),
             ("seed", self.seed, SEED_MIN, SEED_MAX),
         ]
-        for name, value, low, high in whole + optional:
+        for name, value, low, high in whole:
+            _whole(name, value, low, high)
+        for name, value, low, high in optional:
             if value is not None:
-                _bounded(name, value, low, high)
+                _whole(name, value, low, high)
         for name, real, low_real, high_real in (
             ("temperature", self.temperature, 0.0, 100.0),
             ("top_p", self.top_p, 0.0, 1.0),
@@ -78,7 +81,7 @@ class SamplingParams:
             ("presence_penalty", self.presence_penalty, -2.0, 2.0),
             ("frequency_penalty", self.frequency_penalty, -2.0, 2.0),
         ):
-            _bounded(name, real, low_real, high_real)
+            _real(name, real, low_real, high_real)
         if self.top_p == 0.0:
             raise InvalidRequest("top_p is 0.0, which leaves no token to draw; use a value in (0, 1]", param="top_p")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
@@ -89,6 +92,12 @@ class SamplingParams:
         self._validate_bias(vocabulary)
 
     def _validate_stops(self, vocabulary: int | None) -> None:
+        if not isinstance(self.stop, tuple | list) or not all(isinstance(text, str) for text in self.stop):
+            raise InvalidRequest(f"stop is {self.stop!r}; it must be a tuple of texts", param="stop")
+        if not isinstance(self.stop_token_ids, tuple | list):
+            raise InvalidRequest(
+                f"stop_token_ids is {self.stop_token_ids!r}; it must be a tuple of token ids", param="stop_token_ids"
+            )
         if len(self.stop) > MAX_STOP:
             raise InvalidRequest(f"stop has {len(self.stop)} strings; at most {MAX_STOP} are allowed", param="stop")
         for text in self.stop:
@@ -105,6 +114,12 @@ class SamplingParams:
             _token("stop_token_ids", token, vocabulary)
 
     def _validate_bias(self, vocabulary: int | None) -> None:
+        if not isinstance(self.logit_bias, tuple | list) or not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 for pair in self.logit_bias
+        ):
+            raise InvalidRequest(
+                f"logit_bias is {self.logit_bias!r}; it must be a tuple of (token id, bias)", param="logit_bias"
+            )
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
             raise InvalidRequest(
                 f"logit_bias has {len(self.logit_bias)} entries; at most {MAX_LOGIT_BIAS} are allowed",
@@ -112,10 +127,22 @@ class SamplingParams:
             )
         for token, bias in self.logit_bias:
             _token("logit_bias", token, vocabulary)
-            _bounded("logit_bias", bias, -100.0, 100.0)
+            _real("logit_bias", bias, -100.0, 100.0)
 
     def with_seed(self, seed: int) -> SamplingParams:
         return replace(self, seed=seed)
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a whole number", param=name)
+    _bounded(name, value, low, high)
+
+
+def _real(name: str, value: Any, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise InvalidRequest(f"{name} is {value!r}; it must be a number", param=name)
+    _bounded(name, value, low, high)
 
 
 def _bounded(name: str, value: float, low: float, high: float) -> None:
@@ -124,7 +151,7 @@ def _bounded(name: str, value: float, low: float, high: float) -> None:
         raise InvalidRequest(f"{name} is {value}; it must be between {low} and {high}", param=name)
 
 
-def _token(name: str, token: int, vocabulary: int | None) -> None:
-    if token < 0 or (vocabulary is not None and token >= vocabulary):
+def _token(name: str, token: Any, vocabulary: int | None) -> None:
+    if not isinstance(token, int) or token < 0 or (vocabulary is not None and token >= vocabulary):
         limit = "non-negative" if vocabulary is None else f"between 0 and {vocabulary - 1}"
-        raise InvalidRequest(f"{name} names token {token}; token ids must be {limit}", param=name)
+        raise InvalidRequest(f"{name} names token {token!r}; token ids must be {limit}", param=name)

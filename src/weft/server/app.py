@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 from functools import cache
 from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from weft import __version__
@@ -56,9 +58,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """A path or method that there is not."""
     if not isinstance(error, HTTPException):
         raise error
-    path = request.url.path[:100]
+    path = str(request.scope["path"])[:100]  # request.url takes //v1 for a host
+    paths = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
+    near = difflib.get_close_matches(path, paths, n=1, cutoff=0.75)
     words = {
-        404: f"there is no {path} here; see /openapi.json",
+        404: f"there is no {path} here; " + (f"did you mean {near[0]}?" if near else "see /openapi.json"),
         405: f"{request.method} is not a method of {path}; see /openapi.json",
     }
     problem = WeftError(words.get(error.status_code, error.detail))

@@ -14,7 +14,14 @@ from weft.core.sampling import SamplingParams
 from weft.errors import ContextTooLong, InvalidRequest, NotFound
 from weft.jobs import Continuation, Job
 from weft.server.context import ServerContext
-from weft.server.schemas import MAX_SEQUENCES, ChatRequest, CompletionRequest, Generation, Message
+from weft.server.schemas import (
+    MAX_SEQUENCES,
+    ChatRequest,
+    CompletionRequest,
+    Generation,
+    Message,
+    TokenizeRequest,
+)
 from weft.text.chat import missing_template
 from weft.text.detokenizer import TextStream
 
@@ -41,6 +48,7 @@ class Call:
 
     jobs: one for each prompt; choice number i is sequence i % n of job i // n.
     continues: the text goes on from its prompt, rather than being an answer to it.
+    stop_scored: an id that ended a sequence has its score among those of the text.
     echoes: the text of each prompt where it is to come back.
     logprobs: number of most probable tokens beside each; None where no scores were asked for.
     prompt_scores: whether prompt_logprobs was asked for (echo with logprobs scores the prompt as well).
@@ -52,6 +60,7 @@ class Call:
     jobs: tuple[Job, ...]
     logprobs: int | None
     continues: bool = False
+    stop_scored: bool = False
     echoes: tuple[str, ...] | None = None
     prompt_scores: bool = False
     token_ids: bool = False
@@ -75,11 +84,12 @@ async def chat_call(context: ServerContext, body: ChatRequest) -> Call:
         raise InvalidRequest("top_logprobs needs logprobs: true", param="top_logprobs")
     logprobs = (body.top_logprobs or 0) if body.logprobs else None
     params = _params(context, body, max_tokens=limit or body.max_tokens, logprobs=logprobs)
-    text, ids = await render(context, body.messages, body.add_generation_prompt is not False, _variables(body))
+    text, ids = await render(context, body, body.messages, _variables(body))
     name = f"chatcmpl-{secrets.token_hex(12)}"
-    # The template has written the special tokens; an answer begins a text of its own, so the prompt is no context.
-    job = _job(context, name, ids, text, (), params, body)
-    return _call(name, model, body, (job,), logprobs)
+    # An answer begins a text of its own, so the prompt is no context to it.
+    continues = bool(body.continue_final_message)
+    job = _job(context, name, ids, text, ids if continues else (), params, body)
+    return _call(name, model, body, (job,), logprobs, continues=continues)
 
 
 async def completion_call(context: ServerContext, body: CompletionRequest) -> Call:
@@ -87,10 +97,14 @@ async def completion_call(context: ServerContext, body: CompletionRequest) -> Ca
     model = _model(context, body)
     if body.best_of is not None and body.best_of != (body.n or 1):
         raise InvalidRequest(f"best_of is {body.best_of}; it must equal n, which is {body.n or 1}", param="best_of")
-    given: dict[str, Any] = {} if body.max_tokens is None else {"max_tokens": body.max_tokens}
+    prompt_only = body.max_tokens == 0
+    if prompt_only and body.min_tokens:
+        raise InvalidRequest(f"min_tokens is {body.min_tokens}, more than max_tokens 0", param="min_tokens")
+    # The engine draws one token at least; it is thrown away where none is wanted.
+    given: dict[str, Any] = {} if body.max_tokens is None else {"max_tokens": max(1, body.max_tokens)}
     if body.echo and body.logprobs is not None:
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
-    params = _params(context, body, logprobs=body.logprobs, **given)
+    params = _params(context, body, logprobs=None if prompt_only else body.logprobs, **given)
     prompts = await _prompts(context, body.prompt)
     if len(prompts) * params.n > MAX_SEQUENCES:
         raise InvalidRequest(
@@ -100,26 +114,41 @@ async def completion_call(context: ServerContext, body: CompletionRequest) -> Ca
         )
     name = f"cmpl-{secrets.token_hex(12)}"
     jobs = tuple(
-        _job(context, f"{name}-{number}", ids, text, ids, params, body) for number, (text, ids) in enumerate(prompts)
+        _job(context, f"{name}-{number}", ids, text, ids, params, body, prompt_only)
+        for number, (text, ids) in enumerate(prompts)
     )
     echoes = None
     if body.echo:
         skip = params.skip_special_tokens
         echoes = tuple(text or context.tokenizer.decode(ids, skip_special_tokens=skip) for text, ids in prompts)
-    return _call(name, model, body, jobs, body.logprobs, echoes, continues=True)
+    return _call(name, model, body, jobs, body.logprobs, echoes, continues=True, stop_scored=True)
 
 
 async def render(
-    context: ServerContext, messages: Sequence[Message], begin_answer: bool, variables: dict[str, Any]
+    context: ServerContext,
+    body: ChatRequest | TokenizeRequest,
+    messages: Sequence[Message],
+    variables: dict[str, Any],
 ) -> tuple[str, list[int]]:
-    """The text of a conversation and its token ids. Raises InvalidRequest."""
+    """The text of a conversation and its token ids, of which the template has written the special ones. Raises
+    InvalidRequest."""
     template = context.template
     if template is None:
         raise missing_template()
+    if body.continue_final_message and body.add_generation_prompt:
+        raise InvalidRequest(
+            "continue_final_message and add_generation_prompt are both true; leave out add_generation_prompt",
+            param="continue_final_message",
+        )
     plain = [_plain(message) for message in messages]
 
     def work() -> tuple[str, list[int]]:
-        text = template.render(plain, add_generation_prompt=begin_answer, **variables)
+        text = template.render(
+            plain,
+            add_generation_prompt=body.add_generation_prompt is not False,
+            continue_final_message=bool(body.continue_final_message),
+            **variables,
+        )
         return text, context.tokenizer.encode(text, add_special_tokens=False)
 
     size = sum(MESSAGE_CHARS + len(str(message["content"])) for message in plain)
@@ -234,11 +263,12 @@ def _job(
     before: Sequence[int],
     params: SamplingParams,
     body: Generation,
+    prompt_only: bool = False,
 ) -> Job:
     """before: the tokens that the generated text goes on from."""
     if not ids:
         raise InvalidRequest("the messages become an empty prompt; give some content", param="messages")
-    _check_length(context, len(ids), params.max_tokens)
+    _check_length(context, len(ids), None if prompt_only else params.max_tokens)
     request = Request(name, tuple(ids), params, context.defaults.eos_ids, body.priority or 0, body.cache_salt or "")
     streams = (
         TextStream(
@@ -251,7 +281,7 @@ def _job(
         )
         for _ in range(params.n)
     )
-    return Job(request, text, [Continuation(stream) for stream in streams])
+    return Job(request, text, [Continuation(stream) for stream in streams], prompt_only)
 
 
 def _call(
@@ -263,6 +293,7 @@ def _call(
     echoes: tuple[str, ...] | None = None,
     *,
     continues: bool = False,
+    stop_scored: bool = False,
 ) -> Call:
     return Call(
         id=name,
@@ -271,6 +302,7 @@ def _call(
         jobs=jobs,
         logprobs=logprobs,
         continues=continues,
+        stop_scored=stop_scored,
         echoes=echoes,
         prompt_scores=body.prompt_logprobs is not None,
         token_ids=bool(body.return_token_ids),

@@ -69,7 +69,7 @@ def choices_of(call: Call, tokenizer: Tokenizer) -> list[Choice]:
             cursor = None
             if call.logprobs is not None:
                 detokenizer = Detokenizer(tokenizer, job.request.params.skip_special_tokens, before)
-                cursor = ScoreCursor(detokenizer, echo)
+                cursor = ScoreCursor(detokenizer, echo, stop_id=call.stop_scored)
             found.append(Choice(number * call.n + index, sequence, cursor, call.token_ids, echo))
     return found
 

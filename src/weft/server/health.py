@@ -36,6 +36,9 @@ def health_router(health: Health) -> APIRouter:
     async def version() -> JSONResponse:
         return JSONResponse({"version": __version__})
 
+    # Some probes send HEAD.
+    for path, answer in (("/health/live", live), ("/health/ready", ready), ("/health", health_)):
+        router.add_api_route(path, answer, methods=["HEAD"], include_in_schema=False)
     return router
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import math
 import os
 import socket
 
@@ -11,8 +12,13 @@ from weft.errors import ConfigError
 BACKLOG = 2048
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that listens on host and port (0: any free one). Raises ConfigError that says why it cannot."""
+def listen(host: str, port: int, write_timeout: float = 0.0) -> socket.socket:
+    """A socket that listens on host and port (0: any free one). Raises ConfigError that says why it cannot.
+
+    write_timeout: seconds after which the kernel ends a connection whose client takes in nothing; 0: never. Connections
+    inherit it from the socket that accepts them. It covers what a stream is held up by, what a closed connection has
+    still to send, and a client whose machine has gone.
+    """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -22,6 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise ConfigError(f"--host is {host!r}, which is not an address of this machine: {error}") from error
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, math.ceil(write_timeout * 1000))
         listener.bind(address)
         listener.listen(BACKLOG)
     except OSError as error:

@@ -120,8 +120,7 @@ async def _tokenize(context: ServerContext, body: TokenizeRequest) -> list[int]:
     if body.prompt is not None:
         (ids,) = await calls.encode(context, [body.prompt], body.add_special_tokens is not False)
         return ids
-    begin, variables = body.add_generation_prompt is not False, body.chat_template_kwargs or {}
-    text, ids = await calls.render(context, body.messages or [], begin, variables)
+    text, ids = await calls.render(context, body, body.messages or [], body.chat_template_kwargs or {})
     if body.add_special_tokens:
         (ids,) = await calls.encode(context, [text])
     return ids

@@ -40,7 +40,6 @@ NOT_DONE = {
     "store": "weft stores nothing; leave it out or send false",
     "service_tier": "weft has one tier; leave it out, or send auto or default",
     "include_obfuscation": "weft pads nothing; leave it out or send false",
-    "continue_final_message": "weft does not continue a message; use /v1/completions to continue a text",
     "suffix": "weft does not fill in the middle",
     "use_beam_search": "weft draws its tokens and does not search",
     "length_penalty": "weft draws its tokens and does not search",

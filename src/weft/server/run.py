@@ -67,7 +67,7 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
     server.validate()
     logs.set_up(server.log_level)
     keys = load_keys(server.api_key, server.api_key_file)
-    with closing(listen(server.host, server.port)) as listener:
+    with closing(listen(server.host, server.port, server.write_timeout)) as listener:
         if not keys and not is_local(listener):
             log.warning("%s is open to every machine that reaches it; --api-key KEY would close it", url(listener))
         folder = resolve_model(engine.model, engine.revision)

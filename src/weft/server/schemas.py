@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, WithJsonSchema
 
+from weft.config import MAX_NAME
 from weft.core.sampling import (
     MAX_LOGIT_BIAS,
     MAX_LOGPROBS,
@@ -28,7 +29,6 @@ MAX_PROMPTS = 1024
 MAX_SEQUENCES = 1024  # prompts x n of one call
 MAX_PROMPT_TOKENS = 2**20
 MAX_PARTS = 1024
-MAX_NAME = 256
 MAX_PRIORITY = 2**31 - 1
 # A million wrong elements are one error.
 FAIL_FAST: Any = Field(fail_fast=True)
@@ -176,6 +176,9 @@ class CompletionRequest(Generation):
     """POST /v1/completions"""
 
     prompt: Prompt = Field(description="a text, token ids, or a list of either; each gets n choices")
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = Field(
+        None, description="most tokens to generate for each sequence; 0: the prompt only, for echo and prompt_logprobs"
+    )
     logprobs: TopCount | None = Field(None, description="score each token, with so many most probable ones")
     echo: bool | None = Field(None, description="begin with the prompt; with logprobs its tokens are scored too")
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = Field(None, description="must equal n")
@@ -190,7 +193,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = Field(None, description="score each token")
     top_logprobs: TopCount | None = Field(None, description="with so many most probable ones; needs logprobs")
     add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn; default: true")
-    continue_final_message: No | None = None
+    continue_final_message: bool | None = Field(None, description="go on in the last message, and begin no new one")
     chat_template_kwargs: Variables | None = Field(None, description="variables of the chat template")
     reasoning_effort: Label | None = Field(None, description="the chat template's variable of that name")
     response_format: TextFormat | None = None
@@ -226,6 +229,7 @@ class TokenizeRequest(Body):
         None, description="as the tokenizer has it; default: true for a prompt, false for messages"
     )
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: Variables | None = None
     return_token_strs: bool | None = Field(None, description="the text of each token too")
 

@@ -29,17 +29,20 @@ class ScoreCursor:
 
     detokenizer: one of its own, as a stop string that is held back must not move the offsets.
     offset: characters before the sequence (the prompt, where it is echoed).
+    stop_id: whether the id that ended the sequence has its score, too. OpenAI leaves it out of a chat; of a completion,
+    vLLM and evaluation harnesses take the last score to be that of the last token that was generated.
     """
 
     detokenizer: Detokenizer
     offset: int = 0
+    stop_id: bool = False
     seen: int = 0
     waiting: list[Scored] = field(default_factory=list)
 
     def take(self, sequence: Continuation, length: int) -> list[Scored]:
         """What is new, of tokens that begin before character `length`, the text so far.
 
-        At the end all the rest, but for the stop id and for tokens behind the place where a stop string cut the text.
+        At the end all the rest, but for tokens behind the place where a stop string cut the text.
         """
         tokens = sequence.tokens
         for index in range(self.seen, len(tokens)):
@@ -49,7 +52,7 @@ class ScoreCursor:
         self.seen = len(tokens)
         ended_by_id = isinstance(sequence.stop, int)
         if sequence.finish is not None and not isinstance(sequence.stop, str):
-            ready = self.waiting[:-1] if ended_by_id else self.waiting
+            ready = self.waiting[:-1] if ended_by_id and not self.stop_id else self.waiting
             self.waiting = []
             return ready
         count = next((i for i, one in enumerate(self.waiting) if one.offset >= length), len(self.waiting))

@@ -6,6 +6,7 @@ Templates come from the operator (the checkpoint, or --chat-template), never fro
 from __future__ import annotations
 
 import json
+import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -70,6 +71,7 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         *,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         max_chars: int = MAX_CHARS,
         max_seconds: float = MAX_SECONDS,
@@ -78,23 +80,28 @@ class ChatTemplate:
         """The text for the model; encode it with add_special_tokens=False, the template writes them itself.
 
         messages: role and content (a string, or a list of {"type": "text", "text": ...} parts, which are joined by line
-        ends); other keys are passed on. variables: those of REQUEST_VARIABLES, scalars. Raises InvalidRequest for
+        ends); other keys are passed on. continue_final_message: the text ends where the last message does, instead of
+        with the beginning of a new one. variables: those of REQUEST_VARIABLES, scalars. Raises InvalidRequest for
         whatever cannot be rendered.
         """
         for name, value in variables.items():
             _check_variable(name, value)
+        plain = plain_messages(messages)
+        # Where the last message ends is found by what nobody can have written there: templates trim and cut messages.
+        mark = secrets.token_hex(16) if continue_final_message else ""
+        plain[-1]["content"] = (plain[-1]["content"] or "") + mark if mark else plain[-1]["content"]
         budget = Budget(MAX_ROUNDS, max_chars, time.monotonic() + max_seconds)
         values = {
             **self._tokens,
-            "messages": plain_messages(messages),
+            "messages": plain,
             "tools": None if tools is None else json.loads(json.dumps(tools)),
             "documents": None,
-            "add_generation_prompt": add_generation_prompt,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
             **variables,
             BUDGET: budget,
         }
         try:
-            return "".join(map(budget.count_text, self._template.generate(values)))
+            text = "".join(map(budget.count_text, self._template.generate(values)))
         except Refusal as error:
             raise InvalidRequest(f"the chat template refuses these messages: {error}", param="messages") from error
         except Exception as error:  # a template may fail in any way on data that it does not expect
@@ -102,6 +109,17 @@ class ChatTemplate:
             raise InvalidRequest(
                 f"the chat template cannot render these messages: {reason}", param="messages"
             ) from error
+        return _before(text, mark) if mark else text
+
+
+def _before(text: str, mark: str) -> str:
+    if text.count(mark) != 1:
+        raise InvalidRequest(
+            f"the chat template shows the last message {text.count(mark)} times, so it cannot be continued; "
+            "leave out continue_final_message",
+            param="continue_final_message",
+        )
+    return text[: text.index(mark)]
 
 
 def missing_template() -> InvalidRequest:
