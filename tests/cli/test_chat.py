@@ -169,6 +169,9 @@ def test_chat_with_a_server(server: tuple[str, Any], monkeypatch: pytest.MonkeyP
     assert (path, key) == (CHAT, "Bearer hush")
     talk = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hello"}]
     assert body == {"messages": talk, "stream": True, "model": "tiny", "temperature": 0.0}
+    monkeypatch.setattr("builtins.input", reader("hello"))
+    monkeypatch.setenv("WEFT_API_KEY", "first, second")  # as weft serve takes it
+    assert main(["chat", "--url", url]) == 0 and handler.heard[-1][2] == "Bearer first"
 
 
 def test_what_a_server_may_answer(server: tuple[str, Any]) -> None:

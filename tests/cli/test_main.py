@@ -120,6 +120,9 @@ def test_errors_and_interrupts(module: Callable[[str], ModuleType], capsys: pyte
     server.serve = raising(CheckpointError("no tokenizer.json"))  # type: ignore[attr-defined]
     assert main(["serve"]) == 1
     assert capsys.readouterr().err == "weft serve: no tokenizer.json\n"
+    server.serve = raising(OSError(28, "No space left on device", "/a/b"))  # type: ignore[attr-defined]
+    assert main(["serve"]) == 1
+    assert capsys.readouterr().err == "weft serve: /a/b: No space left on device\n"
     server.serve = raising(KeyboardInterrupt())  # type: ignore[attr-defined]
     assert main(["serve"]) == 130
     server.serve = raising(ZeroDivisionError())  # type: ignore[attr-defined]

@@ -208,6 +208,8 @@ def test_missing_output_and_folders_in_the_way_are_named(
     assert "--output is missing" in capsys.readouterr().err
     assert main(["quantize", str(folder), "-o", str(folder)]) == 2
     assert "exists" in capsys.readouterr().err
+    assert main(["quantize", str(folder), "-o", "/"]) == 2
+    assert "--output / exists" in capsys.readouterr().err
     (tmp_path / "out.partial").mkdir()
     assert main(["quantize", str(folder), "-o", str(tmp_path / "out"), *FEW]) == 2
     assert "is in the way" in capsys.readouterr().err

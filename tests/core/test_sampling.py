@@ -76,4 +76,3 @@ def test_what_a_sampler_asks() -> None:
     assert not SamplingParams().penalised
     for field in ("presence_penalty", "frequency_penalty", "repetition_penalty"):
         assert SamplingParams(**{field: 0.5}).penalised
-    assert SamplingParams(seed=None, top_k=3).with_seed(7) == SamplingParams(seed=7, top_k=3)

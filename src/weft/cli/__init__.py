@@ -56,6 +56,10 @@ def run(command: str, arguments: Sequence[str]) -> int:
         # The reader (head, less) has gone. Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:  # a disk that is full, a file that may not be read
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"weft {command}: {where}{error.strerror or error}", file=sys.stderr)
+        return 1
 
 
 def usage() -> str:

@@ -24,7 +24,7 @@ HELP = "/reset forgets the conversation, /exit (or Ctrl-D) ends; Ctrl-C stops an
 def main(arguments: Sequence[str]) -> int:
     parser = Parser("weft chat", "Talk to a model in the terminal. " + HELP)
     parser.add_argument("--url", help="address of a running server; default: load the model in this process")
-    parser.add_argument("--api-key", default=os.environ.get("WEFT_API_KEY"), help="key to send to the server")
+    parser.add_argument("--api-key", help="key to send to the server; default: the first of the variable WEFT_API_KEY")
     parser.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="longest answer (default: what the context holds)")
     parser.add_argument("--temperature", type=float, metavar="X", help="0 always takes the most probable token")
@@ -43,7 +43,7 @@ def _remote(namespace: Any, given: Sequence[tuple[str, str, str]], wanted: dict[
     if extra:
         raise ConfigError(f"{', '.join(extra)}: these are for a model in this process, not for one behind --url")
     named = [value for name, value, origin in given if name == "model"]
-    server = Remote(namespace.url, namespace.api_key)
+    server = Remote(namespace.url, namespace.api_key or os.environ.get("WEFT_API_KEY", "").partition(",")[0].strip())
     model = named[0] if named else server.first_model()
     print(f"{model} at {namespace.url}. {HELP}")
     return converse(lambda messages: server.stream_chat(messages, model=model, **wanted), start, default_interrupt)

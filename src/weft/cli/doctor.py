@@ -114,7 +114,7 @@ def memory() -> Iterator[Finding]:
 def gpu() -> Iterator[Finding]:
     driver = re.search(r"Module\s+([\d.]+)", _read("/proc/driver/nvidia/version"))
     if driver:
-        yield Finding("GPU", "NVIDIA driver", driver[1], "note", "this version of weft computes on the CPU")
+        yield Finding("GPU", "NVIDIA driver", driver[1], advice="weft computes on the GPU with --device cuda only")
     else:
         yield Finding("GPU", "NVIDIA driver", "none; weft computes on the CPU")
 

@@ -39,9 +39,9 @@ def main(arguments: Sequence[str]) -> int:
     namespace = _parser().read(arguments)
     _check(namespace)
     output: Path = namespace.output
-    work = output.with_name(output.name + ".partial")
     if output.exists():
         raise ConfigError(f"--output {output} exists; give a new folder, or remove it first")
+    work = output.with_name(output.name + ".partial")
 
     from weft.text.hub import resolve_model
 

@@ -24,7 +24,6 @@ READABLE = (1, 2)  # of version 1 are checkpoints whose embedding and output lay
 KEY = "quantization_config"
 PERMUTED = ("attention", "output", "mlp")  # the order of `down` is hidden in the rows of gate_proj and up_proj
 NORMS = ("input_layernorm", "post_attention_layernorm")
-HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
 SCALE_DTYPE = torch.bfloat16
 
 Stored = tuple[tuple[int, ...], str]  # a tensor's shape, and its dtype in safetensors' letters

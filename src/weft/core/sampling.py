@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from weft.errors import InvalidRequest
@@ -128,9 +128,6 @@ class SamplingParams:
         for token, bias in self.logit_bias:
             _token("logit_bias", token, vocabulary)
             _real("logit_bias", bias, -100.0, 100.0)
-
-    def with_seed(self, seed: int) -> SamplingParams:
-        return replace(self, seed=seed)
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> None:

@@ -25,11 +25,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-Cache = Literal["auto", "bf16", "int8", "int4"]
 BITS = {"int8": 8, "int4": 4}
 STEPS = {8: 1, 4: 16}
 TINY = 2.0**-100
