@@ -220,6 +220,13 @@ def test_the_flags_of_other_engines_are_none_of_ours_and_what_they_are_called_he
         assert words.split()[0].replace("--no-", "--") in ours
 
 
+def test_a_service_of_kubernetes_that_is_called_weft_is_told_of() -> None:
+    links = {"WEFT_PORT": "tcp://10.0.0.1:80", "WEFT_SERVICE_HOST": "10.0.0.1", "WEFT_PORT_80_TCP_PORT": "80"}
+    (problem,) = problems([], links)
+    assert "whole number; Kubernetes sets it" in problem
+    assert read(["--port", "9"], links)[1].port == 9
+
+
 def test_secrets_are_not_shown() -> None:
     parser = Parser("weft serve", "")
     add_settings(parser, BOTH)

@@ -502,6 +502,8 @@ def test_a_partition_divides_the_cores_in_proportion(partition: str, cores: int,
 def test_two_lanes_on_one_core_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"--partition is 1:1: two lanes need two cores, and there is 1"):
         share_out("1:1", 1)
+    with pytest.raises(ConfigError, match="each of 2 ranks has 1"):
+        share_out("1:1", 1, ranks=2)
     assert share_out("off", 1) is None
 
 

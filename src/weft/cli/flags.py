@@ -28,6 +28,9 @@ UNITS = {"": 1, "b": 1} | {
     for suffix, base in (("b", 1000), ("ib", 1024))
 }
 MASK = "***"
+SERVICE_LINK = (
+    "Kubernetes sets it where a service is called weft: give --port, or set enableServiceLinks: false in the pod"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +261,8 @@ def _take(item: Setting, texts: list[str], origin: str, values: dict[str, Any], 
         try:
             converted.append(item.convert(text))
         except ValueError as error:
-            problems.append(f"{origin} is {item.shown(text)!r}; {error}")
+            service = f"; {SERVICE_LINK}" if origin == "WEFT_PORT" and text.startswith("tcp://") else ""
+            problems.append(f"{origin} is {item.shown(text)!r}; {error}{service}")
             return
     if item.many:
         values[item.name] = tuple(converted)

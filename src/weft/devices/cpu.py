@@ -47,7 +47,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
     model; all ranks open their devices at the same time.
     """
     cores = usable_cores(config.cores)
-    partition = share_out(config.partition, len(cores))
+    partition = share_out(config.partition, len(cores), config.tensor_parallel_size)
     model = read_config(folder)
     check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
@@ -286,8 +286,9 @@ class CpuDevice:
             return Result(Ticket(plan.step, plan.lane), error=error.message)
 
 
-def share_out(partition: str, cores: int) -> Partition | None:
-    """The cores that each lane begins with, for --partition `partition`; at least one each."""
+def share_out(partition: str, cores: int, ranks: int = 1) -> Partition | None:
+    """The cores that each lane begins with, for --partition `partition`; at least one each. ranks: those that have as
+    many cores each."""
     shares = parse_partition(partition)
     if shares is None:
         return None
@@ -295,7 +296,9 @@ def share_out(partition: str, cores: int) -> Partition | None:
         return Partition(*shares.of(cores))
     except ValueError:
         raise ConfigError(
-            f"--partition is {partition}: two lanes need two cores, and there is 1; --partition off needs one"
+            f"--partition is {partition}: two lanes need two cores, and "
+            + (f"each of {ranks} ranks has 1" if ranks > 1 else "there is 1")
+            + "; --partition off needs one"
         ) from None
 
 
