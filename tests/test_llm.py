@@ -123,7 +123,7 @@ def test_texts_come_in_the_order_of_the_prompts(llm: LLM, engine: Reciter) -> No
     assert [output.text for output in outputs] == ["LONG PROMPT" * 11, "B", "CCCC"]
     assert [output.prompt for output in outputs] == ["long prompt", "b", "cc"]
     for output in outputs:
-        assert output.finish_reason == "stop" and output.outputs[0].stop_reason == EOS
+        assert output.finish_reason == "stop" and output.outputs[0].stop_reason is None
         assert output.token_ids == (*TOKENIZER.encode(output.text, add_special_tokens=False), EOS)
         assert output.prompt_token_ids == tuple(TOKENIZER.encode(output.prompt or ""))
         assert output.logprobs is None and output.prompt_logprobs is None and output.cached_tokens == 3
@@ -169,7 +169,7 @@ def test_n_sequences_stop_one_by_one(llm: LLM, engine: Reciter) -> None:
         (1, "stop ", "stop"),
         (2, "short", "stop"),
     ]
-    assert [one.stop_reason for one in output.outputs] == [EOS, "here", EOS]
+    assert [one.stop_reason for one in output.outputs] == [None, "here", None]
     assert TOKENIZER.decode(output.outputs[1].token_ids) == "stop here"
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from weft.core.plan import TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, TokenOutput
+from weft.core.sampling import SamplingParams
 from weft.text.detokenizer import TextStream
 
 
@@ -13,7 +14,8 @@ from weft.text.detokenizer import TextStream
 class Completion:
     """One continuation of a prompt.
 
-    finish_reason: stop, length, abort or error. stop_reason: the stop string or stop id that ended it, if one did.
+    finish_reason: stop, length, abort or error. stop_reason: the stop string or id of stop_token_ids that ended it, if one
+    did; None for the model's own end of text (as in vLLM).
     logprobs: one entry for each token, when they were asked for.
     """
 
@@ -96,6 +98,12 @@ class Continuation:
         return new
 
 
+def stop_reason(sequence: Continuation, params: SamplingParams) -> str | int | None:
+    """What the caller named that ended a sequence, if anything."""
+    stop = sequence.stop
+    return stop if isinstance(stop, str) or stop in params.stop_token_ids else None
+
+
 @dataclass(slots=True)
 class Job:
     """One request on its way. prompt_only: what is generated is thrown away."""
@@ -133,7 +141,7 @@ class Job:
                 "".join(sequence.text),
                 tuple(sequence.tokens),
                 (sequence.finish or Finish.ERROR).value,
-                sequence.stop,
+                stop_reason(sequence, self.request.params),
                 tuple(sequence.scores) if with_scores else None,
             )
             for index, sequence in enumerate(self.sequences)

@@ -35,7 +35,7 @@ async def test_a_conversation_is_answered(site: Any, engine: Any) -> None:
         "message": {"role": "assistant", "content": TEXT, "refusal": None},
         "logprobs": None,
         "finish_reason": "stop",
-        "stop_reason": EOS,
+        "stop_reason": None,
     }
     text = site.context.template.render([USER])
     assert list(engine.seen[-1].prompt) == TOKENIZER.encode(text, add_special_tokens=False)

@@ -35,7 +35,7 @@ async def test_a_text_is_continued(site: Any) -> None:
     assert answer["object"] == "text_completion" and answer["id"].startswith("cmpl-")
     assert answer["model"] == "builtin" and answer["system_fingerprint"].startswith("weft-")
     (choice,) = answer["choices"]
-    assert choice == {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop", "stop_reason": EOS}
+    assert choice == {"index": 0, "text": TEXT, "logprobs": None, "finish_reason": "stop", "stop_reason": None}
     prompt = len(TOKENIZER.encode("x"))
     assert answer["usage"] == {
         "prompt_tokens": prompt,
@@ -104,11 +104,19 @@ async def test_a_stop_string_ends_one_of_n_and_the_engine_goes_on_for_the_others
         else:
             answer = await site.complete(n=3, stop="here")
             usage, found = answer["usage"], [choice["text"] for choice in answer["choices"]]
-            assert [choice["stop_reason"] for choice in answer["choices"]] == [EOS, "here", EOS]
+            assert [choice["stop_reason"] for choice in answer["choices"]] == [None, "here", None]
         assert found == ["a b c d e", "stop ", "short"]
         tokens = [len(TOKENIZER.encode(text, add_special_tokens=False)) for text in ("a b c d e", "stop here", "short")]
         assert usage["completion_tokens"] == sum(tokens) + 2  # and two ends of text
     assert not engine.aborted
+
+
+async def test_an_id_that_was_named_is_the_reason_and_the_models_own_end_is_none(site: Any) -> None:
+    for named, reason in (([EOS], EOS), ([EOS + 1], None)):
+        (choice,) = (await site.complete(stop_token_ids=named))["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", reason)
+        *_, last = await site.stream(stop_token_ids=named)
+        assert last["choices"][0]["stop_reason"] == reason
 
 
 async def test_a_stop_string_in_the_last_open_sequence_aborts_the_request(site: Any, engine: Any) -> None:

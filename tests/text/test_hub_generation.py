@@ -26,6 +26,8 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model", "words"),
     [
+        ("", "not a folder here"),
+        ("~nobody-of-that-name/model", "not a folder here"),
         ("llama3", "not a folder here, and does not look like a hub id"),
         ("./a/b/c", "not a folder here"),
         ("/none/at/all", "not a folder here"),

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from weft.core.request import Finish
-from weft.jobs import Continuation
+from weft.core.sampling import SamplingParams
+from weft.jobs import Continuation, stop_reason
 from weft.server.calls import Call
 from weft.server.scores import ScoreCursor, Scored
 from weft.text.detokenizer import Detokenizer
@@ -17,7 +18,7 @@ from weft.text.tokenizer import Tokenizer
 class Piece:
     """New text of one choice. scored: the scores of its tokens, where they were asked for; tokens: the ids likewise.
 
-    finish: set on the last piece. stop: the stop string or stop id that ended it, if one did.
+    finish: set on the last piece. stop: see `weft.jobs.stop_reason`.
     """
 
     choice: int
@@ -34,6 +35,7 @@ class Choice:
 
     number: int
     sequence: Continuation
+    params: SamplingParams
     cursor: ScoreCursor | None
     with_tokens: bool
     length: int = 0
@@ -55,7 +57,7 @@ class Choice:
         if not ended or sequence.finish is None:
             return Piece(self.number, text, scored, tokens)
         self.finished = True
-        return Piece(self.number, text, scored, tokens, sequence.finish.value, sequence.stop)
+        return Piece(self.number, text, scored, tokens, sequence.finish.value, stop_reason(sequence, self.params))
 
 
 def choices_of(call: Call, tokenizer: Tokenizer) -> list[Choice]:
@@ -66,11 +68,11 @@ def choices_of(call: Call, tokenizer: Tokenizer) -> list[Choice]:
         # The text of an answer begins of its own, that of a completion goes on from its prompt.
         before = job.request.prompt if call.continues else ()
         for index, sequence in enumerate(job.sequences):
-            cursor = None
+            params, cursor = job.request.params, None
             if call.logprobs is not None:
-                detokenizer = Detokenizer(tokenizer, job.request.params.skip_special_tokens, before)
+                detokenizer = Detokenizer(tokenizer, params.skip_special_tokens, before)
                 cursor = ScoreCursor(detokenizer, echo, stop_id=call.stop_scored)
-            found.append(Choice(number * call.n + index, sequence, cursor, call.token_ids, echo))
+            found.append(Choice(number * call.n + index, sequence, params, cursor, call.token_ids, echo))
     return found
 
 

@@ -70,7 +70,7 @@ class AssistantMessage(Reply):
 class ChoiceReply(Reply):
     index: int
     finish_reason: Literal["stop", "length"]
-    stop_reason: str | int | None = Field(description="the stop string or stop id that ended it")
+    stop_reason: str | int | None = Field(description="the stop string or id of stop_token_ids that ended it")
     token_ids: list[int] = Field([], description="with return_token_ids")
 
 

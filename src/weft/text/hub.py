@@ -21,8 +21,8 @@ def resolve_model(model: str, revision: str | None = None) -> Path:
     """
     if model == BUILTIN_MODEL:
         return Path(__file__).parent.parent / "assets" / "builtin"
-    folder = Path(model).expanduser()
-    if folder.is_dir():
+    folder = _path(model)
+    if model and folder.is_dir():
         return folder
     if folder.is_file():
         raise CheckpointError(
@@ -53,8 +53,15 @@ def _download(model: str, revision: str | None) -> Path:
     return Path(found)
 
 
+def _path(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except RuntimeError:  # ~NAME of somebody who is not here
+        return Path(model)
+
+
 def _suggestion(model: str) -> str:
-    path = Path(model).expanduser()
+    path = _path(model)
     if not path.parent.is_dir():
         return ""
     names = [BUILTIN_MODEL] if path.parent == Path() else []
