@@ -14,8 +14,8 @@ from weft.text.detokenizer import TextStream
 class Completion:
     """One continuation of a prompt.
 
-    finish_reason: stop, length, abort or error. stop_reason: the stop string or id of stop_token_ids that ended it, if one
-    did; None for the model's own end of text (as in vLLM).
+    finish_reason: stop, length, abort or error. stop_reason: the stop string or id of stop_token_ids that ended it, if
+    one did; None for the model's own end of text (as in vLLM).
     logprobs: one entry for each token, when they were asked for.
     """
 
