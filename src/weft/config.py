@@ -107,6 +107,19 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def parse_ray_address(text: str) -> str:
+    """The address of a Ray cluster that runs already, as Ray takes it. Raises ValueError, also for one that Ray would
+    start (local), or would reach through a proxy (ray://): the engine must be on a node of the cluster."""
+    try:
+        if text != "auto" and "/" in text:
+            raise ValueError
+        if text != "auto":
+            parse_address(text)
+    except ValueError:
+        raise ValueError("it must be auto, or host and port of a cluster that runs, such as 10.0.0.1:6379") from None
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class EngineConfig:
     """What the engine process needs to know."""
@@ -192,6 +205,21 @@ class EngineConfig:
         "connects",
         metavar="HOST:PORT",
         parse=parse_address,
+    )
+    distributed_executor_backend: str = setting(
+        "mp",
+        help="what starts the ranks: mp, as processes of this host (or of each of --nnodes); ray, as actors of a Ray "
+        "cluster that runs already",
+        choices=("mp", "ray"),
+    )
+    ray_address: str | None = setting(
+        None,
+        help="the Ray cluster; default, and auto: what RAY_ADDRESS says, or else the one that runs on this host",
+        metavar="HOST:PORT",
+        parse=parse_ray_address,
+    )
+    ray_cpus: int | None = setting(
+        None, help="CPUs of the Ray cluster for each rank; default: as many as each can have"
     )
     rank_timeout: float = setting(30.0, help="seconds that a rank waits for another one before that counts as lost")
     cores: str | None = setting(
@@ -285,7 +313,7 @@ class EngineConfig:
             found.append(
                 f"--node-rank is {self.node_rank}; it must be at least 0 and less than --nnodes, which is {self.nnodes}"
             )
-        if (self.nnodes > 1) is not (self.dist_init_addr is not None):
+        if self.distributed_executor_backend != "ray" and (self.nnodes > 1) is not (self.dist_init_addr is not None):
             found.append(
                 f"--nnodes is {self.nnodes} and --dist-init-addr {self.dist_init_addr or 'not given'}; "
                 "several hosts need an address, and one has no use for it"
@@ -294,6 +322,21 @@ class EngineConfig:
             found.append("--collective is shm, which is for ranks of one host; --collective gloo is for --nnodes 2")
         if not 0 < self.rank_timeout < 86400:
             found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
+        return found + self._ray_problems()
+
+    def _ray_problems(self) -> list[str]:
+        found, flag = [], "--distributed-executor-backend"
+        if self.distributed_executor_backend != "ray":
+            for other, value in (("--ray-address", self.ray_address), ("--ray-cpus", self.ray_cpus)):
+                if value is not None:
+                    found.append(f"{other} is {value}, which only {flag} ray has a use for")
+            return found
+        if self.tensor_parallel_size == 1:
+            found.append(f"{flag} is ray, and one rank has no use for it; --tensor-parallel-size 2 has")
+        if self.nnodes > 1:
+            found.append(f"{flag} is ray, and --nnodes is {self.nnodes}; leave it out: Ray chooses the hosts")
+        if self.ray_cpus is not None and self.ray_cpus < 1:
+            found.append(f"--ray-cpus is {self.ray_cpus}; it must be at least 1")
         return found
 
     def validate(self) -> None:

@@ -56,6 +56,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 # Those that go with some values of --partition only, or with several ranks only, have tests of their own.
 DEPENDENT = ("slo_ttft", "slo_tpot", "partition_record", "tensor_parallel_size", "weave", "collective")
 DEPENDENT += ("nnodes", "node_rank", "dist_init_addr", "w4a16")
+DEPENDENT += ("distributed_executor_backend", "ray_address", "ray_cpus")
 GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if name not in DEPENDENT})
 
 
@@ -325,6 +326,9 @@ def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> N
     EngineConfig(partition="auto", slo_ttft=0.5, slo_tpot=0.1).validate()
 
 
+RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
@@ -343,6 +347,14 @@ def test_targets_are_refused_where_nothing_uses_them(given: dict[str, Any]) -> N
             {"tensor_parallel_size": 2, "nnodes": 2, "dist_init_addr": "a:1", "collective": "shm"},
             "--collective gloo is for --nnodes 2",
         ),
+        ({"distributed_executor_backend": "ray"}, "backend is ray, and one rank has no use for it"),
+        ({"distributed_executor_backend": "slurm"}, "it must be one of mp, ray"),
+        ({**RAY, "nnodes": 2}, "leave it out: Ray chooses the hosts"),
+        ({**RAY, "ray_cpus": 0}, "--ray-cpus is 0; it must be at least 1"),
+        ({**RAY, "ray_address": "local"}, "--ray-address is 'local'; it must be auto, or host and port of a cluster"),
+        ({**RAY, "ray_address": "ray://a:10001"}, "--ray-address is 'ray://a:10001'; it must be auto"),
+        ({"ray_address": "a:1"}, "--ray-address is a:1, which only --distributed-executor-backend ray has a use for"),
+        ({"ray_cpus": 4}, "--ray-cpus is 4, which only --distributed-executor-backend ray"),
         ({"rank_timeout": 0.0}, "--rank-timeout is 0.0; it must be more than 0"),
         (
             {"tensor_parallel_size": 2, "weave": "x"},
@@ -356,6 +368,11 @@ def test_settings_of_ranks(given: dict[str, Any], words: str) -> None:
     EngineConfig(tensor_parallel_size=4, weave="plain", device="cpu", rank_timeout=0.5).validate()
     for flags in (["-tp", "3"], ["-tp=3"], ["--tensor-parallel-size=3"], ["--tensor_parallel_size", "3"]):
         assert read(flags, {})[0].tensor_parallel_size == 3
+
+
+def test_settings_of_ranks_that_ray_starts() -> None:
+    for address in (None, "auto", "10.0.0.1:6379"):
+        EngineConfig(**RAY, ray_address=address, ray_cpus=4, dist_init_addr="10.0.0.1:29500").validate()
 
 
 def test_validate_raises_what_problems_found() -> None:

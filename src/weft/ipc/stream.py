@@ -35,6 +35,11 @@ class Stream(Generic[Message]):
         """This end's own."""
         return str(self._connection.getsockname()[0])
 
+    @property
+    def peer(self) -> str:
+        """The other end's address."""
+        return str(self._connection.getpeername()[0])
+
     def send(self, message: Any) -> None:
         """Raises OSError when the other end is gone, or takes nothing for too long."""
         data = self._encoder.encode(message)

@@ -20,6 +20,7 @@ import socket
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
 from weft.config import EngineConfig, parse_address
@@ -32,6 +33,7 @@ LOOPBACK = "127.0.0.1"
 # Seconds in which the nodes must have been started.
 MEET_SECONDS = 600.0
 RETRY_SECONDS = 0.5
+CHECK_SECONDS = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +41,10 @@ log = logging.getLogger(__name__)
 class Nodes:
     """All ranks: those of this host, and those of others."""
 
-    def __init__(self, ranks: int, local: Ranks, others: dict[Stream[FromNode], range]) -> None:
-        """others: their connections, and which ranks they have."""
-        self._ranks = ranks
+    def __init__(self, hosts: Sequence[str], local: Ranks, others: dict[Stream[FromNode], range]) -> None:
+        """hosts: each rank's, by address. others: their connections, and which ranks they have."""
+        self.where = whereabouts(hosts)
+        self._ranks = len(hosts)
         self._local = local
         self._others = dict(others)
 
@@ -86,7 +89,10 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
     others: dict[int, Stream[FromNode]] = {}
     try:
         with listener:
-            _meet(listener, config, agreement(config, model), others)
+            wanted, agreed = range(1, config.nnodes), agreement(config, model)
+            missing = meet(listener, wanted, agreed, others, seconds=MEET_SECONDS, timeout=config.rank_timeout)
+        if missing:
+            raise DeviceError(f"node {' and '.join(map(str, missing))} did not come within {MEET_SECONDS:g} s")
         meeting = Meeting(f"weft-{secrets.token_hex(8)}", host, free_port(host))
         for node in others.values():
             node.send(Welcome(meeting))
@@ -95,25 +101,36 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
         for node in others.values():
             node.close()
         raise
-    return Nodes(
-        config.tensor_parallel_size, local, {node: ranks_of(config, number) for number, node in others.items()}
-    )
+    addresses = [host, *(others[number].peer for number in range(1, config.nnodes))]
+    hosts = [address for number, address in enumerate(addresses) for _ in ranks_of(config, number)]
+    return Nodes(hosts, local, {node: ranks_of(config, number) for number, node in others.items()})
 
 
 def serve_node(config: EngineConfig, model: Path, command: Sequence[str] = RANK) -> None:
     """Another node: ranks for node 0, until it is done with them. Raises DeviceError when it is gone otherwise."""
-    host, port = parse_address(config.dist_init_addr or "")
-    connection = _connect(host, port, config.node_rank)
-    node: Stream[ToNode] = Stream(connection, ToNode, config.rank_timeout)
+
+    def start(meeting: Meeting, bind: str) -> Ranks:
+        return start_ranks(config, model, ranks_of(config, config.node_rank), meeting, bind, command)
+
+    hello = Hello(config.node_rank, agreement(config, model))
+    serve_ranks(parse_address(config.dist_init_addr or ""), hello, config.rank_timeout, start)
+
+
+def serve_ranks(address: tuple[str, int], hello: Hello, timeout: float, start: Callable[[Meeting, str], Ranks]) -> None:
+    """Ranks for node 0 at `address`, until it is done with them. start: takes where the ranks meet, and this host's
+    address. Raises DeviceError when node 0 is gone otherwise, ConfigError or DeviceError of `start`."""
+    host, port = address
+    connection = _connect(host, port, hello.node)
+    node: Stream[ToNode] = Stream(connection, ToNode, timeout)
     try:
-        node.send(Hello(config.node_rank, agreement(config, model)))
-        log.info("node %d waits for the others", config.node_rank)
+        node.send(hello)
+        log.info("node %d waits for the others", hello.node)
         answer = _first(node)
         if isinstance(answer, Refusal):
             raise DeviceError(answer.error)
         if not isinstance(answer, Welcome):
             raise DeviceError(f"node 0 said {type(answer).__name__} before it welcomed this node")
-        ranks = start_ranks(config, model, ranks_of(config, config.node_rank), answer.meeting, node.address, command)
+        ranks = start(answer.meeting, node.address)
         try:
             ended = _pass_on(node, ranks)
         except BaseException:
@@ -162,20 +179,34 @@ def free_port(host: str) -> int:
         return port
 
 
-def _meet(listener: socket.socket, config: EngineConfig, agreed: str, others: dict[int, Stream[FromNode]]) -> None:
-    """Fill `others`, by node. Raises DeviceError when one is missing for too long."""
-    end = time.monotonic() + MEET_SECONDS
-    while len(others) < config.nnodes - 1:
-        listener.settimeout(max(0.0, end - time.monotonic()))
+def meet(
+    listener: socket.socket,
+    nodes: range,
+    agreed: str,
+    others: dict[int, Stream[FromNode]],
+    *,
+    seconds: float,
+    timeout: float,
+    check: Callable[[], None] | None = None,
+) -> list[int]:
+    """Wait for these nodes, up to `seconds`, and fill `others` with their connections; returns which have not come.
+
+    agreed: the digest that they must bring. timeout: seconds that one may take to say something. check: called every
+    second, to raise what ends the waiting.
+    """
+    end = time.monotonic() + seconds
+    while len(others) < len(nodes) and time.monotonic() < end:
+        if check is not None:
+            check()
+        listener.settimeout(min(CHECK_SECONDS, max(0.0, end - time.monotonic())))
         try:
             connection, peer = listener.accept()
         except (TimeoutError, BlockingIOError):
-            missing = [str(node) for node in range(1, config.nnodes) if node not in others]
-            raise DeviceError(f"node {' and '.join(missing)} did not come within {MEET_SECONDS:g} s") from None
-        node: Stream[FromNode] = Stream(connection, FromNode, config.rank_timeout)
+            continue
+        node: Stream[FromNode] = Stream(connection, FromNode, timeout)
         try:
-            hello = _first(node, config.rank_timeout)
-            refusal = _refusal(hello, config, agreed, others)
+            hello = _first(node, timeout)
+            refusal = _refusal(hello, nodes, agreed, others)
             if refusal is not None:
                 node.send(Refusal(refusal))
         except (OSError, DeviceError) as error:
@@ -185,16 +216,26 @@ def _meet(listener: socket.socket, config: EngineConfig, agreed: str, others: di
         else:
             log.warning("%s:%d was refused: %s", *peer[:2], refusal)
             node.close()
+    return [node for node in nodes if node not in others]
 
 
-def _refusal(hello: FromNode, config: EngineConfig, agreed: str, others: Collection[int]) -> str | None:
+def _refusal(hello: FromNode, nodes: range, agreed: str, others: Collection[int]) -> str | None:
     if not isinstance(hello, Hello):
         return f"the first word was {type(hello).__name__}"
-    if not 1 <= hello.node < config.nnodes or hello.node in others:
-        return f"--node-rank is {hello.node}; node 0 still waits for one of 1 to {config.nnodes - 1}"
+    if hello.node not in nodes or hello.node in others:
+        return f"--node-rank is {hello.node}; node 0 still waits for one of {nodes[0]} to {nodes[-1]}"
     if hello.digest != agreed:
         return "the settings or the model's config.json differ from node 0's; only --node-rank and --cores may"
     return None
+
+
+def whereabouts(hosts: Sequence[str]) -> str:
+    """Which ranks are where, for the end of an error. hosts: each rank's."""
+    parts = []
+    for host, ranks in groupby(range(len(hosts)), key=lambda rank: hosts[rank]):
+        first, *rest = ranks
+        parts.append(f"ranks {first} to {rest[-1]} on {host}" if rest else f"rank {first} on {host}")
+    return f" ({', '.join(parts)})"
 
 
 def _connect(host: str, port: int, node: int) -> socket.socket:

@@ -29,21 +29,31 @@ LAST_WORDS = 200  # milliseconds
 
 
 def start_ranks(
-    config: EngineConfig, model: Path, ranks: range, meeting: Meeting, bind: str, command: Sequence[str] = RANK
+    config: EngineConfig,
+    model: Path,
+    ranks: range,
+    meeting: Meeting,
+    bind: str,
+    command: Sequence[str] = RANK,
+    *,
+    before: int = 0,
+    neighbours: int | None = None,
 ) -> Ranks:
-    """Start these ranks on this host; they share its cores. Raises ConfigError or DeviceError."""
+    """Start these ranks on this host; all `neighbours` share its cores, of which so many come before these ranks, and
+    somebody else starts the others. Raises ConfigError or DeviceError."""
     cores, folder = usable_cores(config.cores), make_folder()
+    count = len(ranks) if neighbours is None else neighbours
     orders = [
         RankOrders(
-            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, index, len(ranks))))),
+            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, before + index, count)))),
             rank=rank,
             ranks=config.tensor_parallel_size,
-            neighbours=len(ranks),
+            neighbours=count,
             model=os.fspath(model),
             folder=os.fspath(folder),
             meeting=meeting,
             bind=bind,
-            crowded=len(cores) < len(ranks),
+            crowded=len(cores) < count,
             log_level=logging.getLevelName(logging.getLogger("weft").getEffectiveLevel()).lower(),
         )
         for index, rank in enumerate(ranks)
@@ -53,6 +63,8 @@ def start_ranks(
 
 class Ranks:
     """The processes, and the sockets to and from them."""
+
+    where = ""  # all are here
 
     def __init__(self, orders: Sequence[RankOrders], folder: Path, command: Sequence[str] = RANK) -> None:
         self._folder = folder

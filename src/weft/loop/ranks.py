@@ -52,8 +52,11 @@ log = logging.getLogger(__name__)
 
 
 class Members(Protocol):
-    """All ranks, wherever they are: the processes of this host, or nodes."""
+    """All ranks, wherever they are: the processes of this host, or nodes. where: which are where, for the end of an
+    error; nothing when all are here."""
 
+    @property
+    def where(self) -> str: ...
     def __len__(self) -> int: ...
     def send(self, message: ToRank) -> None: ...
     def listen(self, timeout: float | None = None, also: Collection[int] = ()) -> list[Heard]: ...
@@ -63,7 +66,7 @@ class Members(Protocol):
 def open_ranks(
     config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str] = RANK
 ) -> RankedDevice:
-    """The model of the folder `model` on --tensor-parallel-size ranks, of this host or of --nnodes.
+    """The model of the folder `model` on --tensor-parallel-size ranks, of this host, of --nnodes or of a Ray cluster.
 
     say: told the phases of rank 0's start-up. Raises ConfigError, CheckpointError or DeviceError: whatever the first
     rank that could not start has died of.
@@ -78,6 +81,10 @@ def open_ranks(
 
 
 def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], command: Sequence[str]) -> Members:
+    if config.distributed_executor_backend == "ray":
+        from weft.loop.ray_cluster import open_ray
+
+        return open_ray(config, model, say)
     if config.nnodes > 1:
         return open_nodes(config, model, say, command)
     port = free_port(LOOPBACK) if collective_of(config) == "gloo" else None
@@ -102,9 +109,9 @@ def _start_up(ranks: Members, say: Callable[[str], None]) -> list[Opened]:
                     opened[rank] = message
                 case Lost(rank, error, code):
                     kind = by_code(code)
-                    raise kind(error if issubclass(kind, ConfigError) else f"rank {rank}: {error}")
+                    raise kind(error if issubclass(kind, ConfigError) else f"rank {rank}: {error}{ranks.where}")
                 case Gone(rank, words):
-                    raise DeviceError(f"rank {rank} {words} before it served")
+                    raise DeviceError(f"rank {rank} {words} before it served{ranks.where}")
     return [opened[rank] for rank in range(len(ranks))]
 
 
@@ -214,7 +221,7 @@ class RankedDevice:
                 if self._closed:
                     return
         except RankLost as error:
-            self._dead = error
+            self._dead = RankLost(error.message + self._ranks.where)
         except Exception as error:  # without this thread nothing ends any more
             log.exception("the listener to the ranks died")
             self._dead = RankLost(f"the listener to the ranks died: {type(error).__name__}: {error}")
