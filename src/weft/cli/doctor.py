@@ -28,6 +28,7 @@ NEEDED = (
 )
 OPTIONAL = {
     "matplotlib": "the plots of weft bench; pip install 'weft[plot]'",
+    "ray": "ranks that a Ray cluster starts; pip install 'weft[ray]'",
     "transformers": "the tests and the baselines of benchmarks/; pip install 'weft[test]'",
 }
 OPEN_FILES = 4096

@@ -38,20 +38,21 @@ def cpus_of_rank(nodes: Sequence[RayNode], ranks: int) -> int:
     raise DeviceError(f"{ranks} ranks need a CPU each, and {in_words(nodes)}")
 
 
-def places(bundles: Mapping[int, str], nodes: Sequence[RayNode], first: str) -> list[Place]:
-    """Each rank's, in order: those of one address follow one another, and the node `first` has the first ones, if any.
+def place_ranks(bundles: Mapping[int, str], nodes: Sequence[RayNode], first: str) -> list[Place]:
+    """Each rank's place, in order. Ranks of one address follow one another; the first ones are at the address `first`,
+    if any are.
 
     bundles: of the placement group, and the id of the node that each is on.
     """
     known = {node.id: node for node in nodes}
-    order = sorted(bundles, key=lambda bundle: _order(known[bundles[bundle]], known[first].address, bundle))
-    neighbours = Counter(known[node].address for node in bundles.values())
-    found: list[Place] = []
-    for bundle in order:
-        node = known[bundles[bundle]]
-        before = sum(place.node.address == node.address for place in found)
-        found.append(Place(bundle, node, before, neighbours[node.address]))
-    return found
+    found = sorted((known[node].address != first, known[node].address, bundle) for bundle, node in bundles.items())
+    neighbours = Counter(address for _, address, _ in found)
+    begun: Counter[str] = Counter()
+    places = []
+    for _, address, bundle in found:
+        places.append(Place(bundle, known[bundles[bundle]], begun[address], neighbours[address]))
+        begun[address] += 1
+    return places
 
 
 def in_words(nodes: Sequence[RayNode]) -> str:
@@ -62,10 +63,6 @@ def in_words(nodes: Sequence[RayNode]) -> str:
 
 def bundle_in_words(bundle: Mapping[str, int]) -> str:
     return _amount(bundle.get("CPU", 0), bundle.get("GPU", 0))
-
-
-def _order(node: RayNode, first: str, bundle: int) -> tuple[bool, str, int]:
-    return node.address != first, node.address, bundle
 
 
 def _amount(cpus: int, gpus: int) -> str:
