@@ -264,6 +264,14 @@ def test_a_rank_uses_no_more_cores_than_it_asked_for(started: list[Started], mon
     assert [one.cores for one in started] == ["0,1,2,3"] * 2  # for both, who divide them
 
 
+def test_a_rank_on_a_gpu_sees_one_only(started: list[Started], monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = present(Ray(), monkeypatch)
+    open_(replace(CONFIG, device="cuda")).close()
+    assert ray.asked == [{"CPU": 1, "GPU": 1}] * 2
+    assert [(given["num_cpus"], given["num_gpus"]) for given in ray.options if "num_cpus" in given] == [(1, 1)]
+    assert [(one.before, one.neighbours, one.cores) for one in started] == [(0, 1, None)] * 2
+
+
 def test_a_rank_that_is_killed(started: list[Started], monkeypatch: pytest.MonkeyPatch) -> None:
     ray = present(Ray(), monkeypatch)
     device = open_()

@@ -96,13 +96,13 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
         meeting = Meeting(f"weft-{secrets.token_hex(8)}", host, free_port(host))
         for node in others.values():
             node.send(Welcome(meeting))
+        addresses = [host, *(others[number].peer for number in wanted)]
+        hosts = [address for number, address in enumerate(addresses) for _ in ranks_of(config, number)]
         local = start_ranks(config, model, ranks_of(config, 0), meeting, host, command)
     except BaseException:
         for node in others.values():
             node.close()
         raise
-    addresses = [host, *(others[number].peer for number in range(1, config.nnodes))]
-    hosts = [address for number, address in enumerate(addresses) for _ in ranks_of(config, number)]
     return Nodes(hosts, local, {node: ranks_of(config, number) for number, node in others.items()})
 
 

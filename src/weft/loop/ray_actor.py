@@ -73,13 +73,20 @@ def serve_rank(orders: ActorOrders) -> None:
     """Raises ConfigError, CheckpointError or DeviceError."""
     logs.set_up(orders.log_level)
     model = resolve_model(orders.config.model, orders.config.revision)
-    # Of the cores of this host, no more than its ranks have asked Ray for.
-    cores = usable_cores(orders.config.cores)[: orders.cpus * orders.neighbours]
-    config = replace(orders.config, cores=",".join(map(str, cores)))
+    config, before, neighbours = _share(orders)
 
     def start(meeting: Meeting, bind: str) -> Ranks:
         own = range(orders.rank, orders.rank + 1)
-        return start_ranks(config, model, own, meeting, bind, before=orders.before, neighbours=orders.neighbours)
+        return start_ranks(config, model, own, meeting, bind, before=before, neighbours=neighbours)
 
     hello = Hello(orders.rank, agreement(config, model))
     serve_ranks((orders.host, orders.port), hello, config.rank_timeout, start)
+
+
+def _share(orders: ActorOrders) -> tuple[EngineConfig, int, int]:
+    """(config, before, neighbours) for `start_ranks`: of this host, no more than what its ranks have asked Ray for."""
+    config = orders.config
+    if config.device == "cuda":  # Ray shows an actor no GPU but its own
+        return config, 0, 1
+    cores = usable_cores(config.cores)[: orders.cpus * orders.neighbours]
+    return replace(config, cores=",".join(map(str, cores))), orders.before, orders.neighbours
