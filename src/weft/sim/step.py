@@ -42,6 +42,27 @@ class Tokens(NamedTuple):
     joins: float
 
 
+class Ways(NamedTuple):
+    """Seconds of the same step by how its ranks are joined. plain: all-reduces, and every rank norms all tokens. fused:
+    one kernel, and every rank norms its part. woven: that in two halves, also where it takes longer. silent: plain
+    without the time of its all-reduces, which no device can do; for comparison."""
+
+    plain: float
+    fused: float
+    woven: float
+    silent: float
+
+
+class Stages(NamedTuple):
+    """Seconds of one layer. attend, feed: up to its two seams, on tokens of one prompt. join: an all-reduce of these
+    tokens. norm: of all of them on one rank."""
+
+    attend: float
+    feed: float
+    join: float
+    norm: float
+
+
 @dataclass(frozen=True, slots=True)
 class StepCost:
     """As devices.cost.CostModel, from shapes and hardware.
@@ -128,6 +149,28 @@ class StepCost:
         layers = self._layers(tokens, attention, share, rival)
         return host.step + host.sequence * samples + layers + self._output(samples, share, rival)
 
+    def ways(self, tokens: int) -> Ways:
+        """Of a step with one prompt of at least two tokens, whatever `fused` and `weave` say."""
+        attention = self._attention(tokens)
+        whole = self._tokens(tokens, 1.0, 0.0)
+        computed = whole.attention + whole.mlp + whole.rest + attention
+        rest = self.gpu.host.step + self.gpu.host.sequence + self._output(1, 1.0, 0.0)
+        fused = computed + whole.joins + whole.norms / self.ranks
+        woven = self._woven(tokens, attention, 1.0, 0.0)
+        silent = computed + whole.norms
+        return Ways(rest + silent + whole.joins, rest + fused, rest + woven, rest + silent)
+
+    def stages(self, tokens: int) -> Stages:
+        """Of a prompt, as weft.models.measure has them of a real layer."""
+        whole, layers = self._tokens(tokens, 1.0, 0.0), self.model.layers
+        attend = whole.attention + whole.rest + self._attention(tokens)
+        return Stages(*(one / layers for one in (attend, whole.mlp, whole.joins / 2, whole.norms / 2)))
+
+    def _attention(self, tokens: int) -> float:
+        part, heads = self._part(1.0, 0.0)
+        work = work_of([tokens], [0], heads.together(self.gpu.attention.packed))
+        return float(self.model.layers * attention_seconds(self.gpu.attention, part, heads, work))
+
     def _layers(self, tokens: int, attention: float, share: float, rival: float) -> float:
         whole = self._tokens(tokens, share, rival)
         computed = whole.attention + whole.mlp + whole.rest + attention
@@ -136,13 +179,16 @@ class StepCost:
         fused = computed + whole.joins + whole.norms / self.ranks
         if not self.weave or tokens < 2:
             return fused
-        # Of both halves; each join lies under the products of the other half. Half of the joins go with each block.
+        return min(fused, self._woven(tokens, attention, share, rival))
+
+    def _woven(self, tokens: int, attention: float, share: float, rival: float) -> float:
+        """Of both halves; each join lies under the products of the other half. Half of the joins go with each block."""
         half = self._tokens(-(-tokens // 2), share, rival)
         slower = WEAVE_SLOWER / (1.0 - min(0.5, WEAVE_SMS / (self.gpu.sms * share)))
         joins = half.joins + half.norms / self.ranks
         first = slower * (2 * (half.attention + half.rest) + attention)
         started = 4 * self.model.layers * WEAVE_START
-        return min(fused, max(first, joins) + max(slower * 2 * half.mlp, joins) + started)
+        return max(first, joins) + max(slower * 2 * half.mlp, joins) + started
 
     def _part(self, share: float, rival: float) -> tuple[Part, Heads]:
         found = self._parts.get((share, rival))
