@@ -166,6 +166,10 @@ class StepCost:
         attend = whole.attention + whole.rest + self._attention(tokens)
         return Stages(*(one / layers for one in (attend, whole.mlp, whole.joins / 2, whole.norms / 2)))
 
+    def woven_pair(self, stage: float, seam: float) -> float:
+        """Seconds of a stage of one half and a seam of the other, side by side, given those of each alone."""
+        return max(self._slower(1.0) * stage, seam) + WEAVE_START
+
     def _attention(self, tokens: int) -> float:
         part, heads = self._part(1.0, 0.0)
         work = work_of([tokens], [0], heads.together(self.gpu.attention.packed))
@@ -184,11 +188,15 @@ class StepCost:
     def _woven(self, tokens: int, attention: float, share: float, rival: float) -> float:
         """Of both halves; each join lies under the products of the other half. Half of the joins go with each block."""
         half = self._tokens(-(-tokens // 2), share, rival)
-        slower = WEAVE_SLOWER / (1.0 - min(0.5, WEAVE_SMS / (self.gpu.sms * share)))
+        slower = self._slower(share)
         joins = half.joins + half.norms / self.ranks
         first = slower * (2 * (half.attention + half.rest) + attention)
         started = 4 * self.model.layers * WEAVE_START
         return max(first, joins) + max(slower * 2 * half.mlp, joins) + started
+
+    def _slower(self, share: float) -> float:
+        """How much longer a stage takes beside a seam."""
+        return WEAVE_SLOWER / (1.0 - min(0.5, WEAVE_SMS / (self.gpu.sms * share)))
 
     def _part(self, share: float, rival: float) -> tuple[Part, Heads]:
         found = self._parts.get((share, rival))
