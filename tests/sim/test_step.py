@@ -110,11 +110,30 @@ def test_long_prompts_are_woven_and_short_ones_are_not() -> None:
     assert woven.seconds(plan((8, 0))) == fused.seconds(plan((8, 0)))
 
 
+@pytest.mark.parametrize("name", ["llama-3-70b", "mixtral-8x22b"])
+@pytest.mark.parametrize("tokens", [2, 300, 5000])
+def test_each_way_of_joining_is_what_a_step_of_it_takes(name: str, tokens: int) -> None:
+    model, gpu = find_model(name), find_gpu("h100")
+    plain, fused, woven = (
+        StepCost(model, gpu, BF16, 8, NVLINK, fused=fused, weave=weave)
+        for fused, weave in ((False, False), (True, False), (True, True))
+    )
+    ways = plain.ways(tokens)
+    assert ways == woven.ways(tokens)
+    assert ways.plain == pytest.approx(plain.seconds(plan((tokens, 0))))
+    assert ways.fused == pytest.approx(fused.seconds(plan((tokens, 0))))
+    assert min(ways.fused, ways.woven) == pytest.approx(woven.seconds(plan((tokens, 0))))
+    stages = plain.stages(tokens)
+    assert ways.plain - ways.silent == pytest.approx(2 * model.layers * stages.join)
+    assert ways.plain - ways.fused == pytest.approx(2 * model.layers * stages.norm * 7 / 8)
+
+
 @pytest.mark.parametrize(
     ("name", "billions"),
     [
         ("llama-3-8b", 8.03), ("llama-3-70b", 70.6), ("llama-3.1-405b", 405.9), ("qwen2.5-72b", 72.7),
         ("mixtral-8x22b", 140.6), ("deepseek-v2-lite", 15.7), ("deepseek-v3", 671.0), ("qwen3-30b-a3b", 30.5),
+        ("llama-2-7b", 6.74), ("llama-2-13b", 13.0), ("llama-30b", 32.5),
     ],
 )  # fmt: skip
 def test_models_have_the_parameters_that_they_are_known_for(name: str, billions: float) -> None:
