@@ -282,7 +282,7 @@ def draw(path: Path) -> None:
             axes.bar([place + at * wide for place in range(len(MODELS))], values, wide, label=way.name)
         axes.set_xticks([place + 0.4 for place in range(len(MODELS))], MODELS, rotation=30, fontsize=7)
         axes.set(title=f"{load}, one {GPU.upper()} (simulated)", ylabel="output tokens/s, w4a16 is 1")
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right upper", fontsize=7)
     figure.savefig(path, dpi=90)
 
 

@@ -19,7 +19,7 @@ mixtral_1k_woven, mixtral_2k_woven: what weaving would give where the paper has 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +46,7 @@ SEATS = 256
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """One prompt. Gains over plain; `theirs_*` None where the paper has none. choice, table: modes."""
+    """One prompt. Gains over plain; `theirs_*` None where the paper has none. predicted: by the choice, of itself."""
 
     model: str
     ranks: int
@@ -58,6 +58,7 @@ class Prefill:
     theirs_woven: float | None
     theirs_silent: float | None
     choice: Mode
+    predicted: float
     table: Mode
 
     def gain(self, mode: Mode) -> float:
@@ -120,12 +121,14 @@ def prefills(paper: dict[str, Any]) -> Iterator[Prefill]:
         costs = measured(one)
         theirs = {tokens: (cells["woven"][at], cells["silent"][at]) for at, tokens in enumerate(paper["tokens"])}
         for tokens in (*BELOW, *paper["tokens"]):
-            ways = one.ways(tokens)
+            ways, half = one.ways(tokens), tokens // 2
             woven, silent = theirs.get(tokens, (None, None))
+            choice = choose_mode(costs, tokens, half)
+            predicted = costs.seconds(Mode.PLAIN, tokens, half) / costs.seconds(choice, tokens, half)
             yield Prefill(
                 cells["model"], cells["ranks"], tokens, 1e3 * ways.plain, ways.plain / ways.fused,
                 ways.plain / ways.woven, ways.plain / ways.silent, woven, silent,
-                choose_mode(costs, tokens, tokens // 2),
+                choice, predicted,
                 Mode.WOVEN if tokens >= paper["table"]["least"][cells["model"]] else Mode.FUSED,
             )  # fmt: skip
 
@@ -149,22 +152,20 @@ def seams(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def with_their_seams(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """Gains from weaving with the simulator's stages and the paper's measured seams: what of the difference is due to
-    the seams. For hidden 8192 on 8 ranks, which figure 4 has."""
+    """Gains from weaving if seams took what the paper measured: how much of the difference is due to them. For hidden
+    8192 on 8 ranks, which figure 4 has. A woven step is left as it is: what bounds it are its stages."""
     theirs = paper["seams"]
-    join, norm, fused = (np.array(theirs[key]) for key in ("join", "norm", "fused"))
-    seams = {
-        mode: Curve(tuple(zip(theirs["tokens"], (1e-6 * values).tolist(), strict=True)))
-        for mode, values in ((Mode.PLAIN, join + norm), (Mode.FUSED, fused))
-    }
+    both = [join + norm for join, norm in zip(theirs["join"], theirs["norm"], strict=True)]
+    seam = Curve(tuple(zip(theirs["tokens"], (1e-6 * us for us in both), strict=True)))
     for cells in paper["prefill"][:2]:
-        costs = measured(cost(cells["model"], 8))
-        swapped = replace(costs, seams=seams)
+        one = cost(cells["model"], 8)
         for tokens, woven in zip(paper["tokens"], cells["woven"], strict=True):
-            half = tokens // 2
-            gains = [one.seconds(Mode.PLAIN, tokens, half) / one.seconds(Mode.WOVEN, tokens, half)
-                     for one in (costs, swapped)]  # fmt: skip
-            yield {"name": f"{cells['model']}, {tokens}", "values": (woven, *gains)}
+            ways, ours = one.ways(tokens), one.stages(tokens)
+            swapped = ways.plain + 2 * one.model.layers * (seam(tokens) - ours.join - ours.norm)
+            yield {
+                "name": f"{cells['model']}, {tokens}",
+                "values": (woven, ways.plain / ways.woven, swapped / ways.woven),
+            }
 
 
 def layers(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -230,7 +231,7 @@ def claims(found: list[Prefill]) -> dict[str, float]:
 
 PREFILL_HEAD = (
     "model, ranks, tokens", "plain ms", "silent: theirs", "ours", "woven: theirs", "ours", "fused: ours", "choice",
-    "its gain", "their table", "its gain",
+    "its gain", "as it predicts", "their table", "its gain",
 )  # fmt: skip
 
 
@@ -238,7 +239,7 @@ def prefill_cells(one: Prefill) -> list[str]:
     return [
         f"{one.model}, {one.ranks}, {one.tokens}", number(one.plain_ms, 1), number(one.theirs_silent),
         number(one.silent), number(one.theirs_woven), number(one.woven), number(one.fused), one.choice.value,
-        number(one.gain(one.choice)), one.table.value, number(one.gain(one.table)),
+        number(one.gain(one.choice)), number(one.predicted), one.table.value, number(one.gain(one.table)),
     ]  # fmt: skip
 
 
@@ -247,6 +248,7 @@ def prefill_row(one: Prefill) -> dict[str, Any]:
         "kind": "prefill", "model": one.model, "ranks": one.ranks, "tokens": one.tokens, "plain_ms": one.plain_ms,
         "silent": one.silent, "woven": one.woven, "fused": one.fused, "theirs_silent": one.theirs_silent,
         "theirs_woven": one.theirs_woven, "choice": one.choice.value, "choice_gain": one.gain(one.choice),
+        "choice_predicted": one.predicted,
         "table": one.table.value, "table_gain": one.gain(one.table),
     }  # fmt: skip
 
