@@ -130,6 +130,7 @@ class Planner:
         copied: list[tuple[int, ...]] = []
         running, room = self._running, True
         apart, grow = running.apart, running.grow
+        size, ahead = running.block_size, running.ahead
         for sequence in list(running.decoding):
             if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
                 continue
@@ -144,7 +145,7 @@ class Planner:
                     continue
                 source = handed
                 copied.append(source)
-            elif not grow(sequence):
+            elif len(sequence.tokens) + ahead > len(sequence.table) * size and not grow(sequence):
                 continue
             pieces.append(decode_slice(sequence, source))
             members.append(sequence)

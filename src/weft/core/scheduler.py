@@ -14,7 +14,7 @@ from weft.core.planner import Planner
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
 from weft.core.sequence import Live, Sequence, State, urgency
-from weft.core.slices import shortfall
+from weft.core.slices import made, shortfall
 from weft.errors import InvalidRequest, NeverFits, StepFailed
 
 __all__ = ["Scheduler", "SchedulerSettings"]
@@ -185,8 +185,9 @@ class Scheduler:
         for piece, sequence in wanted:
             if sequence.state is ENDED:  # with its request, a slice ago
                 continue
-            one, its_scores = drawn.get(piece.sequence), scores.get(piece.sequence, ())
-            problem = error if error is not None else failed.get(piece.sequence)
+            name = piece.sequence
+            one, its_scores = drawn.get(name), scores.get(name, ())
+            problem = error if error is not None else failed.get(name)
             if problem is None:
                 problem = shortfall(piece, one, its_scores, vocabulary)
             if problem is None:
@@ -240,7 +241,7 @@ class Scheduler:
             finish, stop_token = Finish.STOP, token
         elif length >= live.max_len:
             finish = Finish.LENGTH
-        events.append(TokenOutput(live.request.id, sequence.index, token, drawn.score, finish, stop_token))
+        events.append(made(TokenOutput, (live.request.id, sequence.index, token, drawn.score, finish, stop_token)))
         if finish is not None:
             self._end_sequence(sequence, finish, now, events)
         elif len(sequence.table) == self.capacity.blocks:

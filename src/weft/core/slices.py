@@ -6,11 +6,19 @@ from weft.core.plan import Sampled, Sampling, Slice, TokenScore
 from weft.core.sequence import Sequence
 
 
+# Of a named tuple from a plain one: half of what calling the class takes, and this is done for every token.
+made = tuple.__new__
+
+
 def decode_slice(sequence: Sequence, source: tuple[int, ...] = ()) -> Slice:
     """The last token, which was drawn and not computed yet. source: see `Slice`."""
-    tokens = sequence.tokens
+    tokens, live = sequence.tokens, sequence.live
     start = len(tokens) - 1
-    return Slice(sequence.id, start, (tokens[start],), sequence.table, sampling(sequence), None, None, source)
+    if live.penalised or live.forbidden:
+        sample = sampling(sequence)
+    else:
+        sample = made(Sampling, (live.request.params, sequence.seed, start + 1, (), (), ()))
+    return made(Slice, (sequence.id, start, (tokens[start],), sequence.table, sample, None, None, source))
 
 
 def prefill_slice(sequence: Sequence, budget: int) -> Slice:

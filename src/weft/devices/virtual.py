@@ -61,6 +61,7 @@ class VirtualDevice(Modelless):
         self._plans: dict[Lane, deque[Plan]] = {lane: deque() for lane in self._lanes}
         self._jobs: dict[Lane, Job] = {}
         self._paced = True
+        self._end = math.inf  # the earliest of the jobs', at their present paces
         self._results: list[Result] = []
         self._woken = False
         self._now = 0.0
@@ -74,7 +75,7 @@ class VirtualDevice(Modelless):
         if self._results:
             return self._now
         self._pace()
-        return min([job.ends for job in self._jobs.values()], default=math.inf)
+        return self._end
 
     def submit(self, plan: Plan) -> Ticket:
         self._plans[plan.lane].append(plan)
@@ -111,11 +112,14 @@ class VirtualDevice(Modelless):
     def _advance(self, end: float) -> None:
         """To the next end of a step, or to `end`: nothing else changes how fast the lanes go."""
         self._pace()
-        self._now = min([end, *[job.ends for job in self._jobs.values()]])
-        for lane in [lane for lane, job in self._jobs.items() if job.ends <= self._now]:
+        if end < self._end:
+            self._now = end
+            return
+        self._now = now = self._end
+        for lane in [lane for lane, job in self._jobs.items() if job.ends <= now]:
             job = self._jobs.pop(lane)
             self._paced = False
-            self._results.append(self._executor.run(job.plan, self._now - job.began))
+            self._results.append(self._executor.run(job.plan, now - job.began))
             self._start(lane)
 
     def _pace(self) -> None:
@@ -123,17 +127,21 @@ class VirtualDevice(Modelless):
         if self._paced:
             return
         self._paced = True
+        self._end = math.inf
         # Phases with pools of their own have devices of their own.
         beside = len(self._jobs) > 1 and not self.capacity().decode_blocks
         for lane, job in self._jobs.items():
             rival = sum([other.share for name, other in self._jobs.items() if name is not lane]) if beside else 0.0
-            if rival == job.rival:
-                continue
-            job.rival = rival
-            seconds = self._cost.seconds(job.plan, job.share, rival)
-            if seconds == job.seconds and job.ends < math.inf:
-                continue  # exactly as it was, without a rounding
-            if job.seconds > 0:
-                job.left -= (self._now - job.since) / job.seconds
-            job.since, job.seconds = self._now, seconds
-            job.ends = self._now + job.left * seconds
+            if rival != job.rival:
+                job.rival = rival
+                self._change(job, self._cost.seconds(job.plan, job.share, rival))
+            self._end = min(self._end, job.ends)
+
+    def _change(self, job: Job, seconds: float) -> None:
+        """From now on the whole step would take so long."""
+        if seconds == job.seconds and job.ends < math.inf:
+            return  # exactly as it was, without a rounding
+        if job.seconds > 0:
+            job.left -= (self._now - job.since) / job.seconds
+        job.since, job.seconds = self._now, seconds
+        job.ends = self._now + job.left * seconds

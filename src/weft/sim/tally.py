@@ -145,14 +145,16 @@ class Timeline:
     """What the replicas looked like, some hundred times in a run: means over all of them.
 
     share: of the device that each lane has. busy: the part of the time since the last look in which it computed.
-    kv: the part of the KV pool that requests hold. running, waiting: sequences in all.
+    kv, cached: the parts of the KV pool that requests hold, and that only the prefix cache knows. running, waiting:
+    sequences in all.
     """
 
     def __init__(self, lanes: Sequence[Lane]) -> None:
         self.at = array("d")
         self.share = {lane: array("d") for lane in lanes}
         self.busy = {lane: array("d") for lane in lanes}
-        self.kv, self.running, self.waiting = array("d"), array("d"), array("d")
+        self.kv, self.cached = array("d"), array("d")
+        self.running, self.waiting = array("d"), array("d")
         self._before: dict[Lane, float] = {}
 
     def look(self, replicas: Sequence[Replica], now: float) -> None:
@@ -173,5 +175,6 @@ class Timeline:
             self._before[lane] = busy
         totals = sum(replica.scheduler.pool.total for replica in replicas)
         self.kv.append(sum(one.blocks_held + one.blocks_pinned for one in stats) / totals)
+        self.cached.append(sum(one.blocks_cached for one in stats) / totals)
         self.running.append(sum(one.running for one in stats))
         self.waiting.append(sum(one.waiting for one in stats))

@@ -56,9 +56,18 @@ def repeated(rows: Sequence[Row], start: float = 0.0) -> Iterator[Row]:
 
 def copies(rows: Sequence[Row], count: int, rng: np.random.Generator) -> Iterator[Row]:
     """A trace `count` times at once, each copy from a place of its own: the load of as many such services. Bursts of
-    single copies level out, as those of independent services do."""
+    single copies level out, as those of independent services do; and prompts share blocks within a copy only."""
     starts = rng.uniform(0.0, period(rows), count).tolist()
-    return heapq.merge(*(repeated(rows, start) for start in starts), key=lambda row: row[0])
+    each = [_renamed(repeated(rows, start), number, count) for number, start in enumerate(starts)]
+    return heapq.merge(*each, key=lambda row: row[0])
+
+
+def _renamed(traffic: Iterable[Row], number: int, count: int) -> Iterator[Row]:
+    """Copy `number` of `count`, whose prompts name blocks of their own."""
+    for at, size in traffic:
+        if size.hashes:
+            size = replace(size, hashes=tuple([name * count + number for name in size.hashes]))
+        yield at, size
 
 
 def faster(traffic: Iterable[Row], factor: float) -> Iterator[Row]:
