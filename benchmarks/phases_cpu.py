@@ -1,337 +1,182 @@
-"""The contest of benchmarks/phases.py on this machine: servers, one process each, that take turns at the same loads.
+"""The contest of benchmarks/phases.py on this machine: servers that take turns at the same loads, piece by piece.
 
-All are loaded once and wait; the order in which they are asked rotates from load to load. Rates and targets follow from
-what the machine can do at the time: the server with chunks of 512 is measured first, alone and under pressure.
+One model after the other. Its servers are loaded once and wait; what the machine can do is measured first, by those
+that stay the same, on the part `tune` of the loads: how fast one request alone is (targets are multiples of that), how
+many requests/s of each load can be served, and at which part of that rate, the same for all loads, the best of two
+fixed policies still has most requests in target. Then each load is served in rounds, with requests that nobody has seen
+before, by all in turn, in another order each time. Those that learn get a piece first that does not count. There are as
+many rounds as fit in the time, at least one.
+
+What was measured is written at once to FILE.pieces, so that a run that was killed goes on with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import signal
-import subprocess
-import sys
-import tempfile
+import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Protocol, Self
+from typing import Any
 
 import common
 import numpy as np
-import peer_models
 import quantised_models
-from phases_loads import CHANGING, Load, Mix, Scale, changing, recorded
-from phases_tables import Row, claims, draw, no_room, ratios, row, show
-from serving import READY_SECONDS, STOP_SECONDS, Server, ServerError, free_port
+from phases_loads import CHANGING, Load, Mix, Scale, load_all
+from phases_servers import PEER, SEATS, UNTUNED, Contestant, ours, peers
+from phases_tables import Found, Row, claims, no_room, ratios, row, show
 
 import models
-from weft.bench.client import Target, fetch, first_model
+from weft.bench.client import Target, first_model
 from weft.bench.load import run_load
 from weft.bench.stats import Record, Slo, summarise
 from weft.bench.traffic import Shot
-from weft.bench.wire import Address, WireError
 from weft.models.families import read_config
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "peers"))
-import llama_server
-from environments import interpreter
-
-MODELS = ("builtin", "llama-1.1b")
-SEATS = 32
-UNTUNED = "chunk 512"
-PEER = "llama-server"
-RATES = {False: (0.6, 0.9), True: (0.8,)}  # of what the machine can do; with --quick
 ALONE, ALONE_OUTPUT = 5, 32  # requests of mean length, one after another; tokens of their answers
-PRESSED = 40  # at once, at most
+PRESSED = 32  # requests at once, to see what the machine can do
 # Targets as multiples of one request alone, of its TTFT and of its TPOT: the paper's.
 TTFT_TIMES, TPOT_TIMES = 7.5, 10.0
-# Of a cell's time, the part in which requests arrive; the rest is for those that are still there.
-ARRIVING = 0.7
-PATIENCE = 1.0  # cells' times that a request may take, before it counts as failed
+# The rate is looked for with these, in so many tries, until the better one has such a part of its requests in target.
+PROBES, TRIES, RATE, FASTER, SLOWER, WANTED = ("chunk 64", "split 1:1"), 3, 0.9, 1.2, 0.8, (0.65, 0.9)
+ROUNDS = 2  # that a piece's length is chosen for
+ARRIVING = 0.75  # of a piece's time; in the rest those are served that are still there
+LONGER = {CHANGING: 1.5}  # pieces of this load have so many times the others' length
+PATIENCE = 1.5  # times what a request may take within both targets; after that the client hangs up
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """How loads are fitted to a model. output: most tokens of an answer; context: of both."""
+    """How loads are fitted to a model. loads: those that are served, all if empty. part: of the time, beside others."""
 
     azure: Scale
     mooncake: Scale
     mixes: tuple[Mix, ...]
     loads: tuple[str, ...]
+    part: float
 
     @property
     def context(self) -> int:
         return sum(self.azure.longest)
 
 
-def _scales(input: float, output: float, longest: tuple[int, int]) -> tuple[Scale, Scale]:
-    return Scale(input, output, longest, 1.0), Scale(input / 8, output / 2, longest, 1.0)
-
-
-# The rates of the mixes are relative: all are scaled to what the machine can do.
+# The rates of the mixes count only beside each other: a load is scaled to what the machine can do.
 FITS = {
-    "builtin": Fitted(*_scales(1 / 4, 1 / 4, (900, 120)), (Mix(4.0, 600, 10), Mix(4.0, 60, 80), Mix(4.0, 600, 10)), ()),
+    "builtin": Fitted(
+        Scale(1 / 4, 1 / 4, (900, 120)),
+        Scale(1 / 32, 1 / 8, (900, 120)),
+        (Mix(4.0, 600, 10), Mix(6.0, 60, 80), Mix(4.0, 600, 10)),
+        (),
+        0.4,
+    ),
     "llama-1.1b": Fitted(
-        *_scales(1 / 8, 1 / 8, (400, 48)),
-        (Mix(1.0, 300, 6), Mix(1.0, 30, 40), Mix(1.0, 300, 6)),
+        Scale(1 / 16, 1 / 16, (200, 32)),
+        Scale(1 / 100, 1 / 32, (200, 32)),
+        (Mix(1.0, 150, 4), Mix(2.5, 15, 32), Mix(1.0, 150, 4)),
         ("azure2023_conv", CHANGING),
+        0.6,
     ),
 }
-
-
-class Served(Protocol):
-    """What takes part: a server process."""
-
-    address: Address
-
-    async def wait_ready(self) -> None: ...
-
-    def check_alive(self) -> None: ...
-
-
-class LlamaServer:
-    """llama.cpp's server, with continuous batching over as many slots as weft has seats."""
-
-    def __init__(self, program: Path, gguf: Path, context: int) -> None:
-        self.address = Address("127.0.0.1", free_port(), tls=False, base="")
-        self._log = tempfile.NamedTemporaryFile("w+", prefix="llama-server-", suffix=".log")  # noqa: SIM115
-        sizes = ["-np", str(SEATS), "-c", str(SEATS * context), "-t", str(common.cores()), "-fa", "on"]
-        place = ["--host", self.address.host, "--port", str(self.address.port)]
-        command = [str(program), "-m", str(gguf), *sizes, *place]
-        self._process = subprocess.Popen(command, stdout=self._log, stderr=subprocess.STDOUT)
-
-    def check_alive(self) -> None:
-        if self._process.poll() is not None:
-            raise ServerError(f"llama-server ended:\n{Path(self._log.name).read_text()[-1500:]}")
-
-    async def wait_ready(self) -> None:
-        end = time.perf_counter() + READY_SECONDS
-        while time.perf_counter() < end:
-            self.check_alive()
-            try:
-                status, _ = await fetch(self.address, "/health")
-            except (OSError, WireError):
-                status = 0
-            if status == 200:
-                return
-            await asyncio.sleep(0.1)
-        raise ServerError(f"llama-server was not ready after {READY_SECONDS:g} s")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._process.send_signal(signal.SIGTERM)
-        try:
-            self._process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._log.close()
-
-
-@dataclass(frozen=True, slots=True)
-class Contestant:
-    """open: starts the server, given the targets."""
-
-    name: str
-    kind: str
-    open: Callable[[Slo], Any]
+MODELS = tuple(FITS)
 
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What was measured first. ttft, tpot: of one request alone. rates: of each load, requests/s that it can serve."""
+    """What was measured first. ttft, tpot: of one request alone. rates: of each load, requests/s that can be served.
+    rate: the part of it that is offered. seconds: of arrivals in a piece."""
 
     ttft: float
     tpot: float
     rates: dict[str, float]
+    rate: float = 0.0
+    seconds: float = 0.0
 
     @property
     def slo(self) -> Slo:
         return Slo(TTFT_TIMES * self.ttft, TPOT_TIMES * self.tpot)
 
 
-def main(arguments: argparse.Namespace) -> None:
-    started = time.monotonic()
+class Pieces:
+    """What was measured, a JSON object each. path: where they are kept, if anywhere. Raises SystemExit for a file that
+    is there and shall not be gone on with."""
+
+    def __init__(self, path: Path | None, resume: bool) -> None:
+        self._path = path
+        self._all: list[dict[str, Any]] = []
+        if path is not None and path.exists():
+            if not resume:
+                raise SystemExit(f"{path} is of a run that was not ended: give --resume to go on, or remove it")
+            for line in path.read_text().splitlines():
+                try:
+                    self._all.append(json.loads(line))
+                except ValueError:  # the last one, which was being written when the run was killed
+                    break
+            path.write_text("".join(json.dumps(one) + "\n" for one in self._all))
+
+    def add(self, **values: Any) -> None:
+        self._all.append(values)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(json.dumps(values) + "\n")
+
+    def find(self, **values: Any) -> list[dict[str, Any]]:
+        return [one for one in self._all if all(one.get(key) == value for key, value in values.items())]
+
+    def close(self) -> None:
+        """All is told elsewhere by now."""
+        if self._path is not None:
+            self._path.unlink(missing_ok=True)
+
+
+def run(arguments: argparse.Namespace) -> Found:
     watch = common.LoadWatch()
-    cache = common.cache_folder(arguments.cache)
-    plain = models.builtin() if arguments.cpu == "builtin" else models.random_llama(cache)
-    served = plain if arguments.cpu == "builtin" else quantised_models.fmpq(plain, cache)
-    fitted, vocabulary = FITS[arguments.cpu], read_config(plain).vocabulary
-    found, notes = _peer(arguments, cache, plain, fitted.context)
-    entrants = [*_ours(served, fitted.context), *found]
-    if arguments.only:
-        entrants = [one for one in entrants if {one.name, one.kind} & set(arguments.only)]
-    chosen = _loads(arguments, fitted)
-    untuned = next(one for one in _ours(served, fitted.context) if one.name == UNTUNED)
-    machine = asyncio.run(_measure(untuned, chosen, vocabulary))
-    rates = tuple(arguments.rates or RATES[arguments.quick])
-    with ExitStack() as stack:
-        servers = {one.name: stack.enter_context(one.open(machine.slo)) for one in entrants}
-        asyncio.run(_ready(servers, vocabulary))
-        left = 60 * (0.7 if arguments.quick else arguments.minutes) - (time.monotonic() - started)
-        cell = max(2.0, left / (len(chosen) * len(rates) * len(entrants)))
-        rows = asyncio.run(_contest(entrants, servers, chosen, rates, machine, cell, vocabulary))
-    notes += _notes(arguments, machine, cell) + no_room(rows)
+    path = None if arguments.json is None else arguments.json.with_suffix(".pieces")
+    pieces = Pieces(path, arguments.resume)
+    whole = sum(FITS[model].part for model in arguments.cpu)
+    notes = []
+    for model in arguments.cpu:
+        minutes = (0.7 if arguments.quick else arguments.minutes) * FITS[model].part / whole
+        notes += Contest(model, arguments, pieces, 60 * minutes).run()
+    rows, targets = [], {}
+    for model in arguments.cpu:
+        machine = _machine(pieces, model)
+        rows += _rows(pieces, model, machine)
+        targets[model] = (machine.slo.ttft or 0.0, machine.slo.tpot or 0.0)
+        notes += _notes(pieces, model, machine)
+    notes += no_room(rows)
     if (note := common.load_note(watch)) is not None:
         notes.append(note)
-    if arguments.plot is not None:
-        draw(rows, arguments.plot, f"CPU, {arguments.cpu}", (machine.slo.ttft or 0.0, machine.slo.tpot or 0.0))
-    common.report(arguments, _claims(rows), rows, notes)
+    pieces.close()
+    return Found(rows, _claims(rows), notes, targets)
 
 
-def _ours(model: Path, context: int) -> list[Contestant]:
-    """Every policy as flags of weft serve."""
-    usual = [str(model), "--max-model-len", str(context), "--max-num-seqs", str(SEATS), "--log-level", "warning"]
-
-    def made(name: str, kind: str, partition: str, chunk: int = 512, targets: bool = False) -> Contestant:
-        flags = [*usual, "--partition", partition, "--max-num-batched-tokens", str(chunk)]
-
-        def start(slo: Slo) -> Server:
-            wanted = ["--slo-ttft", f"{slo.ttft}", "--slo-tpot", f"{slo.tpot}"] if targets else []
-            return Server([*flags, *wanted])
-
-        return Contestant(name, kind, start)
-
-    return [
-        *(made(f"chunk {chunk}", "chunk", "off", chunk) for chunk in (64, 128, 256, 512)),
-        *(made(f"split {p}:{common.cores() - p}", "split", f"{p}:{common.cores() - p}") for p in _units()),
-        made("overlap", "overlap", "100%:100%"),
-        made("turns 1:1", "turns", "turns:1:1"),
-        *([made("pd 1:1", "pd", "pd:1:1")] if common.cores() > 1 else []),
-        made("paper", "paper", "paper", targets=True),
-        made("auto", "auto", "auto", targets=True),
-    ]
+def _machine(pieces: Pieces, model: str) -> Machine:
+    return Machine(**pieces.find(model=model, what="machine")[0]["values"])
 
 
-def _units() -> list[int]:
-    """Cores of the prefill lane: all static splits, or four where there are more."""
-    cores = common.cores()
-    return (
-        sorted({max(1, min(cores - 1, round(cores * part))) for part in (0.25, 0.5, 0.67, 0.75)}) if cores > 1 else []
-    )
-
-
-def _peer(arguments: argparse.Namespace, cache: Path, plain: Path, context: int) -> tuple[list[Contestant], list[str]]:
-    """llama.cpp's server, on the same weights in BF16 or in its own 4 bits; or why it is not there."""
-    server, python = arguments.llama_server or llama_server.program(cache), interpreter("llamacpp", cache)
-    for file in (server, python):
-        if not file.exists():
-            return [], [f"NO {PEER}: {file.name} is not there; benchmarks/peers/llama_server.py builds it"]
-    kind = None if arguments.cpu == "builtin" else "q4_0"
-    weights = peer_models.gguf_with_words(plain, python, cache, kind)
-    return [Contestant(PEER, "peer", lambda _: LlamaServer(server, weights, context))], []
-
-
-def _loads(arguments: argparse.Namespace, fitted: Fitted) -> list[Load]:
-    found = []
-    for path in arguments.traces:
-        load = recorded(path, fitted.azure)
-        found.append(recorded(path, fitted.mooncake) if load.caching else load)
-    found.append(changing(fitted.mixes))
-    names = arguments.loads or fitted.loads
-    return [load for load in found if not names or load.name in names]
-
-
-# -- what the machine can do -----------------------------------------------------------------------------------------
-
-
-async def _measure(untuned: Contestant, chosen: Sequence[Load], vocabulary: int) -> Machine:
-    """One request alone, and each load's requests all at once."""
-    with untuned.open(Slo()) as server:
-        await server.wait_ready()
-        target = await _target(server)
-        whole = {load.name: _some(load, vocabulary) for load in chosen}
-        every = [shot for shots in whole.values() for shot in shots]
-        mean = float(np.mean([shot.input_tokens for shot in every]))
-        usual = min(every, key=lambda shot: abs(shot.input_tokens - mean))
-        middle = [replace(usual, due=0.0, output_tokens=ALONE_OUTPUT)]
-        await run_load(target, middle, 1, _ignore)
-        singles = [(await run_load(target, middle, 1, _ignore))[0] for _ in range(ALONE)]
-        rates = {}
-        for name, shots in whole.items():
-            found = summarise(await run_load(target, [replace(one, due=0.0) for one in shots], SEATS, _ignore))
-            rates[name] = found.request_throughput
-            common.say(
-                f"{name}: {found.request_throughput:.2f} requests/s at most, {found.output_throughput:.0f} tokens/s"
-            )
-    for record in singles:
-        if record.error is not None or record.ttft is None or record.tpot is None:
-            raise SystemExit(f"a request alone failed: {record.error}")
-    ttfts, tpots = [one.ttft for one in singles if one.ttft], [one.tpot for one in singles if one.tpot]
-    return Machine(float(np.median(ttfts)), float(np.median(tpots)), rates)
-
-
-def _some(load: Load, vocabulary: int) -> list[Shot]:
-    """Some of a load's requests, of the part that nothing is shown of; spread over all of it, for it may change."""
-    shots = load.make("tune", 1.0, 120.0, vocabulary)
-    return shots[:: max(1, len(shots) // PRESSED)][:PRESSED]
-
-
-async def _target(server: Served, timeout: float = 120.0) -> Target:
-    name = await first_model(server.address)
-    return Target(server.address, name, extra={"temperature": 0.0, "ignore_eos": True}, timeout=timeout)
-
-
-def _ignore(record: Record) -> None:
-    """Nobody is told."""
-
-
-async def _ready(servers: dict[str, Any], vocabulary: int) -> None:
-    """All loaded, and each asked twice, so that nothing is done for the first time later."""
-    for name, server in servers.items():
-        await server.wait_ready()
-        target = await _target(server)
-        warm = Shot(0.0, tuple(range(16, min(vocabulary, 80))), min(vocabulary, 80) - 16, 8)
-        for record in await run_load(target, [warm, warm], 1, _ignore):
-            if record.error is not None:
-                raise SystemExit(f"{name} failed a warm-up: {record.error}")
-
-
-# -- the contest -----------------------------------------------------------------------------------------------------
-
-
-async def _contest(
-    entrants: Sequence[Contestant],
-    servers: dict[str, Any],
-    chosen: Sequence[Load],
-    rates: Sequence[float],
-    machine: Machine,
-    cell: float,
-    vocabulary: int,
-) -> list[Row]:
-    rows: list[Row] = []
-    for number, load in enumerate(chosen):
-        for rate in rates:
-            shots = _shots(load, rate * machine.rates[load.name], ARRIVING * cell, vocabulary)
-            here = []
-            turn = (number * len(rates) + len(rows)) % len(entrants)
-            for one in [*entrants[turn:], *entrants[:turn]]:
-                common.say(f"{load.name} at {rate:g}: {len(shots)} requests, {one.name}")
-                target = await _target(servers[one.name], PATIENCE * cell)
-                records = await run_load(target, shots, None, _ignore)
-                servers[one.name].check_alive()
-                found = summarise(records, machine.slo)
-                here.append(row("cpu", load.name, rate, one.name, one.kind, found, None))
-            here.sort(key=lambda one: [entrant.name for entrant in entrants].index(one["policy"]))
-            wanted = rate * machine.rates[load.name]
-            print(f"\n{load.name}, {rate:g} of what is possible: {len(shots)} requests, {wanted:.2f}/s")
-            print(show(here), flush=True)
-            rows += here
+def _rows(pieces: Pieces, model: str, machine: Machine) -> list[Row]:
+    rows = []
+    for load in machine.rates:
+        names = dict.fromkeys((one["policy"], one["kind"]) for one in pieces.find(model=model, what="piece", load=load))
+        for name, kind in names:
+            here = pieces.find(model=model, what="piece", load=load, policy=name)
+            found = summarise(_joined(here), machine.slo)
+            rows.append(row(model, load, machine.rate, name, kind, found, None) | {"pieces": len(here)})
     return rows
 
 
-def _shots(load: Load, rate: float, seconds: float, vocabulary: int) -> list[Shot]:
-    """So many requests/s of a load for so long: the trace is run faster or slower as a whole."""
-    base = len(load.make("report", 1.0, 120.0, vocabulary)) / 120.0
-    return load.make("report", rate / base, seconds, vocabulary)
+def _joined(pieces: Sequence[dict[str, Any]]) -> list[Record]:
+    """The records of pieces as if one had followed the other."""
+    found, start = [], 0.0
+    for piece in pieces:
+        for due, sent, first, last, ended, *rest in piece["records"]:
+            times = [None if value is None else start + value for value in (due, sent, first, last, ended)]
+            found.append(Record(*times, rest[0], rest[1], error=rest[2]))  # type: ignore[arg-type]
+        start += piece["seconds"]
+    return found
 
 
 def _claims(rows: Sequence[Row]) -> dict[str, float]:
@@ -343,13 +188,171 @@ def _claims(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
-def _notes(arguments: argparse.Namespace, machine: Machine, cell: float) -> list[str]:
-    slo = machine.slo
+def _notes(pieces: Pieces, model: str, machine: Machine) -> list[str]:
+    slo, rounds = machine.slo, len({one["round"] for one in pieces.find(model=model, what="piece")})
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in machine.rates.items())
     return [
-        f"{arguments.cpu}: one request alone has TTFT {1e3 * machine.ttft:.1f} ms and TPOT {1e3 * machine.tpot:.2f} ms",
-        f"targets: TTFT {slo.ttft:.3f} s and TPOT {slo.tpot:.4f} s",
-        "requests/s that chunks of 512 serve at most: "
-        + ", ".join(f"{name} {rate:.2f}" for name, rate in machine.rates.items()),
-        f"{ARRIVING * cell:.1f} s of arrivals for each policy, load and rate; auto_vs_llama_server and "
-        "auto_vs_chunked_untuned are medians over loads and rates, the others the least",
+        f"{model}: one request alone has TTFT {1e3 * machine.ttft:.1f} ms and TPOT {1e3 * machine.tpot:.2f} ms; "
+        f"targets TTFT {slo.ttft:.3f} s and TPOT {slo.tpot:.4f} s",
+        f"{model}: requests/s that {UNTUNED} serves at most: {rates}; {machine.rate:.2f} of that is offered, for "
+        f"{machine.seconds:.1f} s in each of {rounds} rounds ({LONGER[CHANGING]:g} times as long for {CHANGING})",
     ]
+
+
+class Contest:
+    """Of one model. seconds: that it may take in all, with what earlier runs took."""
+
+    def __init__(self, model: str, arguments: argparse.Namespace, pieces: Pieces, seconds: float) -> None:
+        self._began = time.monotonic()
+        cache = common.cache_folder(arguments.cache)
+        plain = models.builtin() if model == "builtin" else models.random_llama(cache)
+        served = plain if model == "builtin" else quantised_models.fmpq(plain, cache)
+        self._model, self._pieces, self._seconds = model, pieces, seconds
+        self._fitted, self._vocabulary = FITS[model], read_config(plain).vocabulary
+        found, self._missing = peers(arguments, cache, plain, model != "builtin", self._fitted.context)
+        self._entrants = [*ours(served, self._fitted.context), *found]
+        if arguments.only:
+            kept = {*arguments.only, UNTUNED}
+            self._entrants = [one for one in self._entrants if {one.name, one.kind} & kept]
+        wanted = arguments.loads or self._fitted.loads
+        every = load_all(arguments.traces, self._fitted.azure, self._fitted.mooncake, self._fitted.mixes)
+        self._loads = [load for load in every if not wanted or load.name in wanted]
+        self._servers: dict[str, Any] = {}
+
+    def run(self) -> list[str]:
+        """Everything that has not been measured yet; what there is to say of it."""
+        spent = sum(one["seconds"] for one in self._pieces.find(model=self._model, what="piece"))
+        end = self._began + max(0.0, self._seconds - spent)
+        if spent and time.monotonic() + 0.1 * self._seconds > end:
+            return self._missing
+        with ExitStack() as stack:
+            known = self._pieces.find(model=self._model, what="machine")
+            fixed = [one for one in self._entrants if not one.learns]
+            self._open(stack, fixed, Slo())
+            machine = _machine(self._pieces, self._model) if known else asyncio.run(self._measure(end))
+            self._open(stack, [one for one in self._entrants if one.learns], machine.slo)
+            asyncio.run(self._rounds(machine, end))
+        return self._missing
+
+    def _open(self, stack: ExitStack, entrants: Sequence[Contestant], slo: Slo) -> None:
+        common.say(f"{self._model}: {len(entrants)} servers start")
+        self._servers |= {one.name: stack.enter_context(one.open(slo)) for one in entrants}
+        asyncio.run(self._ready([one.name for one in entrants]))
+
+    async def _ready(self, names: Sequence[str]) -> None:
+        """All loaded, and each asked twice, so that nothing is done for the first time later."""
+        warm = Shot(0.0, tuple(range(16, 80)), 64, 8)
+        for name in names:
+            await self._servers[name].wait_ready()
+            for record in await run_load(await self._target(name), [warm, warm], 1, _ignore):
+                if record.error is not None:
+                    raise SystemExit(f"{name} failed a warm-up: {record.error}")
+
+    async def _target(self, name: str, timeout: float = 120.0) -> Target:
+        address = self._servers[name].address
+        extra = {"temperature": 0.0, "ignore_eos": True}
+        return Target(address, await first_model(address), extra=extra, timeout=timeout)
+
+    # -- what the machine can do -----------------------------------------------------------------------------------
+
+    async def _measure(self, end: float) -> Machine:
+        target = await self._target(UNTUNED)
+        some = {load.name: self._some(load) for load in self._loads}
+        every = [shot for shots in some.values() for shot in shots]
+        mean = float(np.mean([shot.input_tokens for shot in every]))
+        usual = sorted(every, key=lambda shot: abs(shot.input_tokens - mean))[:ALONE]
+        usual = [replace(shot, due=0.0, output_tokens=ALONE_OUTPUT) for shot in usual]
+        alone = await run_load(target, usual, 1, _ignore)
+        for record in alone:
+            if record.error is not None or record.ttft is None or record.tpot is None:
+                raise SystemExit(f"a request alone failed: {record.error}")
+        ttft, tpot = (float(np.median([getattr(one, name) for one in alone])) for name in ("ttft", "tpot"))
+        rates = {}
+        for name, shots in some.items():
+            found = summarise(await run_load(target, [replace(one, due=0.0) for one in shots], SEATS, _ignore))
+            rates[name] = found.request_throughput
+            common.say(f"{self._model}, {name}: {rates[name]:.2f} requests/s at most")
+        weights = len(self._entrants) * sum(LONGER.get(load.name, 1.0) for load in self._loads)
+        seconds = ARRIVING * (end - time.monotonic()) / (ROUNDS * weights)
+        machine = Machine(ttft, tpot, rates, RATE, max(1.0, 0.85 * seconds))  # less for what comes before the rounds
+        machine = replace(machine, rate=await self._rate(machine))
+        self._pieces.add(model=self._model, what="machine", values=asdict(machine))
+        return machine
+
+    def _some(self, load: Load) -> list[Shot]:
+        """Some of a load's requests, spread over all of it, for it may change."""
+        shots = load.shots("tune", 1.0, 120.0, self._vocabulary)
+        return shots[:: max(1, len(shots) // PRESSED)][:PRESSED]
+
+    async def _rate(self, machine: Machine) -> float:
+        """The part of what is possible at which the better of two fixed policies has most requests in target."""
+        rate, names = RATE, [one.name for one in self._entrants if one.name in PROBES]
+        for piece in range(TRIES if names else 0):
+            offered, met = replace(machine, rate=rate), []
+            for name in names:
+                records = await self._serve(name, self._shots(self._loads[0], offered, "tune", 1 + piece), offered)
+                met.append(summarise(records, machine.slo).attainment or 0.0)
+            common.say(f"{self._model}: {rate:.2f} of what is possible: {max(met):.0%} in target")
+            if WANTED[0] <= max(met) <= WANTED[1] or piece + 1 == TRIES:
+                break
+            rate *= FASTER if max(met) > WANTED[1] else SLOWER
+        return rate
+
+    # -- the rounds ------------------------------------------------------------------------------------------------
+
+    async def _rounds(self, machine: Machine, end: float) -> None:
+        total = len(self._loads) * len(self._entrants)
+        longest = machine.seconds * sum(LONGER.get(load.name, 1.0) for load in self._loads) / ARRIVING
+        common.say(
+            f"{self._model}: a round has {total} pieces and takes about {longest * len(self._entrants):.0f} s; there "
+            f"are {end - time.monotonic():.0f} s"
+        )
+        for one in self._entrants:
+            if one.learns:
+                shots = self._shots(self._loads[-1], machine, "tune", 9)
+                await self._serve(one.name, shots, machine)
+        turn = 0
+        while True:
+            began, measured = time.monotonic(), 0
+            for number, load in enumerate(self._loads):
+                first = (number + turn * len(self._loads)) % len(self._entrants)
+                for one in [*self._entrants[first:], *self._entrants[:first]]:
+                    measured += await self._piece(one, load, machine, turn)
+                rows = [one for one in _rows(self._pieces, self._model, machine) if one["trace"] == load.name]
+                print(f"\n{self._model}, {load.name}, {turn + 1} rounds")
+                print(show(rows), flush=True)
+                common.say(f"{self._model}: {max(0.0, end - time.monotonic()):.0f} s left")
+            turn += 1
+            spent = (time.monotonic() - began) * total / max(measured, 1)
+            if measured and time.monotonic() + spent > end:
+                return
+
+    async def _piece(self, one: Contestant, load: Load, machine: Machine, turn: int) -> bool:
+        """Whether it had to be measured: not if an earlier run has done so."""
+        key = {"model": self._model, "what": "piece", "load": load.name, "round": turn, "policy": one.name}
+        if self._pieces.find(**key):
+            return False
+        began = time.monotonic()
+        records = await self._serve(one.name, self._shots(load, machine, "report", turn), machine)
+        self._servers[one.name].check_alive()
+        kept = [
+            (r.due, r.sent, r.first, r.last, r.ended, r.input_tokens, r.output_tokens, r.error)
+            for r in records
+        ]  # fmt: skip
+        self._pieces.add(**key, kind=one.kind, seconds=time.monotonic() - began, records=kept)
+        return True
+
+    def _shots(self, load: Load, machine: Machine, part: str, piece: int) -> list[Shot]:
+        """So many requests/s of a load for so long: the trace is run faster or slower as a whole."""
+        base = len(load.make(part, 1.0, 120.0, 0)) / 120.0
+        seconds = machine.seconds * LONGER.get(load.name, 1.0)
+        return load.shots(part, machine.rate * machine.rates[load.name] / base, seconds, self._vocabulary, piece)
+
+    async def _serve(self, name: str, shots: Sequence[Shot], machine: Machine) -> list[Record]:
+        slo, longest = machine.slo, self._fitted.azure.longest[1]
+        timeout = PATIENCE * ((slo.ttft or 0.0) + longest * (slo.tpot or 0.0))
+        return await run_load(await self._target(name, timeout), shots, None, _ignore)
+
+
+def _ignore(record: Record) -> None:
+    """Nobody is told."""

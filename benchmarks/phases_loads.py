@@ -1,13 +1,13 @@
-"""The loads of benchmarks/phases.py: parts of recorded traces scaled to a machine, and one whose mix changes twice.
+"""The loads of benchmarks/phases.py: parts of recorded traces scaled to a device, and one whose mix changes twice.
 
-A part is `tune` or `report`: what was chosen by looking at the one, a policy's constants or the best of the fixed
-policies, is shown on the other. Seeds are fixed.
+A part is `tune` or `report`: what was chosen by looking at the one, a policy's constants, a rate, or the best of the
+fixed policies, is shown on the other. Seeds are fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ class Scale:
     input: float
     output: float
     longest: tuple[int, int]
-    rate: float
+    rate: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +45,26 @@ class Mix:
 @dataclass(frozen=True, slots=True)
 class Load:
     """name: of the trace. caching: whether its prompts begin alike, so that the prefix cache takes part.
-    make(part, rate, seconds, vocabulary): the requests."""
+    make(part, rate, seconds, piece): the requests of one piece of so many seconds; no two pieces are alike."""
 
     name: str
     caching: bool
-    make: Callable[[str, float, float, int], list[Shot]]
+    make: Callable[[str, float, float, int], list[Row]]
+
+    def shots(self, part: str, rate: float, seconds: float, vocabulary: int, piece: int = 0) -> list[Shot]:
+        """The same with prompts, for a server that computes something."""
+        rows = self.make(part, rate, seconds, piece)
+        rng = np.random.default_rng([SEEDS[part], piece])
+        return traffic.shots([due for due, _ in rows], [size for _, size in rows], vocabulary, 0, rng)
+
+
+def load_all(paths: Sequence[Path], azure: Scale, mooncake: Scale, mixes: Sequence[Mix]) -> list[Load]:
+    """The traces, and the load that changes. mooncake: for traces whose prompts begin alike."""
+    found = []
+    for path in paths:
+        load = recorded(path, azure)
+        found.append(recorded(path, mooncake) if load.caching else load)
+    return [*found, changing(mixes)]
 
 
 def recorded(path: Path, scale: Scale) -> Load:
@@ -58,35 +73,30 @@ def recorded(path: Path, scale: Scale) -> Load:
     rows = traces.read_trace(path)
     caching = any(size.hashes for _, size in rows)
 
-    def make(part: str, rate: float, seconds: float, vocabulary: int) -> list[Shot]:
+    def make(part: str, rate: float, seconds: float, piece: int = 0) -> list[Row]:
         factor = scale.rate * rate
-        begin = BEGINS[part]
+        begin = BEGINS[part] + piece * seconds * factor
         if begin + seconds * factor > rows[-1][0]:
             raise SystemExit(f"{path.name} is too short for {seconds:g} s at {factor:g} times its rate, from {begin:g}")
         kept = traces.between(rows, begin, begin + seconds * factor)
-        return fitted(kept, factor, scale, vocabulary, np.random.default_rng(SEEDS[part]))
+        due, sizes = traces.scale_trace(kept, len(kept), factor, scale.input, scale.output)
+        return list(zip(due, traces.clip(sizes, *scale.longest)[0], strict=True))
 
     return Load(name, caching, make)
-
-
-def fitted(rows: Sequence[Row], factor: float, scale: Scale, vocabulary: int, rng: np.random.Generator) -> list[Shot]:
-    due, sizes = traces.scale_trace(rows, len(rows), factor, scale.input, scale.output)
-    return traffic.shots(due, traces.clip(sizes, *scale.longest)[0], vocabulary, 0, rng)
 
 
 def changing(mixes: Sequence[Mix]) -> Load:
     """Poisson arrivals of one mix after another, each for its part of the time."""
 
-    def make(part: str, rate: float, seconds: float, vocabulary: int) -> list[Shot]:
-        rng = np.random.default_rng(SEEDS[part])
-        due: list[float] = []
-        sizes: list[Size] = []
+    def make(part: str, rate: float, seconds: float, piece: int = 0) -> list[Row]:
+        rng = np.random.default_rng([SEEDS[part], piece])
+        found: list[Row] = []
         length = seconds / len(mixes)
         for number, mix in enumerate(mixes):
             count = max(1, round(mix.rate * rate * length))
-            due += [number * length + when for when in traffic.arrivals(count, mix.rate * rate, 1.0, rng)]
-            sizes += traffic.random_sizes(count, mix.input, mix.output, 0.5, rng)
-        shots = traffic.shots(due, sizes, vocabulary, 0, rng)
-        return [replace(one, due=max(0.0, one.due)) for one in sorted(shots, key=lambda one: one.due)]
+            due = [number * length + when for when in traffic.arrivals(count, mix.rate * rate, 1.0, rng)]
+            sizes: list[Size] = traffic.random_sizes(count, mix.input, mix.output, 0.5, rng)
+            found += zip(due, sizes, strict=True)
+        return sorted(found, key=lambda row: row[0])
 
     return Load(CHANGING, False, make)

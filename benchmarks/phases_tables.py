@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,20 @@ from phases_loads import CHANGING
 from weft.bench.stats import Summary
 
 Row = dict[str, Any]
-# Fixed policies of the paper and its baselines; others go beyond them, and are compared with apart.
-FIXED = ("chunk", "split", "overlap")
-BEYOND = (*FIXED, "turns", "lone", "ordered")
+Cell = tuple[str, str, float]  # device, load and rate
+# The kinds of policies that stay the same on one device.
+FIXED = ("chunk", "split", "overlap", "turns")
 LEAST = 1e-9
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """What a contest came to. targets: of TTFT and TPOT, by device."""
+
+    rows: list[Row]
+    claims: dict[str, float]
+    notes: list[str]
+    targets: dict[str, tuple[float, float]]
 
 
 def row(device: str, load: str, rate: float, name: str, kind: str, found: Summary, switches: int | None) -> Row:
@@ -48,15 +59,15 @@ def show(rows: Sequence[Row]) -> str:
     )
 
 
-def cells(rows: Sequence[Row]) -> dict[tuple[str, float], list[Row]]:
-    """The rows of every load at every rate."""
-    found: dict[tuple[str, float], list[Row]] = {}
+def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
+    """The rows of every load at every rate on every device."""
+    found: dict[Cell, list[Row]] = {}
     for one in rows:
-        found.setdefault((one["trace"], one["rate"]), []).append(one)
+        found.setdefault((one["device"], one["trace"], one["rate"]), []).append(one)
     return found
 
 
-def ratios(rows: Sequence[Row], against: Callable[[Row], bool]) -> dict[tuple[str, float], float]:
+def ratios(rows: Sequence[Row], against: Callable[[Row], bool]) -> dict[Cell, float]:
     """auto's attainment over the best of those, in every cell that has them. None within the targets counts as half a
     request, so that there is a ratio."""
     found = {}
@@ -73,13 +84,12 @@ def _attained(one: Row) -> float:
 
 
 def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
-    """The least over all cells. *_fixed: best chunk, every static split, overlap, chosen in hindsight cell by cell;
-    *_ordered: those that take turns, order the queue, or let a lane alone have the device, too, which no rival does.
-    *_pd: disaggregation, for each of its devices."""
+    """The least over all cells, those of the load that changes apart. *_fixed: best chunk, every static split, overlap
+    and turns, chosen in hindsight cell by cell. *_pd: disaggregation, for each of its devices."""
     kinds: Mapping[str, Callable[[Row], bool]] = {
         "auto_vs_best_fixed": lambda one: one["kind"] in FIXED,
         "auto_vs_best_chunk": lambda one: one["kind"] == "chunk",
-        "auto_vs_best_ordered": lambda one: one["kind"] in BEYOND,
+        "auto_vs_best_split": lambda one: one["kind"] == "split",
         "auto_vs_paper": lambda one: one["kind"] == "paper",
         "auto_vs_pd": lambda one: one["kind"] == "pd",
     }
@@ -87,8 +97,8 @@ def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
     for name, against in kinds.items():
         known = ratios(rows, against)
         for part, values in (
-            ("", [value for (trace, _), value in known.items() if trace != CHANGING]),
-            ("_changing", [value for (trace, _), value in known.items() if trace == CHANGING]),
+            ("", [value for (_, trace, _), value in known.items() if trace != CHANGING]),
+            ("_changing", [value for (_, trace, _), value in known.items() if trace == CHANGING]),
         ):
             if values:
                 found[f"{prefix}{name}{part}"] = min(values)
@@ -101,15 +111,30 @@ def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
 def no_room(rows: Sequence[Row], wanted: float = 1.1) -> list[str]:
     """Where the mix changes and a fixed policy still does so well that none could be `wanted` times better: notes."""
     found = []
-    for (trace, rate), here in cells(rows).items():
+    for (device, trace, rate), here in cells(rows).items():
         fixed = [one for one in here if one["kind"] in FIXED]
         if trace == CHANGING and fixed:
             best = max(fixed, key=_attained)
             if _attained(best) * wanted > 1.0:
                 found.append(
-                    f"{trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that nothing "
-                    f"could be {wanted:g} times better"
+                    f"{device}, {trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that "
+                    f"nothing could be {wanted:g} times better"
                 )
+    return found
+
+
+def against_best(rows: Sequence[Row]) -> list[str]:
+    """One line for each cell: auto, and the best of those that stay the same."""
+    found = []
+    for (device, trace, rate), here in cells(rows).items():
+        fixed, auto = [one for one in here if one["kind"] in FIXED], [one for one in here if one["kind"] == "auto"]
+        if fixed and auto:
+            best = max(fixed, key=_attained)
+            ratio = _attained(auto[0]) / _attained(best)
+            found.append(
+                f"{device}, {trace} at {rate:g}: auto {auto[0]['attainment']:.1%}, {best['policy']} "
+                f"{best['attainment']:.1%}: {ratio:.2f}"
+            )
     return found
 
 
@@ -124,31 +149,35 @@ def chosen_elsewhere(tuned: Sequence[Row], reported: Sequence[Row], prefix: str 
     for cell, here in cells(reported).items():
         values = {one["policy"]: _attained(one) for one in here}
         if "auto" in values and best.get(cell) in values:
-            name = "auto_vs_chosen_before" + ("_changing" if cell[0] == CHANGING else "")
+            name = "auto_vs_chosen_before" + ("_changing" if cell[1] == CHANGING else "")
             found.setdefault(f"{prefix}{name}", []).append(values["auto"] / values[best[cell]])
     return {name: min(values) for name, values in found.items()}
 
 
-def draw(rows: Sequence[Row], path: Path, device: str, targets: tuple[float, float]) -> None:
-    """One column a load: attainment, goodput, P90 of TTFT and of TPOT, against the rate."""
+def draw(rows: Sequence[Row], path: Path, targets: Mapping[str, tuple[float, float]]) -> None:
+    """One column for each device and load: attainment, goodput, P90 of TTFT and of TPOT, against the rate; bars where
+    there is one rate. targets: of TTFT and TPOT, by device."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(one["trace"] for one in rows))
+    names = list(dict.fromkeys((one["device"], one["trace"]) for one in rows))
     values = (("attainment", "in target"), ("goodput", "goodput (requests/s)"))
     values += (("ttft_p90", "P90 TTFT (s)"), ("tpot_p90", "P90 TPOT (s)"))
-    figure = Figure(figsize=(4 * len(names) + 2, 12), layout="constrained")
+    figure = Figure(figsize=(3.4 * len(names) + 2, 12), layout="constrained")
     panels: Any = figure.subplots(len(values), len(names), squeeze=False)
-    for column, name in enumerate(names):
+    one_rate = len({one["rate"] for one in rows if (one["device"], one["trace"]) == names[0]}) == 1
+    for column, (device, trace) in enumerate(names):
+        here = [one for one in rows if (one["device"], one["trace"]) == (device, trace)]
         for line, (value, words) in enumerate(values):
             axes = panels[line, column]
-            _lines(axes, [one for one in rows if one["trace"] == name], value)
+            (_bars if one_rate else _lines)(axes, here, value)
             if line >= 2:
                 axes.set_yscale("log")
-                axes.axhline(targets[line - 2], color="black", linewidth=0.8, linestyle=":")
-            axes.set(xlabel="rate, times the load's", ylabel=words if column == 0 else "")
-        panels[0, column].set_title(f"{name} ({device})")
-    panels[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    figure.savefig(path, dpi=110)
+                axes.axhline(targets[device][line - 2], color="black", linewidth=0.8, linestyle=":")
+            axes.set(xlabel="" if one_rate else "rate, times the load's", ylabel=words if column == 0 else "")
+        panels[0, column].set_title(f"{trace}\n({device})", fontsize=9)
+    if not one_rate:
+        panels[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, dpi=90)
 
 
 def _lines(axes: Any, rows: Sequence[Row], value: str) -> None:
@@ -156,3 +185,10 @@ def _lines(axes: Any, rows: Sequence[Row], value: str) -> None:
         points = sorted((one["rate"], one[value]) for one in rows if one["policy"] == policy)
         wide = 2.5 if policy == "auto" else 1.0
         axes.plot(*zip(*points, strict=True), marker="o", label=policy, linewidth=wide, markersize=3)
+
+
+def _bars(axes: Any, rows: Sequence[Row], value: str) -> None:
+    names = [one["policy"] for one in rows]
+    colours = ["tab:orange" if name == "auto" else "tab:blue" for name in names]
+    axes.bar(range(len(names)), [one[value] for one in rows], color=colours)
+    axes.set_xticks(range(len(names)), names, rotation=90, fontsize=7)

@@ -179,6 +179,48 @@ def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
     assert max(one.at for one in known) == pytest.approx(10 + 499.9)
 
 
+def test_where_nobody_decodes_for_long_prompts_have_the_whole_device_in_every_split() -> None:
+    whole = DEVICE.chunk / LAW.predict(DEVICE.chunk, 800)
+    half = DEVICE.chunk / LAW.predict(DEVICE.chunk, 800, 0.5, 1.0)
+    split = Sharing(Regime.SPLIT, Partition(6, 6))
+    seldom, often = (forecast(split, Load(2.0, (800,), output)) for output in (2.0, 500.0))
+    assert seldom.speed > 0.95 * whole > 1.5 * half
+    assert often.speed == pytest.approx(half, rel=0.01)
+
+
+def fed(policy: AutoPolicy, state: Any, begin: float, seconds: float, share: float) -> tuple[Any, float]:
+    """The state after so many seconds of decode steps on a share, and when they ended."""
+    for second in range(round(seconds)):
+        ends = [begin + second + 0.1 * i for i in range(1, 11)]
+        seen = tuple(Stepped(at, Lane.DECODE, 0.1, 0, 4 + i % 3, 400, share) for i, at in enumerate(ends))
+        state, _ = policy.decide(state, seen, EMPTY, ends[-1])
+    return state, begin + seconds
+
+
+def test_what_is_known_of_a_share_is_forgotten_in_time_but_not_while_there_is_nothing_to_do() -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    state, now = fed(policy, *fed(policy, policy.start(), 0.0, 10.0, 0.5), 10.0, 1.0)
+    assert state.model.shares == (0.5, 1.0)
+    rested, _ = fed(policy, state, now + 1000.0, 10.0, 1.0)
+    assert rested.model.shares == (0.5, 1.0)
+    busy, _ = fed(policy, state, now, 400.0, 1.0)
+    assert busy.model.shares == (1.0,)
+
+
+def test_a_load_that_changes_is_seen_in_its_rate_and_its_prompts_at_once() -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    before = tuple(Arrived(0.5 * i, 1000) for i in range(60))
+    after = tuple(Arrived(30.0 + 0.1 * i, 50) for i in range(60))
+    state, _ = policy.decide(policy.start(), before, EMPTY, 30.0)
+    load = policy._load(state, 30.0)
+    assert load.rate == pytest.approx(2.0, rel=0.05) and load.prompt == 1000
+    state, _ = policy.decide(state, after, EMPTY, 36.0)
+    load = policy._load(state, 36.0)
+    assert load.rate == pytest.approx(10.0, rel=0.05) and load.prompt == 50
+    state, _ = policy.decide(state, (Arrived(500.0, 50),), EMPTY, 500.1)
+    assert policy._load(state, 500.1).rate == 0.0, "one request is no rate"
+
+
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 

@@ -21,9 +21,11 @@ from weft.phases.forecast import Device, Load, Outlook, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
-# Kept of each kind: of one share, in all, and the seconds over which arrivals are counted.
-STEPS_EACH, STEPS_MOST, FIRSTS_MOST, PROMPTS, OUTPUTS = 40, 240, 200, 48, 64
+# Kept of each kind: steps of one share, and in all; arrivals, and for so many seconds.
+STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 40, 240, 200, 48, 64
 RATE_SECONDS = 20.0
+# After so many seconds without a step the device has rested: what is known of it is no older than before.
+REST = 1.0
 # A change has to save so many misses within the horizon, and such a part of them.
 SAVES, SAVES_PART = 0.5, 0.1
 # Shares of the prefill lane for trying out. One trial shows two shares, for the law is one for both lanes.
@@ -53,7 +55,6 @@ class AutoState:
     hold: what the last decision said of it."""
 
     sharing: Sharing
-    began: float = 0.0
     since: float = 0.0
     trial: bool = False
     tried: int = 0
@@ -127,8 +128,10 @@ class AutoPolicy:
     # -- what is known -------------------------------------------------------------------------------------------
 
     def _learn(self, state: AutoState, seen: tuple[Observation, ...], now: float) -> AutoState:
-        arrivals = [one for one in state.arrivals if now - one.at <= RATE_SECONDS]
-        arrivals += [one for one in seen if isinstance(one, Arrived)]
+        steps = [one for one in seen if isinstance(one, Stepped)]
+        state = rested(state, steps)
+        arrivals = [*state.arrivals, *(one for one in seen if isinstance(one, Arrived))]
+        arrivals = [one for one in arrivals[-ARRIVALS:] if now - one.at <= RATE_SECONDS]
         load = self._load(replace(state, arrivals=tuple(arrivals)), now)
         firsts = list(state.firsts)
         if state.model is not None:
@@ -141,10 +144,9 @@ class AutoPolicy:
                     firsts.append(TtftSample(one.at, share, used, one.ttft))
         state = replace(
             state,
-            began=state.began or now,
             arrivals=tuple(arrivals),
             firsts=tuple(firsts[-FIRSTS_MOST:]),
-            steps=kept(state.steps, (one for one in seen if isinstance(one, Stepped))),
+            steps=kept(state.steps, steps),
             outputs=(state.outputs + tuple(one.output for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
         )
         tried = state.trial and now - state.since >= self.trial  # what a trial has shown is wanted at once
@@ -160,10 +162,11 @@ class AutoPolicy:
         return replace(state, model=found, ttft=ttft if isinstance(ttft, TtftModel) else None, fitted=now)
 
     def _load(self, state: AutoState, now: float) -> Load:
-        span = min(RATE_SECONDS, max(now - state.began, 1.0)) if state.began else RATE_SECONDS
+        """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
+        arrivals = state.arrivals
+        rate = (len(arrivals) - 1) / max(now - arrivals[0].at, 1.0) if arrivals else 0.0
         output = sum(state.outputs) / len(state.outputs) if state.outputs else 100.0
-        prompts = tuple(one.tokens for one in state.arrivals[-PROMPTS:])
-        return Load(len(state.arrivals) / span, prompts, output)
+        return Load(rate, tuple(one.tokens for one in arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
         """Tokens of prompts per second on the whole device."""
@@ -288,6 +291,18 @@ def words(sharing: Sharing, shares: int) -> str:
     if sharing.regime is Regime.TURNS:
         return f"turns, {prefill}:{decode} of the time"
     return f"split, {prefill}:{decode} of {shares}"
+
+
+def rested(state: AutoState, new: list[Stepped]) -> AutoState:
+    """The state without the time in which the device had nothing to do: neither drift nor forgetting goes on then."""
+    if not (state.steps and new):
+        return state
+    rest = new[0].at - new[0].seconds - state.steps[-1].at
+    if rest < REST:
+        return state
+    steps = tuple(replace(one, at=one.at + rest) for one in state.steps)
+    firsts = tuple(replace(one, at=one.at + rest) for one in state.firsts)
+    return replace(state, steps=steps, firsts=firsts, fitted=state.fitted + rest)
 
 
 def kept(before: Iterable[Stepped], new: Iterable[Stepped]) -> tuple[Stepped, ...]:

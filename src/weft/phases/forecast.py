@@ -24,6 +24,8 @@ MOMENTS = (0.02, 0.08, 0.2, 0.5, 0.9)
 SIZES = 8
 # A turn has the work of such a part of the largest step.
 TURNS_A_STEP = 8
+# Parts of the TPOT target that a mixed step may take.
+FILLS = (0.6, 0.8, 0.95, 1.5, 2.5)
 # The part of a lane's speed that serves those in time, when more comes in than it can do and the rest is put back.
 FITS = 0.9
 
@@ -93,8 +95,10 @@ def outlook(
     batch = float(max(queue.decoding, 1))
     context = queue.context / max(queue.decoding, 1) or load.prompt
     tpot, speed = 0.0, 0.0
+    active = 1.0  # the part of the time in which somebody decodes; otherwise prompts have the whole device
     for _ in range(3):  # a slower TPOT makes the batch larger, which makes TPOT slower
-        busy, idle, speed = _pace(sharing, steps, batch, batch * context, load.prompt, device)
+        busy, idle, beside, lone = _pace(sharing, steps, batch, batch * context, load.prompt, device)
+        speed = active * beside + (1.0 - active) * lone
         # Of the time in which an answer is generated, the part beside prefill.
         life = min(HORIZON, max(load.output * (tpot or busy), 0.2))
         pressed = min(1.0, incoming / speed + backlog / (speed * life))
@@ -102,7 +106,8 @@ def outlook(
         # Who begins to decode: no more than arrive and wait, and no faster than prompts are computed.
         begin = min(load.rate + len(queue.waiting) / life, speed / max(load.prompt, 1.0))
         settled = min(float(device.seats), begin * load.output * tpot)
-        batch = max(1.0, 0.5 * (queue.decoding + settled))
+        mean = 0.5 * (queue.decoding + settled)
+        batch, active = max(1.0, mean), 1.0 - math.exp(-mean)
     used = min(1.0, incoming / speed)
     pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed)
     known, waits = _known(queue, speed, targets.ttft, now)
@@ -181,22 +186,24 @@ def _slow_arriving(load: Load, pace: Pace, target: float) -> float:
 
 def _pace(
     sharing: Sharing, steps: StepModel, batch: float, slots: float, prompt: float, device: Device
-) -> tuple[float, float, float]:
-    """(TPOT beside prefill, TPOT without, tokens of prompts per second beside decode)."""
+) -> tuple[float, float, float, float]:
+    """(TPOT beside prefill, TPOT without, tokens of prompts per second beside decode, and without)."""
     alone = steps.predict(batch, slots, 1.0)
+    lone = device.chunk / steps.predict(device.chunk, prompt, 1.0)
     chunk = float(min(sharing.chunk or device.chunk, device.chunk))
     if sharing.regime is Regime.MIXED:
         chunk = min(chunk, max(1.0, device.chunk - batch))
         step = steps.predict(batch + chunk, slots + prompt, 1.0)
-        return step, alone, chunk / step
+        return step, alone, chunk / step, lone
     x, y = sharing.partition.prefill / device.shares, sharing.partition.decode / device.shares
     if sharing.regime is Regime.TURNS:
         # A turn has the work of a chunk: of a larger step, where the device can cut it (see Planner).
         part, tokens = x / (x + y), min(device.chunk, chunk * device.layers)
         seconds = steps.predict(tokens, prompt, 1.0, parts=math.ceil(tokens / chunk))
-        return alone / (1.0 - part), alone, tokens / seconds * part
+        return alone / (1.0 - part), alone, tokens / seconds * part, lone
     over = max(1.0, x + y)
-    return steps.predict(batch, slots, y / over, 1.0), alone, chunk / steps.predict(chunk, prompt, x / over, 1.0)
+    beside = chunk / steps.predict(chunk, prompt, x / over, 1.0)
+    return steps.predict(batch, slots, y / over, 1.0), alone, beside, lone
 
 
 def _known(queue: Queue, speed: float, target: float, now: float) -> tuple[list[float], float]:
@@ -266,7 +273,8 @@ def _over(predicted: float, target: float) -> float:
 def candidates(
     steps: StepModel, targets: Targets, queue: Queue, load: Load, device: Device, weight: float = 0.0
 ) -> Sequence[Sharing]:
-    """Every way of sharing worth a forecast: chunks that fill the TPOT target to some part, turns, splits, overlap."""
+    """Every way of sharing worth a forecast: chunks that fill the TPOT target to some part, turns, splits. Not overlap,
+    of which the law says what it says of an even split."""
     whole = Partition(device.shares, device.shares)
     batch, slots = max(queue.decoding, 1), float(queue.context)
     found = [
@@ -278,16 +286,16 @@ def candidates(
     if device.shares > 1:
         units = sorted({max(1, min(device.shares - 1, round(device.shares * part / 12))) for part in range(1, 12)})
         found += [Sharing(Regime.SPLIT, Partition(unit, device.shares - unit), None, weight) for unit in units]
-        found.append(Sharing(Regime.SPLIT, whole, None, weight))
     return found
 
 
 def _chunks(steps: StepModel, targets: Targets, batch: float, slots: float, load: Load, device: Device) -> list[int]:
-    """Chunks with which a mixed step takes 0.6, 0.8 and 0.95 of the TPOT target, and as much as fits."""
+    """Chunks with which a mixed step takes such a part of the TPOT target, and as much as fits. Steps may be longer
+    than the target where prompts come seldom enough, for TPOT is a mean."""
     room = max(1, device.chunk - int(batch))
     found = {room}
     token = steps.predict(1.0, 0.0, 1.0) - steps.predict(0.0, 0.0, 1.0)
-    for part in (0.6, 0.8, 0.95):
+    for part in FILLS:
         left = targets.tpot * part - steps.predict(batch, slots + load.prompt, 1.0)
         if token > 0 and left > 0:
             found.add(max(1, min(room, int(left / token))))

@@ -102,8 +102,9 @@ def _firsts(before: AutoState, after: AutoState) -> list[Pair]:
     """Of the samples that have come in."""
     if before.ttft is None:
         return []
-    known = set(before.firsts)
-    new = [one for one in after.firsts if one not in known]
+    # What is known may have been moved in time (auto.rested), and is not new for it.
+    known = {(one.share, one.load, one.seconds) for one in before.firsts}
+    new = [one for one in after.firsts if (one.share, one.load, one.seconds) not in known]
     predicted = [(one, before.ttft.predict(one.share, one.load)) for one in new]
     return [
         Pair("TTFT", one.share, seconds, one.seconds)
