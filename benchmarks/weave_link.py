@@ -1,6 +1,6 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    python benchmarks/weave_link.py [--quick] [--json FILE] [--plot FILE] [--layers N]        as root
+    python benchmarks/weave_link.py [--quick | --short] [--json FILE] [--plot FILE] [--layers N]        as root
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
@@ -9,11 +9,12 @@ take turns, and every ratio is of one round; those that must give the same bits 
 
     plain                     all-reduce over gloo, then every rank normalises all rows: the baseline
     fused                     reduce-scatter, norm of own rows, all-gather; one strand
-    woven                     two strands, the seams in a thread of their own
+    woven, two strands        the seams in a thread of their own
+    woven                     three strands
     woven, quantised gather   rows travel as the next linear takes them (W4A8)
     no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten
                               but by not normalising all rows on every rank
-    split, no communication   the same in two strands: what splitting costs
+    split, no communication   the same in three strands: what splitting costs
 
 * woven_gain_at_25_percent_comm: plain / woven where communication is 20 to 30 % of plain; the median of such cells.
 * woven_gain_500mbit: plain / woven at 500 Mbit/s without more latency, the median over sizes and precisions.
@@ -49,8 +50,9 @@ SHAPE: dict[str, Any] = {
     "max_position_embeddings": 4096,
 }
 PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
+TWO = "woven, two strands"
 NOTHING, SPLIT = "no communication", "split, no communication"
-MODES = (PLAIN, FUSED, WOVEN, QUANTISED, NOTHING, SPLIT)
+MODES = (PLAIN, FUSED, TWO, WOVEN, QUANTISED, NOTHING, SPLIT)
 MBIT = (2000, 1000, 500, 250)
 LATENCIES = (0.0, 1e-4, 1e-3)
 TOKENS = (256, 512, 1024, 2048)
@@ -68,14 +70,25 @@ class Cell:
     tokens: int
 
 
+SHORT = (
+    *(Cell(mbit, 0.0, "w4a8", 256) for mbit in (2000, 500)),
+    *(Cell(mbit, 0.0, "bf16", 256) for mbit in (1000, 500)),
+    *(Cell(mbit, 0.0, "w4a8", 1024) for mbit in (2000, 1000, 500)),
+    *(Cell(mbit, 0.0, "bf16", 1024) for mbit in (1000, 500, 250)),
+    *(Cell(1000, latency, "w4a8", 512) for latency in LATENCIES),
+    Cell(1000, 0.0, "w4a8", 2048),
+    Cell(500, 0.0, "bf16", 2048),
+)
+
+
 def main() -> None:
     arguments = _arguments()
     if reason := _missing():
         print(f"skipped: {reason}")
         return
     watch = common.LoadWatch()
-    rounds = 3 if arguments.quick else 7
-    cells = list(grid(arguments.quick))
+    rounds = 3 if arguments.quick else 5 if arguments.short else 7
+    cells = list(grid(quick=arguments.quick, short=arguments.short))
     rows = []
     precisions = [*dict.fromkeys(cell.precision for cell in cells)]
     with _namespaces() as link, closing(Ranks(link, arguments.layers, precisions)) as ranks:
@@ -91,9 +104,12 @@ def main() -> None:
     common.report(arguments, claims(rows), rows, notes)
 
 
-def grid(quick: bool) -> Iterator[Cell]:
+def grid(*, quick: bool = False, short: bool = False) -> Iterator[Cell]:
     """Every link and size; latency on one link only, since it matters where bandwidth does not."""
     yield Cell(None, 0.0, "w4a4", 256)  # for its bytes only
+    if short:
+        yield from SHORT
+        return
     for precision in ("bf16", "w4a8"):
         for mbit in (1000, 500) if quick else MBIT:
             for latency in LATENCIES if mbit == 1000 and not quick else LATENCIES[:1]:
@@ -266,6 +282,7 @@ class Ranks:
 def _arguments() -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 6, with --quick 4)")
+    parser.add_argument("--short", action="store_true", help="a part of the grid: all claims in ten minutes")
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or (4 if arguments.quick else 6)
     return arguments

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
 from weft.core.plan import Slice
-from weft.devices.group import WAVE
+from weft.devices.group import STRANDS, WAVE
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows, input_format
 from weft.models.batch import make_batch
@@ -26,6 +26,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import parse_config
 from weft.models.loader import Dummy, LayerWeights, Weights
 from weft.models.measure import measure
+from weft.models.ranked import cut_step
 from weft.models.rope import Rotary
 from weft.models.shard import Part, shard_config
 from weft.weave.background import Background
@@ -33,11 +34,13 @@ from weft.weave.choice import Mode, choose_mode
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect, meet
 from weft.weave.rows import JoinRows
-from weft.weave.split import choose_cut, divide
+from weft.weave.sockets import connect_sockets
+from weft.weave.split import choose_strands
 from weft.weave.weaver import Weaver, no_format
 
 RANKS, TIMEOUT, KV_BLOCK = 2, 300.0, 16
 PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
+TWO = "woven, two strands"
 NOTHING, SPLIT = "no communication", "split, no communication"
 ROUNDS_OF_A_SEAM = 2  # one after the other, in an all-reduce of two ranks as well
 
@@ -144,37 +147,37 @@ class Rank:
         store = meet(orders["address"], orders["port"], self.rank, RANKS, timeout=TIMEOUT)
 
         def messages(name: str) -> Any:
-            return connect(PrefixStore(name, store), self.rank, RANKS, bind=orders["bind"], timeout=TIMEOUT)
+            join = connect if name == PLAIN else connect_sockets
+            return join(PrefixStore(name, store), self.rank, RANKS, bind=orders["bind"], timeout=TIMEOUT)
 
         capacity = most * raw["hidden_size"] * 4
-        self.plain = Delayed(AllReduceCollective(messages("plain"), FusedRows(self.kernels)))
-        self.fused = Delayed(DistributedCollective(messages("fused"), FusedRows(self.kernels), capacity=capacity))
-        self.behind = Delayed(DistributedCollective(messages("woven"), FusedRows(own), capacity=capacity))
+        self.plain = Delayed(AllReduceCollective(messages(PLAIN), FusedRows(self.kernels)))
+        self.fused = Delayed(DistributedCollective(messages(FUSED), FusedRows(self.kernels), capacity=capacity))
+        self.behind = Delayed(DistributedCollective(messages(WOVEN), FusedRows(own), capacity=capacity))
         self.woven = Background(self.behind, (core,))
         self.silent = Silent(self.rank, FusedRows(self.kernels))
 
-    def modes(self, model: Model) -> dict[str, tuple[Collective, bool, bool]]:
-        """(collective, two strands, quantised gather) by name."""
-        found: dict[str, tuple[Collective, bool, bool]] = {
-            PLAIN: (self.plain, False, False),
-            FUSED: (self.fused, False, False),
-            WOVEN: (self.woven, True, False),
-            NOTHING: (self.silent, False, False),
-            SPLIT: (self.silent, True, False),
+    def modes(self, model: Model) -> dict[str, tuple[Collective, int, bool]]:
+        """(collective, strands, quantised gather) by name."""
+        most = max(STRANDS)
+        found: dict[str, tuple[Collective, int, bool]] = {
+            PLAIN: (self.plain, 1, False),
+            FUSED: (self.fused, 1, False),
+            TWO: (self.woven, 2, False),
+            WOVEN: (self.woven, most, False),
+            NOTHING: (self.silent, 1, False),
+            SPLIT: (self.silent, most, False),
         }
-        return found | ({QUANTISED: (self.woven, True, True)} if model.quantised else {})
+        return found | ({QUANTISED: (self.woven, most, True)} if model.quantised else {})
 
     @torch.inference_mode()
-    def step(self, model: Model, tokens: int, collective: Collective, *, split: bool, quantised: bool) -> torch.Tensor:
-        """Of a prompt of so many tokens, the last row is kept."""
+    def step(self, model: Model, tokens: int, collective: Collective, count: int, quantised: bool) -> torch.Tensor:
+        """Of a prompt of so many tokens, the last row is kept. count: of strands."""
         prompt = Slice(0, 0, tuple(range(tokens)), tuple(range(-(-tokens // KV_BLOCK))))
-        at = choose_cut([tokens], WAVE) if split else tokens
-        parts = divide([prompt], at)
-        strands = []
-        for own, last in zip(parts, (at == tokens, True), strict=True):
-            if own:
-                rows = sum(len(piece.tokens) for piece in own)
-                strands.append(model.decoder.strand(make_batch(own, KV_BLOCK, [rows - 1] if last else []), model.kv))
+        strands = [
+            model.decoder.strand(make_batch(own, KV_BLOCK, kept), model.kv)
+            for own, kept in cut_step([prompt], [tokens - 1], choose_strands([tokens], WAVE, count))
+        ]
         formats = (lambda packed: input_format(self.kernels, packed)) if quantised else no_format
         return torch.cat(Weaver(collective, formats).weave(strands))
 
@@ -188,10 +191,10 @@ class Rank:
         seconds: dict[str, list[float]] = {name: [] for name in modes}
         sent: dict[str, int] = {}
         for _ in range(job["rounds"]):
-            for name, (collective, split, quantised) in modes.items():
+            for name, mode in modes.items():
                 self.fused.gather(torch.zeros(1))
                 begun, before = time.perf_counter(), _sent(self.orders["interface"])
-                self.step(model, tokens, collective, split=split, quantised=quantised)
+                self.step(model, tokens, *mode)
                 seconds[name].append(time.perf_counter() - begun)
                 sent[name] = _sent(self.orders["interface"]) - before
         return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, tokens)}
@@ -200,15 +203,13 @@ class Rank:
         collectives: dict[Mode, Collective] = {Mode.PLAIN: self.plain, Mode.FUSED: self.fused, Mode.WOVEN: self.woven}
         sizes = sorted({64, tokens // 2, tokens})
         costs = measure(model.decoder, model.kv, KV_BLOCK, collectives, sizes)
-        return choose_mode(costs, tokens, choose_cut([tokens], WAVE)).value
+        mode, strands = choose_mode(costs, tokens, [choose_strands([tokens], WAVE, count) for count in STRANDS])
+        return TWO if len(strands) == 2 else mode.value
 
-    def _compare(self, model: Model, tokens: int, modes: dict[str, tuple[Collective, bool, bool]]) -> None:
+    def _compare(self, model: Model, tokens: int, modes: dict[str, tuple[Collective, int, bool]]) -> None:
         """Also warms up. Raises ArithmeticError where the modes that must have the same bits do not."""
         same = [name for name in modes if name not in (PLAIN, NOTHING, SPLIT)]
-        found = {
-            name: self.step(model, tokens, collective, split=split, quantised=quantised)
-            for name, (collective, split, quantised) in modes.items()
-        }
+        found = {name: self.step(model, tokens, *mode) for name, mode in modes.items()}
         for name in same:
             if not torch.equal(found[name], found[FUSED]):
                 raise ArithmeticError(f"{name} and {FUSED} do not agree for {tokens} tokens")

@@ -110,7 +110,16 @@ void bind_recording(nb::class_<Program>& program) {
           },
           arg("type"), arg("domain"), arg("gate_up"), arg("size"), arg("out"))
       .def("best", nb::overload_cast<int64_t, int64_t>(&Program::best), arg("x"), arg("size"))
-      .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"));
+      .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"))
+      .def(
+          "seam",
+          [](Program& self, SeamGroup& group, int type, uintptr_t weight, float eps, int64_t size, bool first, int domain,
+             int64_t x, int64_t residual, int64_t out) {
+            self.seam(group, norm_form(type, weight, eps, size), first, Domain(domain), x, residual, out);
+          },
+          arg("group"), arg("type"), arg("weight"), arg("eps"), arg("size"), arg("first"), arg("domain"), arg("x"),
+          arg("residual"), arg("out"))
+      .def("take_own", &Program::take_own, arg("group"), arg("residual"), arg("row_bytes"), arg("out"));
 }
 
 }  // namespace

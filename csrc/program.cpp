@@ -1,6 +1,8 @@
 #include "program.h"
 
+#include <algorithm>
 #include <chrono>
+#include <cstring>
 #include <utility>
 
 #include "attention_plan.h"
@@ -14,6 +16,26 @@ NormCall norm_call(const Step& step, const NormForm& form, Domain domain, int64_
   void* sum = residual < 0 ? nullptr : step.at(residual, domain);
   return {form.type, step.at(x, domain),  sum,      form.weight,
           form.eps,  step.rows(domain), form.size, step.at(out, domain)};
+}
+
+// Rank r owns rows bounds[r] to bounds[r + 1]: evenly of all rows; of those that are sampled, those it owned before.
+std::vector<int64_t> bounds_of(const Step& step, Domain domain, int ranks) {
+  std::vector<int64_t> bounds;
+  for (int rank = 0; rank <= ranks; rank++) {
+    const int64_t bound = rank * step.batch.rows / ranks;
+    const auto& rows = step.sampled;
+    bounds.push_back(domain == Domain::tokens ? bound : std::lower_bound(rows.begin(), rows.end(), bound) - rows.begin());
+  }
+  return bounds;
+}
+
+// What all ranks must be about to do: the call of this number, for these rows.
+uint64_t fingerprint(uint64_t number, int64_t size, const std::vector<int64_t>& bounds) {
+  uint64_t mixed = 0xcbf29ce484222325;
+  const auto mix = [&mixed](uint64_t word) { mixed = (mixed ^ word) * 0x100000001b3; };
+  mix(number), mix(uint64_t(size));
+  for (int64_t bound : bounds) mix(uint64_t(bound));
+  return mixed;
 }
 
 GateCall gate_call(const Step& step, Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out) {
@@ -132,6 +154,44 @@ void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
   });
 }
 
+void Program::seam(SeamGroup& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual,
+                   int64_t out) {
+  ranked_ = true;
+  add(domain, [=, &group, number = calls_.size()](const Step& step) {
+    const std::vector<int64_t> bounds = bounds_of(step, domain, group.segment().ranks());
+    group.start(step.backend, {
+        .plan = {fingerprint(number, form.size, bounds), bounds.back()},
+        .type = form.type,
+        .part_type = form.type,
+        .partial = step.at<char>(x, domain),
+        .replicated = first,
+        .bounds = bounds,
+        .residual = step.at<char>(residual, domain),
+        .fresh = first,
+        .weight = form.weight,
+        .eps = form.eps,
+        .size = form.size,
+        .hidden = step.at<char>(out, domain),
+        .quantised = nullptr,
+        .form = nullptr,
+    });
+    group.finish(step.backend);
+  });
+}
+
+void Program::take_own(SeamGroup& group, int64_t residual, int64_t row_bytes, int64_t out) {
+  ranked_ = true;
+  add(Domain::sampled, [=, &group](const Step& step) {
+    const int rank = group.segment().rank();
+    const int64_t first = bounds_of(step, Domain::tokens, group.segment().ranks())[size_t(rank)];
+    const std::vector<int64_t> bounds = bounds_of(step, Domain::sampled, group.segment().ranks());
+    const char* from = step.at<char>(residual);
+    char* to = step.at<char>(out, Domain::sampled);
+    for (int64_t i = bounds[size_t(rank)]; i < bounds[size_t(rank) + 1]; i++, to += row_bytes)
+      memcpy(to, from + (step.sampled[size_t(i)] - first) * row_bytes, size_t(row_bytes));
+  });
+}
+
 void Program::check(const BatchView& batch, const int64_t* tokens, const std::vector<int64_t>& sampled, size_t first,
                     size_t last) const {
   if (first > last || last > calls_.size())
@@ -145,6 +205,8 @@ void Program::check(const BatchView& batch, const int64_t* tokens, const std::ve
     if (row < 0 || row >= batch.rows)
       throw std::invalid_argument("there is no row " + std::to_string(row) + " to sample after; the batch has " +
                                   std::to_string(batch.rows));
+  if (ranked_ && !std::is_sorted(sampled.begin(), sampled.end()))
+    throw std::invalid_argument("the rows to sample after must be in ascending order");
   if (embedding_ != nullptr) embedding_->check(tokens, batch.rows);
   if (kv_ == nullptr) return;
   check_slices(batch, kv_->view());

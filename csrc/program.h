@@ -14,6 +14,7 @@
 
 #include "elementwise.h"
 #include "packed.h"
+#include "seam.h"
 #include "step_batch.h"
 
 namespace weft {
@@ -80,6 +81,10 @@ class Program {
   void silu_mul(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out);
   void best(int64_t x, int64_t size);  // of each sampled row of floats
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
+  // A seam of ranks (weave/collective.py), between rows that are evenly owned. first: x is the embedding, the same on all
+  // ranks, and the residual is written. The residual has this rank's own rows only, from its place on.
+  void seam(SeamGroup& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual, int64_t out);
+  void take_own(SeamGroup& group, int64_t residual, int64_t row_bytes, int64_t out);  // those that are sampled
 
   // Replays the calls from `first` to before `last`: a step may be cut anywhere, if its parts follow each other with the
   // same batch. Throws std::invalid_argument for a batch that does not fit.
@@ -108,6 +113,7 @@ class Program {
   std::vector<Best> best_;
   StepBatch batch_;
   const PackedEmbedding* embedding_ = nullptr;
+  bool ranked_ = false;  // sampled rows must be in ascending order
   // One KV with each of the checks that a batch must pass: layers of one model differ in nothing that they look at.
   const LayerKv* kv_ = nullptr;
   int64_t max_positions_ = 0;

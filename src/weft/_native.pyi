@@ -152,6 +152,25 @@ class Program:
     def attention(self, kv: LayerKv, heads: int, scale: float, window: int, q: int, out: int) -> None: ...
     def silu_mul(self, type: int, domain: int, gate_up: int, size: int, out: int) -> None: ...
     def take(self, x: int, row_bytes: int, out: int) -> None: ...
+    def seam(
+        self,
+        group: SeamGroup,
+        type: int,
+        weight: int,
+        eps: float,
+        size: int,
+        first: bool,
+        domain: int,
+        x: int,
+        residual: int,
+        out: int,
+    ) -> None:
+        """A fused seam. first: x is the same on all ranks, and the residual is written. A run that comes to it raises
+        RuntimeError as `SeamGroup.finish`."""
+
+    def take_own(self, group: SeamGroup, residual: int, row_bytes: int, out: int) -> None:
+        """Of a residual at a seam, the own rows that are sampled."""
+
     def best(self, x: int, size: int) -> None:
         """The number and the value of the greatest element of each sampled row: what a run returns."""
 

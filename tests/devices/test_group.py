@@ -31,15 +31,16 @@ def slices(*lengths: int) -> list[Slice]:
 
 
 def test_a_step_is_cut_only_where_it_is_woven() -> None:
-    assert Chooser("fused", None)(slices(40, 40)) == (Mode.FUSED, 80)
-    assert Chooser("plain", None)(slices(40, 40)) == (Mode.PLAIN, 80)
-    mode, at = Chooser("woven", None)(slices(48, 48))
-    assert (mode, at) == (Mode.WOVEN, 48)
-    assert Chooser("woven", None)(slices(WAVE - 1)) == (Mode.WOVEN, WAVE - 1)  # one wave: one strand
+    assert Chooser("fused", None)(slices(40, 40)) == (Mode.FUSED, (80,))
+    assert Chooser("plain", None)(slices(40, 40)) == (Mode.PLAIN, (80,))
+    assert Chooser("woven", None)(slices(48, 48, 48)) == (Mode.WOVEN, (48, 48, 48))
+    assert Chooser("woven", None)(slices(WAVE - 1)) == (Mode.WOVEN, (WAVE - 1,))  # one wave: one strand
     stage, seam = Curve(((1, 0.0), (1000, 1.0))), Curve(((1, 0.0), (1000, 0.5)))
     costs = Costs(8, stage, stage, {Mode.FUSED: seam}, 0.0)
-    assert Chooser("auto", costs)(slices(48, 48)) == (Mode.WOVEN, 48)
-    assert Chooser("auto", replace(costs, drag=1.0))(slices(48, 48)) == (Mode.FUSED, 96)
+    assert Chooser("auto", costs)(slices(48, 48)) == (Mode.WOVEN, (48, 48))
+    assert Chooser("auto", replace(costs, drag=1.0))(slices(48, 48)) == (Mode.FUSED, (96,))
+    short = replace(costs, attend=Curve(((1, 0.0), (1000, 0.3))))
+    assert Chooser("auto", short)(slices(48, 48)) == (Mode.WOVEN, (36, 36, 24))  # two stages beside each seam
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -51,7 +51,7 @@ pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is
 BLOCK = 16
 Pause = Callable[[int, int, str], None]
 Format = Callable[[Any], Quantise | None]
-Step = tuple[Sequence[Slice], Sequence[int], Mode, int]
+Step = tuple[Sequence[Slice], Sequence[int], Mode, Sequence[int]]  # the last: tokens of each strand
 
 
 class AllRows:
@@ -83,13 +83,13 @@ class AllRows:
 class Group:
     """Ranks that carry out the same steps. `run` gives the logits of each rank."""
 
-    def __init__(self, forwards: Sequence[Ranked], plans: list[tuple[Mode, int]]) -> None:
+    def __init__(self, forwards: Sequence[Ranked], plans: list[tuple[Mode, tuple[int, ...]]]) -> None:
         self._forwards = forwards
         self._plans = plans
 
     def run(self, step: Step, *, whole: bool = False) -> list[torch.Tensor]:
-        slices, rows, mode, at = step
-        self._plans[:] = [(mode, at)]
+        slices, rows, mode, strands = step
+        self._plans[:] = [(mode, tuple(strands))]
 
         def one(forward: Ranked) -> torch.Tensor:
             torch.set_num_threads(1)
@@ -115,7 +115,7 @@ def open_group(
 ) -> Iterator[Group]:
     """seed: of random weights; None for the folder's own. name: of the kernels."""
     config = read_config(folder)
-    plans: list[tuple[Mode, int]] = []
+    plans: list[tuple[Mode, tuple[int, ...]]] = []
     with ExitStack() as stack:
         kernels = [open_kernels(name, (0,)) for _ in range(ranks)]
         for own in kernels:
@@ -186,17 +186,17 @@ def tokens(count: int, seed: int) -> tuple[int, ...]:
     return tuple(draw.randrange(131) for _ in range(count))
 
 
-def steps(mode: Mode, at: int) -> tuple[Step, Step]:
+def steps(mode: Mode, *strands: int) -> tuple[Step, Step]:
     """A step of a prompt; then 14 tokens: the end of that prompt, two new ones, of which one goes on, and a decode."""
     old = tokens(9, 1)
-    first: Step = ([Slice(1, 0, old[:5], (3,)), Slice(2, 0, tokens(17, 2), (7, 1))], [21], Mode.FUSED, 22)
+    first: Step = ([Slice(1, 0, old[:5], (3,)), Slice(2, 0, tokens(17, 2), (7, 1))], [21], Mode.FUSED, (22,))
     second = [
         Slice(1, 5, old[5:], (3,)),
         Slice(3, 0, tokens(6, 3), (0,)),
         Slice(2, 17, tokens(1, 4), (7, 1)),
         Slice(4, 0, tokens(3, 5), (9,)),
     ]
-    return first, (second, [3, 9, 10], mode, at)
+    return first, (second, [3, 9, 10], mode, strands)
 
 
 def late(rank: int, seam: int, stage: str) -> None:
@@ -213,14 +213,15 @@ def test_every_cut_gives_the_same_bits_on_every_rank(tmp_path: Path, ranks: int,
         wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
     with open_group(folder, BEST, ranks, dtype, seed=3, pause=late) as group:
         bits: torch.Tensor | None = None
-        for mode, at in [(Mode.FUSED, 14), (Mode.PLAIN, 14), *((Mode.WOVEN, cut) for cut in range(1, 15))]:
-            results = [group.run(step) for step in steps(mode, at)]
+        cuts = [(14,), *((cut, 14 - cut) for cut in range(1, 14)), (1, 1, 12), (4, 5, 5), (2, 9, 1, 2)]
+        for mode, strands in [(Mode.FUSED, (14,)), (Mode.PLAIN, (14,)), *((Mode.WOVEN, cut) for cut in cuts)]:
+            results = [group.run(step) for step in steps(mode, *strands)]
             for result, want in zip(results, wanted, strict=True):
-                assert all(torch.equal(result[0], other) for other in result[1:]), (mode, at)
+                assert all(torch.equal(result[0], other) for other in result[1:]), (mode, strands)
                 close = 1e-4 if dtype is torch.float32 else 0.03
                 torch.testing.assert_close(result[0], want, atol=close, rtol=close)
             bits = results[1][0] if bits is None else bits
-            assert torch.equal(bits, results[1][0]), (mode, at)
+            assert torch.equal(bits, results[1][0]), (mode, strands)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +246,7 @@ def test_models_of_every_kind(tmp_path: Path, changes: dict[str, Any], kernels: 
         open_alone(folder, kernels, torch.float32, seed=5) as alone,
         open_group(folder, kernels, 2, torch.float32, seed=5) as group,
     ):
-        for step in steps(Mode.WOVEN, 7):
+        for step in steps(Mode.WOVEN, 7, 7):
             result = group.run(step)
             assert torch.equal(*result)
             torch.testing.assert_close(result[0], alone(step), atol=1e-4, rtol=1e-4)
@@ -254,12 +255,12 @@ def test_models_of_every_kind(tmp_path: Path, changes: dict[str, Any], kernels: 
 def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(tmp_path: Path) -> None:
     folder = folder_of(tmp_path)
     with open_group(folder, BEST, 2, torch.float32, seed=3) as group:
-        first, (slices, rows, _, _) = steps(Mode.WOVEN, 7)
+        first, (slices, rows, _, _) = steps(Mode.WOVEN, 7, 7)
         group.run(first)
-        wanted = group.run((slices, rows, Mode.WOVEN, 7))
-        whole = group.run((slices, rows, Mode.WOVEN, 7), whole=True)
+        wanted = group.run((slices, rows, Mode.WOVEN, (7, 7)))
+        whole = group.run((slices, rows, Mode.WOVEN, (7, 7)), whole=True)
         assert torch.equal(*whole) and torch.equal(whole[0][rows], wanted[0])
-        assert [result.shape for result in group.run((slices, [], Mode.WOVEN, 7))] == [(0, 131)] * 2
+        assert [result.shape for result in group.run((slices, [], Mode.WOVEN, (7, 7)))] == [(0, 131)] * 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -274,8 +275,8 @@ def test_four_bits_and_a_quantised_gather(
     found = []
     for quantised_gather in (False, True):
         with open_group(tmp_path, BEST, 2, dtype, cache=cache, quantised_gather=quantised_gather) as group:
-            for mode, at in ((Mode.FUSED, 14), (Mode.WOVEN, 7), (Mode.WOVEN, 11)):
-                results = [group.run(step) for step in steps(mode, at)]
+            for mode, strands in ((Mode.FUSED, (14,)), (Mode.WOVEN, (7, 7)), (Mode.WOVEN, (2, 9, 3))):
+                results = [group.run(step) for step in steps(mode, *strands)]
                 found.append([result[0] for result in results])
                 assert all(torch.equal(*result) for result in results)
     for results in found:

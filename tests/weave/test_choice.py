@@ -21,8 +21,8 @@ def test_a_curve_goes_through_its_points_and_on_beyond_them() -> None:
     assert [Curve(((8, 3.0),))(tokens) for tokens in (1, 100)] == [3.0, 3.0]
 
 
-def woven_by_events(costs: Costs, prefix: int, suffix: int) -> float:
-    """Clock by clock: a stage starts when its strand's seam has come, and the other's seam starts after the stage."""
+def two_by_pairs(costs: Costs, prefix: int, suffix: int) -> float:
+    """Two strands: each stage is beside the seam of the other, and both must be over before the next."""
     assert costs.drag is not None
     now, flying = 0.0, 0.0  # what is left of the seam in flight
     for _ in range(costs.layers):
@@ -34,6 +34,19 @@ def woven_by_events(costs: Costs, prefix: int, suffix: int) -> float:
     return now + flying
 
 
+def by_lists(costs: Costs, strands: list[int]) -> float:
+    """Any number of strands, without drag, all layers: when each stage and each seam ends."""
+    stages: list[float] = []
+    seams: list[float] = []
+    for number in range(2 * costs.layers * len(strands)):
+        own = strands[number % len(strands)]
+        stage = (costs.attend, costs.feed)[number // len(strands) % 2]
+        last = seams[number - len(strands)] if number >= len(strands) else 0.0
+        stages.append(max(stages[-1] if stages else 0.0, last) + stage(own))
+        seams.append(max(stages[-1], seams[-1] if seams else 0.0) + costs.seams[Mode.FUSED](own))
+    return max(stages[-1], seams[-1])
+
+
 @given(SECONDS, SECONDS, SECONDS, st.floats(0, 1), st.integers(1, 40), st.integers(2, 900), st.data())
 @settings(deadline=None)
 def test_the_time_of_a_woven_step(
@@ -41,12 +54,27 @@ def test_the_time_of_a_woven_step(
 ) -> None:
     prefix = data.draw(st.integers(1, tokens - 1))
     costs = Costs(layers, line(0.0, attend), line(0.01, feed), {Mode.FUSED: line(0.001, seam)}, drag)
-    took = woven_by_events(costs, prefix, tokens - prefix)
-    # By the clock nothing is in flight beside the first stage; in a layer of many it is.
-    first = costs.attend(prefix)
-    last = costs.seams[Mode.FUSED](tokens - prefix)
-    beside = max(first, last) + drag * min(first, last)
-    assert costs.seconds(Mode.WOVEN, tokens, prefix) == pytest.approx(took - first + beside)
+    assert costs.seconds(Mode.WOVEN, (prefix, tokens - prefix)) == pytest.approx(
+        two_by_pairs(costs, prefix, tokens - prefix)
+    )
+
+
+@given(SECONDS, SECONDS, SECONDS, st.integers(1, 40), st.integers(2, 5), st.integers(1, 300))
+@settings(deadline=None)
+def test_even_strands_take_the_same_time_in_every_layer(
+    attend: float, feed: float, seam: float, layers: int, strands: int, tokens: int
+) -> None:
+    """So that a few layers tell of all."""
+    costs = Costs(layers, line(0.0, attend), line(0.01, feed), {Mode.FUSED: line(0.001, seam)}, 0.0)
+    assert costs.seconds(Mode.WOVEN, [tokens] * strands) == pytest.approx(by_lists(costs, [tokens] * strands))
+
+
+def test_a_third_strand_evens_out_short_and_long_stages() -> None:
+    costs = Costs(20, line(0.0, 2e-6), line(0.0, 8e-6), {Mode.FUSED: line(0.0, 3e-6)}, 0.0)
+    alone = 20 * 10e-6 * 900
+    two, three = (costs.seconds(Mode.WOVEN, [900 // count] * count) / alone for count in (2, 3))
+    assert two > 1.09 and three < 1.02
+    assert choose_mode(costs, 900, [(450, 450), (300, 300, 300)]) == (Mode.WOVEN, (300, 300, 300))
 
 
 @given(
@@ -63,27 +91,29 @@ def test_the_chosen_mode_is_never_slower_than_a_simpler_one(
     a, b, c, d, e, f, g, h = numbers
     seams = {Mode.FUSED: line(c, d), Mode.PLAIN: line(e, f), Mode.ONE_SHOT: line(f, c)}
     costs = Costs(4, line(a, b), line(g, h), {mode: seams[mode] for mode in (Mode.FUSED, *others)}, drag)
-    chosen = choose_mode(costs, tokens, prefix)
+    cuts = [(prefix, tokens - prefix), (prefix, 1, tokens - prefix - 1)] if 0 < prefix < tokens - 1 else [(tokens,)]
+    chosen, strands = choose_mode(costs, tokens, cuts)
     simpler = [mode for mode in list(Mode)[: list(Mode).index(chosen)] if mode in costs.seams]
-    took = costs.seconds(chosen, tokens, prefix)
-    assert all(took <= (1 - GAIN) * costs.seconds(mode, tokens, prefix) for mode in simpler)
+    took = costs.seconds(chosen, strands)
+    assert all(took <= (1 - GAIN) * costs.seconds(mode, (tokens,)) for mode in simpler)
     for mode in costs.seams:  # nothing that there is would save much more
-        assert took <= costs.seconds(mode, tokens, prefix) / (1 - GAIN)
-    if drag is None or not 0 < prefix < tokens:
+        assert took <= costs.seconds(mode, (tokens,)) / (1 - GAIN)
+    if drag is not None and len(cuts) > 1:
+        assert all(took <= costs.seconds(Mode.WOVEN, cut) / (1 - GAIN) for cut in cuts)
+    assert strands in cuts if chosen is Mode.WOVEN else strands == (tokens,)
+    if drag is None or len(cuts) == 1:
         assert chosen is not Mode.WOVEN
 
 
 def test_weaving_loses_where_seams_are_latency_and_wins_where_they_are_bandwidth() -> None:
-    latency = Costs(8, line(0.0, 1e-5), line(0.0, 1e-5), {Mode.FUSED: line(4e-3, 0.0)}, 0.0)
-    assert choose_mode(latency, 200, 100) is Mode.FUSED
-    bandwidth = Costs(8, line(0.0, 1e-5), line(0.0, 1e-5), {Mode.FUSED: line(0.0, 5e-6)}, 0.1)
-    assert choose_mode(bandwidth, 200, 100) is Mode.WOVEN
-    taxed = Costs(8, Curve(((1, 1e-3), (256, 1.1e-3))), line(1e-3, 0.0), {Mode.FUSED: line(0.0, 5e-6)}, 0.1)
-    assert choose_mode(taxed, 200, 100) is Mode.FUSED  # a half costs as much as the whole: one wave
-    assert (
-        choose_mode(Costs(8, line(0.0, 1e-5), line(0.0, 1e-5), {Mode.FUSED: line(0.0, 5e-6)}, 1.0), 200, 100)
-        is Mode.FUSED
-    )
+    def chosen(stage: Curve, seam: Curve, drag: float) -> Mode:
+        return choose_mode(Costs(8, stage, stage, {Mode.FUSED: seam}, drag), 200, [(100, 100), (67, 67, 66)])[0]
+
+    assert chosen(line(0.0, 1e-5), line(4e-3, 0.0), 0.0) is Mode.FUSED
+    assert chosen(line(0.0, 1e-5), line(0.0, 5e-6), 0.1) is Mode.WOVEN
+    one_wave = Curve(((1, 1e-3), (256, 1.1e-3)))  # a part costs as much as the whole
+    assert chosen(one_wave, line(0.0, 5e-6), 0.1) is Mode.FUSED
+    assert chosen(line(0.0, 1e-5), line(0.0, 5e-6), 1.0) is Mode.FUSED
 
 
 def test_all_ranks_go_by_the_slowest() -> None:

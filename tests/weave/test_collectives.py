@@ -28,8 +28,8 @@ from weft.weave.background import Background
 from weft.weave.collective import Join
 from weft.weave.local import Alone, Threads
 
-BACKENDS = ("shm", "gloo")
-GROUPS = ("shm-2", "shm-3", "shm-4", "gloo-2", "gloo-3", "gloo-4", "one_round-3")
+BACKENDS = ("shm", "gloo", "sockets")
+GROUPS = ("shm-2", "shm-3", "shm-4", "gloo-2", "gloo-3", "gloo-4", "sockets-2", "sockets-4", "one_round-3")
 FOLDER = Path(__file__).parent
 many = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

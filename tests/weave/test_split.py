@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
 from itertools import accumulate, pairwise
 from math import ceil
 
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 
 from weft.core.plan import Sampling, Slice
 from weft.core.sampling import SamplingParams
-from weft.weave.split import choose_cut, divide, even_bounds, kept_bounds
+from weft.weave.split import choose_cut, choose_strands, divide, even_bounds, kept_bounds
 
 LENGTHS = st.lists(st.integers(1, 90), min_size=1, max_size=8)
 
@@ -20,20 +21,37 @@ def legal_cuts(total: int, wave: int) -> list[int]:
     return [cut for cut in range(1, total) if ceil(cut / wave) + ceil((total - cut) / wave) <= ceil(total / wave)]
 
 
-@given(LENGTHS, st.integers(1, 64), st.floats(0, 1))
+@given(LENGTHS, st.integers(1, 64), st.floats(0, 1), st.integers(2, 5))
 @settings(deadline=None)
-def test_the_chosen_cut_is_the_best_legal_one(lengths: list[int], wave: int, tolerance: float) -> None:
-    total = sum(lengths)
+def test_the_chosen_cut_is_the_best_legal_one(lengths: list[int], wave: int, tolerance: float, parts: int) -> None:
+    total, even = sum(lengths), Fraction(sum(lengths), parts)
     legal = legal_cuts(total, wave)
-    cut = choose_cut(lengths, wave, tolerance)
+    cut = choose_cut(lengths, wave, tolerance, parts)
     if not legal:
         assert cut == total
         return
     assert cut in legal
-    between = [end for end in accumulate(lengths) if end in legal and abs(end - total / 2) <= tolerance * total]
+    between = [end for end in accumulate(lengths) if end in legal and abs(end - even) <= Fraction(tolerance) * total]
     candidates = between or legal
-    assert abs(cut - total / 2) == min(abs(other - total / 2) for other in candidates)
+    assert abs(cut - even) == min(abs(other - even) for other in candidates)
     assert cut in candidates
+
+
+@given(LENGTHS, st.integers(1, 64), st.integers(1, 5))
+@settings(deadline=None)
+def test_strands_have_all_tokens_and_take_no_more_waves(lengths: list[int], wave: int, count: int) -> None:
+    total = sum(lengths)
+    strands = choose_strands(lengths, wave, count)
+    assert sum(strands) == total and min(strands) > 0 and len(strands) <= count
+    assert sum(ceil(strand / wave) for strand in strands) <= ceil(total / wave)
+    assert choose_strands(lengths, wave, 2) in ((total,), (cut := choose_cut(lengths, wave), total - cut))
+    if all(length % wave == 0 for length in lengths) and total >= count * wave:
+        assert len(strands) == count
+
+
+def test_strands_are_even_where_they_can_be() -> None:
+    assert choose_strands([1024], 12, 3) == (340, 348, 336)
+    assert choose_strands([300, 330, 394], 12, 3) == (300, 330, 394)
 
 
 @given(st.integers(1, 64), st.integers(1, 64))

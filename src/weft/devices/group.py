@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -17,15 +17,17 @@ from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
 from weft.models.measure import measure
 from weft.models.ranked import Ranked
+from weft.models.ranked_program import RankedProgram, record_ranked
 from weft.models.shard import Part
 from weft.weave.background import Background
 from weft.weave.choice import Costs, Mode, choose_mode
 from weft.weave.collective import Collective, Quantise
 from weft.weave.rows import JoinRows, plain
-from weft.weave.split import choose_cut
+from weft.weave.split import choose_strands
 
 # Rows of a step that the C++ kernels compute at a time: 6 or 4, so that a multiple of both leaves no rest.
 WAVE = 12
+STRANDS = (2, 3)  # that a step may be cut into
 SIZES = (1, 16, 64, 256)  # tokens that are measured at start-up, beside the most that a step may have
 SPIN = 100e-6
 
@@ -71,12 +73,14 @@ class Chooser:
         self._weave = weave
         self._costs = costs
 
-    def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, int]:
-        """The mode, and the tokens of the first strand. Depends on nothing but what is the same on all ranks."""
+    def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, tuple[int, ...]]:
+        """The mode, and the tokens of each strand. Depends on nothing but what is the same on all ranks."""
         lengths = [len(piece.tokens) for piece in slices]
-        tokens, cut = sum(lengths), choose_cut(lengths, WAVE)
-        mode = Mode(self._weave) if self._costs is None else choose_mode(self._costs, tokens, cut)
-        return mode, cut if mode is Mode.WOVEN else tokens
+        tokens = sum(lengths)
+        if self._costs is None and self._weave != Mode.WOVEN.value:
+            return Mode(self._weave), (tokens,)
+        cuts = [choose_strands(lengths, WAVE, count) for count in STRANDS]
+        return (Mode.WOVEN, cuts[-1]) if self._costs is None else choose_mode(self._costs, tokens, cuts)
 
 
 def open_ranked(
@@ -109,10 +113,31 @@ def open_ranked(
             most = min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
             sizes = [*(size for size in SIZES if size < most), most]
             costs = measure(decoder, kv, config.block_size, collectives, sizes)
-        choose = Chooser(config.weave, costs)
         return Ranked(
-            decoder, kv, config.block_size, collectives, choose, _formats(kernels), close=stack.pop_all().close
+            decoder,
+            kv,
+            config.block_size,
+            collectives,
+            Chooser(config.weave, costs),
+            _formats(kernels),
+            _program(config, decoder, kernels, collectives, kv),
+            close=stack.pop_all().close,
         )
+
+
+def _program(
+    config: EngineConfig, decoder: Decoder, kernels: Kernels, collectives: Mapping[Mode, Collective], kv: list[Any]
+) -> RankedProgram | None:
+    """Fused steps of few tokens in C++, where the seams are."""
+    if kernels.name not in LEVELS or decoder.padded:
+        return None
+    from weft.kernels.cpu import CpuKernels
+    from weft.weave.shm import ShmCollective
+
+    fused = collectives.get(Mode.FUSED)
+    if not isinstance(kernels, CpuKernels) or not isinstance(fused, ShmCollective):
+        return None
+    return record_ranked(decoder, kernels, fused, kv, config.block_size, config.max_num_batched_tokens)
 
 
 def _modes(config: EngineConfig, store: Any) -> list[Mode]:
@@ -139,8 +164,10 @@ def _connect(
     from torch.distributed.distributed_c10d import PrefixStore
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
+    from weft.weave.sockets import connect_sockets
 
-    messages = connect(PrefixStore(name, store), rank, ranks, bind=group.bind, timeout=group.timeout)
+    meet = connect if mode is Mode.PLAIN else connect_sockets
+    messages = meet(PrefixStore(name, store), rank, ranks, bind=group.bind, timeout=group.timeout)
     if mode is Mode.PLAIN:
         return AllReduceCollective(messages, _join_rows(kernels))
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize

@@ -225,7 +225,56 @@ class BestOfRows:
         program.best(at(self.x), self.x.columns)
 
 
-Operation = Embed | Norm | Multiply | Quantise | RotaryWrite | Attention | SiluMul | MakeAndQuantise | BestOfRows | Take
+@dataclass(frozen=True, slots=True)
+class Meet:
+    """A seam of ranks (weave/collective.py). residual: this rank's own rows; at the first seam they are written."""
+
+    group: _native.SeamGroup
+    x: Value
+    residual: Value
+    weight: torch.Tensor
+    eps: float
+    out: Value
+    first: bool
+
+    def uses(self) -> tuple[Value, ...]:
+        return (self.x, self.residual, self.out)
+
+    def emit(self, program: _native.Program, at: Place) -> None:
+        x, places = self.x, (at(self.x), at(self.residual), at(self.out))
+        weight = self.weight.data_ptr()
+        program.seam(self.group, x.type, weight, self.eps, x.columns, self.first, x.domain, *places)
+
+
+@dataclass(frozen=True, slots=True)
+class TakeOwn:
+    """Of a residual at a seam, the own rows that are sampled after."""
+
+    group: _native.SeamGroup
+    residual: Value
+    out: Value
+
+    def uses(self) -> tuple[Value, ...]:
+        return (self.residual, self.out)
+
+    def emit(self, program: _native.Program, at: Place) -> None:
+        program.take_own(self.group, at(self.residual), self.residual.row_bytes, at(self.out))
+
+
+Operation = (
+    Embed
+    | Norm
+    | Multiply
+    | Quantise
+    | RotaryWrite
+    | Attention
+    | SiluMul
+    | MakeAndQuantise
+    | BestOfRows
+    | Take
+    | Meet
+    | TakeOwn
+)
 
 
 class Recorder:
@@ -317,6 +366,22 @@ class Recorder:
         out = Value(Domain.SAMPLED, x.columns, x.dtype)
         self.operations.append(Take(x, out))
         return out
+
+    def meet(
+        self, group: _native.SeamGroup, x: Value, residual: Value | None, weight: torch.Tensor, eps: float
+    ) -> tuple[Value, Value]:
+        """A seam: (hidden, residual). residual: of the seam before, with all rows that it had; None at the first."""
+        _same_tensor(weight, (x.columns,), x.dtype, "weight")
+        first = residual is None
+        if residual is None:
+            residual = Value(x.domain, x.columns, x.dtype)
+        elif residual.domain is not x.domain:
+            kept = Value(x.domain, x.columns, x.dtype)
+            self.operations.append(TakeOwn(group, residual, kept))
+            residual = kept
+        out = Value(x.domain, x.columns, x.dtype)
+        self.operations.append(Meet(group, x, residual, weight, eps, out, first))
+        return out, residual
 
     def _norm(self, x: Value, residual: Value | None, weight: torch.Tensor, eps: float) -> Value:
         _same_tensor(weight, (x.columns,), x.dtype, "weight")

@@ -41,6 +41,11 @@ class Decoder:
         """The same model on other kernels, which take the same packed weights."""
         return Decoder(self.config, self._weights, kernels, self.max_model_len)
 
+    @property
+    def padded(self) -> bool:
+        """Whether zeros are put behind what the heads give (see shard.py)."""
+        return any(layer.output_zeros for layer in self._weights.layers)
+
     def make_kv(self, blocks: int, block_size: int, cache: str = "auto") -> list[Any]:
         """Storage for the keys and values of `blocks` blocks, one for each layer. cache: as --kv-cache-dtype."""
         config, dtype = self.config, self._weights.dtype

@@ -18,6 +18,7 @@ from weft.core.plan import Slice
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig
+from weft.models.ranked_program import RankedProgram
 from weft.models.sampler import best_of_rows
 from weft.weave.choice import Mode
 from weft.weave.collective import Collective, Quantise
@@ -27,8 +28,8 @@ from weft.weave.weaver import Weaver, no_format
 Logits = npt.NDArray[np.float32]
 
 
-# Of a step's slices: how to carry it out, and how many tokens the first strand has (all of them for one strand).
-Choice = Callable[[Sequence[Slice]], tuple[Mode, int]]
+# Of a step's slices: how to carry it out, and how many tokens each strand has.
+Choice = Callable[[Sequence[Slice]], tuple[Mode, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +41,10 @@ class Head:
 
 
 class Ranked:
-    """A `Forward` (see forward.py) of a rank. It computes call by call.
+    """A `Forward` (see forward.py) of a rank. It computes call by call, but for the steps that a program takes.
 
     collectives: the group, by mode; a mode that `choose` may give has one. The output layer's parts are gathered by
-    that of the step. close: ends the collectives.
+    that of the step. program: of fused steps, by the collective of these. close: ends the collectives.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class Ranked:
         collectives: Mapping[Mode, Collective],
         choose: Choice,
         formats: Callable[[Any], Quantise | None] = no_format,
+        program: RankedProgram | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.close = close
@@ -64,6 +66,7 @@ class Ranked:
         self._collectives = collectives
         self._choose = choose
         self._formats = formats
+        self._program = program
         self._gather = next(iter(collectives.values())).gather
         self._hidden = torch.empty(0)
         self._logits: Logits = np.empty((0, 0), np.float32)
@@ -74,12 +77,16 @@ class Ranked:
     ) -> Sequence[tuple[int, float]]:
         if (part, parts) != (0, 1):
             raise ValueError(f"part {part} of {parts}: a step of several ranks is not cut")
-        mode, at = self._choose(slices)
+        mode, lengths = self._choose(slices)
         collective = self._collectives[mode]
         self._gather = collective.gather
+        program = self._program
+        if mode is Mode.FUSED and not whole and program is not None and program.takes(sum(lengths), len(rows)):
+            self._logits = self._together(program.run(slices, rows)).numpy()
+            return best_of_rows(self._logits)
         strands = [
             self._decoder.strand(make_batch(own, self._block_size, None if whole else kept), self._kv)
-            for own, kept in _cut(slices, rows, at)
+            for own, kept in cut_step(slices, rows, lengths)
         ]
         self._hidden = torch.cat(Weaver(collective, self._formats).weave(strands))
         wanted = self._hidden[list(rows)] if whole else self._hidden
@@ -94,16 +101,25 @@ class Ranked:
 
     @torch.inference_mode()
     def _all_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        vocabulary = self.head.config.vocabulary
         if not len(hidden):
-            return torch.empty((0, vocabulary))
+            return torch.empty((0, self.head.config.vocabulary))
+        return self._together(self._decoder.logits(hidden))
+
+    def _together(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of this rank's part of the vocabulary -> of the whole."""
         # The last ranks' parts are filled up with rows of zeros, which come last.
-        return torch.cat(self._gather(self._decoder.logits(hidden)), dim=1)[:, :vocabulary].contiguous()
+        return torch.cat(self._gather(logits), dim=1)[:, : self.head.config.vocabulary].contiguous()
 
 
-def _cut(slices: Sequence[Slice], rows: Sequence[int], at: int) -> list[tuple[Sequence[Slice], list[int]]]:
-    """The slices of each strand, and which of its rows are wanted."""
-    if at == sum(len(piece.tokens) for piece in slices):
-        return [(slices, list(rows))]
-    first, rest = divide(slices, at)
-    return [(first, [row for row in rows if row < at]), (rest, [row - at for row in rows if row >= at])]
+def cut_step(
+    slices: Sequence[Slice], rows: Sequence[int], lengths: Sequence[int]
+) -> list[tuple[Sequence[Slice], list[int]]]:
+    """The slices of each strand, which have so many tokens, and which of its rows are wanted."""
+    strands: list[tuple[Sequence[Slice], list[int]]] = []
+    rest, begin = slices, 0
+    for length in lengths:
+        end = begin + length
+        first, rest = divide(rest, length)
+        strands.append((first, [row - begin for row in rows if begin <= row < end]))
+        begin = end
+    return strands

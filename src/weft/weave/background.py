@@ -11,8 +11,9 @@ from weft.weave.collective import Collective, Join, Joined
 
 
 class Background:
-    """Any collective, carried out by one thread of its own, in the order of the calls. It sleeps while there is nothing
-    to do. Give the collective kernels of its own: a call on those that compute waits for what they compute.
+    """Any collective, carried out by one thread of its own, in the order of the calls: a seam may be started before
+    those ahead of it have ended. The thread sleeps while there is nothing to do. Give the collective kernels of its
+    own: a call on those that compute waits for what they compute.
 
     cores: where the thread runs (None: where its maker may). What `start` of the collective raises comes from `finish`.
     """

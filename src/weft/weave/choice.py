@@ -1,13 +1,14 @@
 """Whether to weave: the seconds of a step in each mode, from what was measured at start-up.
 
-Stages and seams alternate. In one strand each seam is waited for, so that times add up. Woven, stage i of one strand
-and the seam before it, which is the other strand's, go side by side:
+Stages and seams alternate. In one strand each seam is waited for, so that times add up. Woven, the stages of one strand
+and the seams of the others go side by side: a stage begins when the one before it has ended and the seam of its strand
+has come, a seam when its stage and the seam before it have ended. While they go side by side, both take longer:
 
     max(stage, seam) + drag * min(stage, seam)        drag 0: side by side at no cost; 1: as if one after the other
 
-The digest's break-even (tokenweave.md §9) is contained in it: what is hidden must be worth more than what two halves
-cost over one whole, in stages (the split tax) and in seams (a latency does not halve). Where a halved seam costs as
-much as a whole one, weaving loses, and is not chosen.
+The digest's break-even (tokenweave.md §9) is contained in it: what is hidden must be worth more than what parts cost
+over one whole, in stages (the split tax) and in seams (a latency does not halve). Where a halved seam costs as much as
+a whole one, weaving loses, and is not chosen.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
+FEW = 3  # layers after which each takes as long as the last
 GAIN = 0.03  # of a step's time that a less simple mode must be expected to save: measurements have errors
 
 
@@ -25,8 +27,8 @@ class Mode(str, Enum):
 
     plain: one strand; every rank sums and normalises all rows (AllReduce + RMSNorm). one-shot: likewise, but every rank
     sends all it has to all others: more bytes among more than two ranks, and one latency instead of two. fused: one
-    strand; each rank sums and normalises its own rows, which are then gathered. woven: two strands; the fused seam of
-    one is on its way while the other computes.
+    strand; each rank sums and normalises its own rows, which are then gathered. woven: two strands or more; the fused
+    seams of some are on their way while another computes.
     """
 
     PLAIN = "plain"
@@ -63,36 +65,41 @@ class Costs:
     seams: Mapping[Mode, Curve]
     drag: float | None
 
-    def seconds(self, mode: Mode, tokens: int, prefix: int) -> float:
-        """Of a step of so many tokens, of which `prefix` are the first strand's, where there are two."""
-        if mode is Mode.WOVEN and self.drag is not None and 0 < prefix < tokens:
-            return self._woven(prefix, tokens - prefix, self.drag)
-        seam = self.seams[mode]
+    def seconds(self, mode: Mode, strands: Sequence[int]) -> float:
+        """Of a step whose strands would have so many tokens each, if it were woven."""
+        if mode is Mode.WOVEN and self.drag is not None and len(strands) > 1:
+            return self._woven(strands, self.drag)
+        seam, tokens = self.seams[mode], sum(strands)
         return self.layers * (self.attend(tokens) + self.feed(tokens) + 2 * seam(tokens))
 
-    def _woven(self, prefix: int, suffix: int, drag: float) -> float:
-        """Each stage beside the other strand's seam; the last seam of the second strand beside nothing."""
-        before, after = self.seams[Mode.FUSED](prefix), self.seams[Mode.FUSED](suffix)
-        pairs = (
-            (self.attend(prefix), after),
-            (self.attend(suffix), before),
-            (self.feed(prefix), after),
-            (self.feed(suffix), before),
-        )
-        layer = sum(max(pair) + drag * min(pair) for pair in pairs)
-        return self.layers * layer + after
+    def _woven(self, strands: Sequence[int], drag: float) -> float:
+        """By the clock, for a few layers; those that follow take as long as the last of them."""
+        costs = [((self.attend(own), self.feed(own)), self.seams[Mode.FUSED](own)) for own in strands]
+        now = sent = before = 0.0  # when the computation, and the seams begun so far, will have ended
+        come = [0.0] * len(strands)
+        few = min(self.layers, FEW)
+        for _ in range(few):
+            before = now
+            for stage in range(2):
+                for strand, (stages, seam) in enumerate(costs):
+                    now = max(now, come[strand])
+                    beside = drag * min(stages[stage], max(0.0, sent - now))
+                    now += stages[stage] + beside
+                    sent = come[strand] = max(sent + beside, now) + seam
+        return max(now, sent) + (self.layers - few) * (now - before)
 
 
-def choose_mode(costs: Costs, tokens: int, prefix: int) -> Mode:
-    """The mode that a step had best be carried out in: a less simple one only where it is expected to gain.
+def choose_mode(costs: Costs, tokens: int, cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Mode, tuple[int, ...]]:
+    """The mode that a step had best be carried out in, and the tokens of its strands: a less simple one only where it
+    is expected to gain.
 
-    prefix: tokens of the first strand, if the step were woven; all of them where it cannot be cut.
+    cuts: the strands that it may be woven in, fewer first; one that is not cut is no choice.
     """
-    best, *rivals = [mode for mode in Mode if mode in costs.seams]
-    if costs.drag is not None and 0 < prefix < tokens:
-        rivals.append(Mode.WOVEN)
+    best, *rivals = [(mode, (tokens,)) for mode in Mode if mode in costs.seams]
+    if costs.drag is not None:
+        rivals += [(Mode.WOVEN, strands) for strands in cuts if len(strands) > 1]
     for rival in rivals:
-        if costs.seconds(rival, tokens, prefix) <= (1 - GAIN) * costs.seconds(best, tokens, prefix):
+        if costs.seconds(*rival) <= (1 - GAIN) * costs.seconds(*best):
             best = rival
     return best
 

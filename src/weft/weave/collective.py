@@ -14,6 +14,7 @@ weave/distributed.py (torch.distributed). weave/background.py gives any of them 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from typing import Any, Protocol
 
@@ -147,6 +148,7 @@ def plan_of(join: Join) -> tuple[Any, ...]:
     )
 
 
+@lru_cache(maxsize=1024)  # a model has few seams, but one of them is every few microseconds
 def fingerprint(plan: tuple[Any, ...]) -> int:
     """63 bits of a plan: what ranks compare before they exchange anything."""
     return int.from_bytes(blake2b(repr(plan).encode(), digest_size=8).digest(), "little") >> 1

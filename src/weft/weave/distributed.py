@@ -100,8 +100,9 @@ class DistributedCollective:
         plans, sent = messages.exchange(plan_of(join), len(partial))
         parts = {}
         if not join.replicated:
-            if len(shares[self.rank]):
-                parts = {rank: messages.receive(self._room[rank], rank, Tag.PART) for rank in messages.others}
+            if own := shares[self.rank].nbytes:
+                room = self._room[:, :own] if messages.exact else self._room
+                parts = {rank: messages.receive(room[rank], rank, Tag.PART) for rank in messages.others}
             sent += [messages.send(shares[rank], rank, Tag.PART) for rank in messages.others if len(shares[rank])]
         return _Pending(join, plans, parts, sent)
 
@@ -110,9 +111,10 @@ class DistributedCollective:
         messages.compare(pending.plans, pending.sent)
         wire = self._wire(join)
         coming = self._ask(wire, join.bounds)
-        rows, residual = self._join_rows(self._parts(pending), join.residual, join.weight, join.eps, join.quantise)
+        own = wire[slice(*self.owned(join.bounds))]
+        parts = self._parts(pending)
+        rows, residual = self._join_rows(parts, join.residual, join.weight, join.eps, join.quantise, own)
         sent = [] if self._one_round or not len(rows) else [messages.send(rows, to, Tag.ROWS) for to in messages.others]
-        wire[slice(*self.owned(join.bounds))] = rows
         for message in (*coming, *sent, *pending.sent):
             messages.wait(message)
         return arrived(wire, join, residual)

@@ -62,7 +62,7 @@ class ShmCollective:
         self.rank, self.ranks = rank, ranks
         self._kernels = kernels
         try:
-            self._group = _native.SeamGroup(str(_FOLDER / name), rank, ranks, slot_bytes, timeout, spin)
+            self.group = _native.SeamGroup(str(_FOLDER / name), rank, ranks, slot_bytes, timeout, spin)
         except (RuntimeError, ValueError) as error:
             raise DeviceError(f"rank {rank} cannot join the ranks of this host: {error}") from error
 
@@ -84,7 +84,7 @@ class ShmCollective:
             hidden = form.room(rows, weight.dtype)
             out = hidden.data.data_ptr()
         try:
-            self._group.start(
+            self.group.start(
                 self._kernels.native,
                 fingerprint((self._kernels.name, plan_of(join))),
                 _TYPES[weight.dtype],
@@ -106,7 +106,7 @@ class ShmCollective:
 
     def finish(self, pending: _Pending) -> Joined:
         try:
-            self._group.finish(self._kernels.native)
+            self.group.finish(self._kernels.native)
         except RuntimeError as error:
             raise RankLost(str(error)) from error
         return Joined(pending.hidden, pending.residual)
@@ -116,10 +116,10 @@ class ShmCollective:
         out = rows.new_empty((self.ranks, *rows.shape))
         plan = fingerprint(("gather", tuple(rows.shape), str(rows.dtype)))
         try:
-            self._group.gather(self._kernels.native, plan, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
+            self.group.gather(self._kernels.native, plan, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
         except RuntimeError as error:
             raise RankLost(str(error)) from error
         return list(out)
 
     def close(self) -> None:
-        self._group.leave()
+        self.group.leave()

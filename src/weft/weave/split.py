@@ -1,4 +1,4 @@
-"""Where a step is cut into two strands, and who owns which rows: pure functions of what every rank knows alike.
+"""Where a step is cut into strands, and who owns which rows: pure functions of what every rank knows alike.
 
 Kernels work in waves: rows up to a full wave cost as much as the full one, so that two halves may take a wave more than
 the whole (tokenweave.md §3). A cut is allowed where they do not:
@@ -24,21 +24,38 @@ def waves(tokens: int, wave: int) -> int:
     return -(-tokens // wave)
 
 
-def choose_cut(lengths: Sequence[int], wave: int, tolerance: float = TOLERANCE) -> int:
-    """How many of the tokens of slices with these lengths the first strand gets; all of them where no cut is allowed.
+def choose_strands(lengths: Sequence[int], wave: int, count: int, tolerance: float = TOLERANCE) -> tuple[int, ...]:
+    """How many of the tokens of slices with these lengths each strand gets: `count` strands, or fewer where no cut is
+    allowed. Raises ValueError as `choose_cut`."""
+    left, strands = list(lengths), []
+    for parts in range(count, 1, -1):
+        cut = choose_cut(left, wave, tolerance, parts)
+        if cut == sum(left):
+            break
+        strands.append(cut)
+        left = _without(left, cut)
+    return (*strands, sum(left))
 
-    The cut between two slices that is nearest to the middle, if one is allowed within the tolerance (so that no prompt
-    is divided, whose second part would read the KV of the first again); else the allowed one nearest to the middle.
+
+def choose_cut(lengths: Sequence[int], wave: int, tolerance: float = TOLERANCE, parts: int = 2) -> int:
+    """How many of the tokens of slices with these lengths the first strand of so many parts gets; all of them where no
+    cut is allowed.
+
+    The cut between two slices that is nearest to an even part, if one is allowed within the tolerance (so that no
+    prompt is divided, whose second part would read the KV of the first again); else the allowed one nearest to it.
     wave: rows that the kernels compute at a time. Raises ValueError for impossible arguments.
     """
     total = sum(lengths)
-    if wave < 1 or not 0 <= tolerance <= 1 or min(lengths, default=0) < 1:
-        raise ValueError(f"{lengths = }, {wave = } and {tolerance = }: slices have tokens, a wave has rows, 0 to 1")
+    if wave < 1 or parts < 2 or not 0 <= tolerance <= 1 or min(lengths, default=0) < 1:
+        raise ValueError(
+            f"{lengths = }, {wave = }, {parts = } and {tolerance = }: slices have tokens, a wave has rows, there are "
+            "two parts or more, and a tolerance is from 0 to 1"
+        )
     between = [end for end in accumulate(lengths) if end < total and _allowed(end, total, wave)]
-    nearest = min(between, key=lambda end: (_off(end, total), end), default=0)
-    if nearest and _off(nearest, total) <= 2 * tolerance * total:
+    nearest = min(between, key=lambda end: (_off(end, total, parts), end), default=0)
+    if nearest and _off(nearest, total, parts) <= parts * tolerance * total:
         return nearest
-    return _nearest_allowed(total, wave)
+    return _nearest_allowed(total, wave, parts)
 
 
 def divide(slices: Sequence[Slice], at: int) -> tuple[tuple[Slice, ...], tuple[Slice, ...]]:
@@ -87,17 +104,23 @@ def _allowed(cut: int, total: int, wave: int) -> bool:
     return waves(cut, wave) + waves(total - cut, wave) <= waves(total, wave)
 
 
-def _off(cut: int, total: int) -> int:
-    """Twice the distance from the middle."""
-    return abs(2 * cut - total)
+def _off(cut: int, total: int, parts: int) -> int:
+    """The distance from an even part, times their number."""
+    return abs(parts * cut - total)
 
 
-def _nearest_allowed(total: int, wave: int) -> int:
+def _nearest_allowed(total: int, wave: int, parts: int) -> int:
     rest = total - (waves(total, wave) - 1) * wave
-    middle = total // 2
-    begin = (middle - 1) // wave * wave  # of the wave that row `middle - 1` is in
+    even = (2 * total + parts - 1) // (2 * parts)  # to the nearest, halves down
+    begin = (even - 1) // wave * wave  # of the wave that row `even - 1` is in
     candidates = [
-        min(max(middle, start + rest), start + wave) for start in (begin - wave, begin, begin + wave) if start >= 0
+        min(max(even, start + rest), start + wave) for start in (begin - wave, begin, begin + wave) if start >= 0
     ]
     inside = [cut for cut in candidates if 0 < cut < total and _allowed(cut, total, wave)]
-    return min(inside, key=lambda cut: (_off(cut, total), cut), default=total)
+    return min(inside, key=lambda cut: (_off(cut, total, parts), cut), default=total)
+
+
+def _without(lengths: Sequence[int], cut: int) -> list[int]:
+    """The lengths of what is left of slices after their first `cut` tokens."""
+    ends = [end - cut for end in accumulate(lengths) if end > cut]
+    return [end - begin for begin, end in pairwise([0, *ends])]

@@ -4,20 +4,27 @@
     seams         a₁      b₁      a₂      b₂                  each begins when its stage ends, and is waited for
                                                               before the stage of its strand that follows
 
-There is one thread that computes, and one seam in flight (tokenweave.md §6). Strand a is always a stage ahead: so the
-keys and values of a prompt's first part are there when its second part attends in the same layer. With one strand this
-is the fused mode: every seam is waited for at once. Which strands there are, and how they are cut, is the same on all
-ranks; so the seams come in the same order everywhere.
+There is one thread that computes, and one seam at a time is carried out (tokenweave.md §6). Strand a is always ahead:
+so the keys and values of a prompt's first part are there when its second part attends in the same layer. With one
+strand this is the fused mode: every seam is waited for at once. Which strands there are, and how they are cut, is the
+same on all ranks; so the seams come in the same order everywhere.
+
+With two strands each seam must be over within the one stage beside it. Attention and its projections are often a
+quarter of a layer only, and as many bytes follow it as follow the rest: then a rank waits, though its link is idle half
+of the time. With three strands there are two stages in between, so that short stages and long ones even out, if seams
+may wait for one another: a communication thread is given the next one before the last has ended.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from weft.weave.background import Background
 from weft.weave.collective import Collective, Join, Quantise
 from weft.weave.seam import Joined, Seam, Strand
 from weft.weave.split import even_bounds, kept_bounds
@@ -47,22 +54,20 @@ class _Thread:
 
 
 class _Flight:
-    """The seam on its way, if there is one, and the strand that it belongs to."""
+    """The seams on their way, in the order in which they were begun, and the strands that they belong to."""
 
     def __init__(self, collective: Collective) -> None:
-        self.thread: _Thread | None = None
         self._collective = collective
-        self._pending: Any = None
+        self._begun: deque[tuple[_Thread, Any]] = deque()
 
     def start(self, thread: _Thread, join: Join) -> None:
-        self._pending = self._collective.start(join)
-        self.thread = thread
+        self._begun.append((thread, self._collective.start(join)))
 
-    def land(self) -> None:
-        """Wait for it. There may be none."""
-        if self.thread is not None:
-            thread, self.thread = self.thread, None
-            joined = self._collective.finish(self._pending)
+    def land(self, wanted: _Thread | None = None) -> None:
+        """Wait until this strand has none; None: until no strand has one."""
+        while any(wanted in (None, thread) for thread, _ in self._begun):
+            thread, pending = self._begun.popleft()
+            joined = self._collective.finish(pending)
             thread.joined = joined.hidden, joined.residual
 
 
@@ -75,11 +80,12 @@ class Weaver:
     def __init__(self, collective: Collective, formats: Callable[[Any], Quantise | None] = no_format) -> None:
         self._collective = collective
         self._formats = formats
+        self._ahead = isinstance(collective, Background)
 
     def weave(self, strands: Sequence[Strand]) -> list[torch.Tensor]:
-        """Drive one strand, or two, to the end. Returns their values.
+        """Drive these strands to the end. Returns their values.
 
-        Raises what a stage raises, once the seam in flight has ended: the other ranks wait for this one's part.
+        Raises what a stage raises, once the seams in flight have ended: the other ranks wait for this one's part.
         """
         threads = [_Thread(strand) for strand in strands]
         flight = _Flight(self._collective)
@@ -94,12 +100,12 @@ class Weaver:
 
     def _advance(self, thread: _Thread, flight: _Flight) -> None:
         """One stage of a strand, and the start of the seam after it."""
-        if flight.thread is thread:
-            flight.land()
+        flight.land(thread)
         seam = thread.stage()
         if seam is None:
             return
-        flight.land()
+        if not self._ahead:
+            flight.land()
         join = self._join(thread, seam)
         if len(seam.partial):
             flight.start(thread, join)

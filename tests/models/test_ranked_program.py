@@ -1,0 +1,137 @@
+"""A rank's step as a program gives, bit for bit, what it gives call by call; the ranks are threads that share memory."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weft.core.plan import Slice
+from weft.errors import RankLost
+from weft.kernels import LEVELS, available, open_kernels
+from weft.models.decoder import Decoder
+from weft.models.families import read_config
+from weft.models.loader import load_weights
+from weft.models.ranked import Ranked
+from weft.models.shard import Part, shard_config
+from weft.weave.choice import Mode
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 150,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
+BEST = available()[0]
+BLOCK = 16
+pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is not built")
+Step = tuple[Sequence[Slice], Sequence[int]]
+
+
+@contextmanager
+def open_ranks(folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, timeout: float = 20.0) -> Iterator[Any]:
+    """Of each rank: a step call by call, and one by the program, in this order, on the same KV."""
+    from weft.models.ranked_program import record_ranked
+    from weft.weave.shm import ShmCollective, new_name
+
+    config, name = read_config(folder), new_name()
+    with ExitStack() as stack:
+        pool = stack.enter_context(ThreadPoolExecutor(ranks))
+        kernels = [open_kernels(BEST, (0,)) for _ in range(ranks)]
+
+        def open_rank(rank: int) -> tuple[Any, Any, Ranked, Ranked]:
+            own: Any = kernels[rank]
+            part = Part(rank, ranks)
+            weights = load_weights(folder, config, own, dtype, dummy_seed=seed, part=part)
+            decoder = Decoder(shard_config(config, part), weights, own, 128)
+            collective = ShmCollective(name, rank, ranks, own, timeout=timeout, spin=0.0)
+            kv = decoder.make_kv(12, BLOCK)
+            program = record_ranked(decoder, own, collective, kv, BLOCK, 64)
+
+            def choose(slices: Sequence[Slice]) -> tuple[Mode, tuple[int, ...]]:
+                return Mode.FUSED, (sum(len(piece.tokens) for piece in slices),)
+
+            plain = Ranked(decoder, kv, BLOCK, {Mode.FUSED: collective}, choose)
+            recorded = Ranked(decoder, kv, BLOCK, {Mode.FUSED: collective}, choose, program=program)
+            return collective, program, plain, recorded
+
+        opened = list(pool.map(open_rank, range(ranks)))
+        for own in kernels:
+            stack.callback(own.close)
+        for collective, *_ in opened:
+            stack.callback(collective.close)
+
+        def run(step: Step) -> list[list[torch.Tensor]]:
+            def one(rank: int) -> list[torch.Tensor]:
+                torch.set_num_threads(1)
+                found = []
+                for forward in opened[rank][2:]:
+                    best = forward.run(*step)
+                    logits = torch.from_numpy(forward.logits().copy())
+                    assert [token for token, _ in best] == logits.argmax(1).tolist()
+                    found.append(logits)
+                return found
+
+            return list(pool.map(one, range(ranks)))
+
+        yield run, opened
+
+
+def tokens(count: int, seed: int) -> tuple[int, ...]:
+    draw = random.Random(seed)
+    return tuple(draw.randrange(131) for _ in range(count))
+
+
+STEPS: tuple[Step, ...] = (
+    ([Slice(1, 0, tokens(5, 1), (3,)), Slice(2, 0, tokens(17, 2), (7, 1))], [21]),
+    (
+        [Slice(1, 5, tokens(4, 3), (3,)), Slice(3, 0, tokens(6, 4), (0,)), Slice(2, 17, tokens(1, 5), (7, 1))],
+        [3, 9, 10],
+    ),
+    ([Slice(2, 18, tokens(1, 6), (7, 1))], [0]),
+    ([Slice(4, 0, tokens(9, 7), (5,))], []),
+    ([Slice(4, 9, tokens(70, 8), (5, 8, 9, 10, 11))], [69]),  # more than the program takes
+)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_program_gives_the_bits_of_its_calls(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
+    """Steps with fewer rows than ranks, with none that is wanted, and with too many tokens, one after the other."""
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    with open_ranks(tmp_path, ranks, dtype, seed=3) as (run, _):
+        for step in STEPS:
+            found = run(step)
+            for plain, recorded in found:
+                assert torch.equal(plain, recorded) and torch.equal(plain, found[0][0])
+
+
+def test_four_bit_weights(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:
+    write_fmpq(tmp_path, 8)
+    with open_ranks(tmp_path, 2, torch.bfloat16, seed=None) as (run, _):
+        for step in STEPS:
+            assert all(torch.equal(*pair) for pair in run(step))
+
+
+def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
+    with open_ranks(tmp_path, 2, torch.float32, seed=3, timeout=0.5) as (_, opened):
+        program = opened[0][1]
+        with pytest.raises(RankLost, match=r"rank 1 .*did not come within 0\.5 s"):
+            program.run([Slice(1, 0, tokens(5, 1), (3,))], [4])
+        with pytest.raises(ValueError, match="ascending"):
+            opened[1][1].run([Slice(1, 0, tokens(5, 1), (3,))], [4, 2])
