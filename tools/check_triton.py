@@ -3,9 +3,9 @@
     python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90 100
 
 --quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
-each form: of 8-bit integers for W4A8, of 16-bit floats for W4A16 and attention; `wgmma` on capability 9 where the tile
-is high enough. And no W4A8 kernel and none that quantises may hold a fused multiply-add of floats: they promise the
-reference's bits. Nor may a kernel be one of several for counts that change from step to step.
+each form: of 8-bit integers for W4A8, of 16-bit floats for the others; `wgmma` on capability 9 where the tile
+is high enough. And no W4A8 kernel, none that quantises and none whose rows have their own bits may hold a fused
+multiply-add of floats. Nor may a kernel be one of several for counts that change from step to step.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from weft.kernels.triton_attention import combine_kernel, decode_kernel, prefill_kernel
+from weft.kernels.triton_linear import linear_kernel
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
 from weft.kernels.triton_norm import gate_kernel, norm_kernel
 from weft.kernels.triton_quantise import rows_kernel
 from weft.kernels.triton_rotary import rotary_kernel
 from weft.kernels.triton_rows import TILE
 from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
-from weft.kernels.triton_tiles import ACTIVATION, ATTENTION, ATTENTION_QUANTISED, NORM, ROTARY, SAMPLE
+from weft.kernels.triton_tiles import ACTIVATION, ATTENTION, ATTENTION_QUANTISED, LINEAR, NORM, ROTARY, SAMPLE
 from weft.kernels.triton_w4ax import tile
 
 INTEGERS, FLOATS = r"\bs8\.s8|\.s32\.s8\.s8", r"\.f32\.bf16\.bf16"
@@ -125,7 +126,8 @@ def layout_of(made: Any) -> str:
 
 
 def cases(quick: bool, capability: int) -> list[Case]:
-    return _row_cases() + _product_cases(quick) + _attention_cases(quick, capability) + _sample_cases(capability)
+    products = _product_cases(quick) + _linear_cases(capability)
+    return _row_cases() + products + _attention_cases(quick, capability) + _sample_cases(capability)
 
 
 def _row_cases() -> list[Case]:
@@ -181,6 +183,22 @@ def _product_cases(quick: bool) -> list[Case]:
         types = weight | plain | {"x": "*bf16"}
         constants = shape | {"KIND": tl.bfloat16}
         made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, constants, FLOATS, options, exact=False))
+    return made
+
+
+def _linear_cases(capability: int) -> list[Case]:
+    chosen = LINEAR[capability]
+    types: dict[str, str | None] = dict.fromkeys(("x", "weight", "bias", "y"), "*bf16")
+    types |= dict.fromkeys(("rows", "outputs", "channels"), "i32")
+    made = []
+    for height, warps, stages in sorted({chosen.low, chosen.high}):
+        shape = {"M": height, "N": chosen.columns, "K": chosen.channels, "KIND": tl.bfloat16}
+        options = {"num_warps": warps, "num_stages": stages}
+        for words, given in (("", types | {"bias": None}), (", wide, bias", types | {"y": "*fp32"})):
+            name = f"BF16, {height} rows{words}"
+            made.append(
+                Case(name, linear_kernel, given, shape, FLOATS, options, rows="plain products in BF16", spills=8)
+            )
     return made
 
 

@@ -249,6 +249,11 @@ class EngineConfig:
         help="activations of quantised layers stay in bfloat16 instead of 8 bits, on --device cuda: no rounding, for "
         "fewer operations a second",
     )
+    batch_invariant: bool = setting(
+        False,
+        help="a sequence gives the same bits whatever is beside it and however it was cut, with plain bfloat16 weights "
+        "and with --w4a16 too, on --device cuda; products take longer",
+    )
     max_num_queued_reqs: int = setting(1024, help="most requests waiting for their first step; one more gets 429")
     max_num_queued_tokens: int | None = setting(
         None, help="most prompt tokens waiting for their first step; default: no limit"
@@ -275,6 +280,11 @@ class EngineConfig:
             )
         if self.w4a16 and self.exact_a4:
             found.append("--w4a16 leaves activations in 16 bits, and --exact-a4 rounds them to 4; give one of them")
+        if self.batch_invariant and self.attention_backend in ("torch", "flashinfer"):
+            found.append(
+                f"--batch-invariant needs --attention-backend triton, and that is {self.attention_backend}, whose sums "
+                "depend on what is beside a row"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             found.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"

@@ -55,7 +55,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
 
 # Those that go with some values of --partition only, or with several ranks only, have tests of their own.
 DEPENDENT = ("slo_ttft", "slo_tpot", "partition_record", "tensor_parallel_size", "weave", "collective")
-DEPENDENT += ("nnodes", "node_rank", "dist_init_addr", "w4a16")
+DEPENDENT += ("nnodes", "node_rank", "dist_init_addr", "w4a16", "batch_invariant")
 DEPENDENT += ("distributed_executor_backend", "ray_address", "ray_cpus")
 GIVEN = st.fixed_dictionaries({}, optional={name: values_of(name) for name in SETTINGS if name not in DEPENDENT})
 

@@ -40,6 +40,7 @@ from weft.devices.cuda_streams import Immediate, Interpreted, Work, open_gpu
 from weft.errors import ConfigError
 from weft.kernels.triton import TritonKernels
 from weft.kernels.triton_attention import slices_of
+from weft.kernels.triton_tiles import LINEAR
 from weft.kernels.triton_w4ax import tile
 from weft.loop.build import open_engine
 from weft.models import sampler
@@ -596,7 +597,7 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
         return torch.zeros(len(rows), VOCABULARY)
 
     def key(rows: int, slices: int) -> tuple[Any, ...]:
-        return tile(rows), tile(rows, floats=True), slices_of(slices), rows == slices
+        return (tile(rows), tile(rows, floats=True), LINEAR[90].of(rows)), (slices_of(slices), rows == slices)
 
     drawn: set[tuple[bool, ...]] = set()
     monkeypatch.setattr(CudaForward, "run", run)
@@ -610,10 +611,10 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
     config = EngineConfig(max_num_seqs=seats, max_num_batched_tokens=tokens)
     cuda_trial.try_out(Measured([]), config, model, kernels, weights)
     found = {key(sum(len(one.tokens) for one in slices), len(slices)) for slices, _ in tried}
-    products, attention = {one[:2] for one in found}, {one[2:] for one in found}
+    products, attention = {one for one, _ in found}, {one for _, one in found}
     for rows in range(1, tokens + 1):
         for slices in range(1, min(rows, seats) + 1):
-            assert key(rows, slices)[:2] in products and key(rows, slices)[2:] in attention, (rows, slices)
+            assert key(rows, slices)[0] in products and key(rows, slices)[1] in attention, (rows, slices)
     assert drawn == {(True, False, True), (False, True, True)}
     assert max(sum(len(one.tokens) for one in slices) for slices, _ in tried) == tokens
     # Decode keeps sums for all blocks of a table, and a graph's tables are as long as a sequence may be.
@@ -672,6 +673,12 @@ def test_a_pool_that_does_not_fit_names_the_flag_and_what_fits() -> None:
         ({"w4a16": True}, "--w4a16 is for 4-bit weights, and those of .* are not quantised; leave it out"),
         ({"w4a16": True, "exact_a4": True}, "--w4a16 leaves activations in 16 bits, and --exact-a4 .* give one"),
         ({"w4a16": True, "device": "cpu"}, "--w4a16 is for --device cuda, and --device is cpu.*leave it out"),
+        ({"batch_invariant": True}, "--batch-invariant needs bfloat16, and the weights are in float32; --dtype"),
+        ({"batch_invariant": True, "device": "cpu"}, "--batch-invariant is for --device cuda, and --device is cpu"),
+        (
+            {"batch_invariant": True, "attention_backend": "torch"},
+            "--batch-invariant needs .*triton.* is torch",
+        ),
         ({"attention_backend": "flashinfer"}, "flashinfer, which this version .* does not drive.*work: triton, torch"),
         ({"attention_backend": "torch", "device": "cpu"}, "--attention-backend is torch, and --device cpu .* cuda"),
         ({"max_model_len": 4096}, "--max-model-len is 4096; the checkpoint's context is 128"),

@@ -27,6 +27,11 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
             f"--w4a16 is for --device cuda, and --device is {config.device}, whose kernels take 8-bit activations; "
             "leave it out, or serve on --device cuda"
         )
+    if config.batch_invariant and config.device != "cuda":
+        raise ConfigError(
+            f"--batch-invariant is for --device cuda, and --device is {config.device}, whose C++ kernels keep a row's "
+            "bits its own without it; leave it out, or serve on --device cuda"
+        )
     if config.device == "simulated":
         from weft.devices.simulated import open_simulated
 

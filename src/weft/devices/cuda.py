@@ -49,8 +49,11 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
     _check_w4a16(config, model, dtype)
+    _check_batch_invariant(config, dtype)
     backend = "triton" if config.attention_backend == "auto" else config.attention_backend
-    kernels = TritonKernels(gpu.device, backend, exact_a4=config.exact_a4, sixteen=config.w4a16)
+    kernels = TritonKernels(
+        gpu.device, backend, exact_a4=config.exact_a4, sixteen=config.w4a16, invariant=config.batch_invariant
+    )
     kept = _token_bytes(config, model, dtype, kernels)
     free, total = gpu.memory()
     if model.quantization is None:
@@ -86,7 +89,9 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         description=Description(
             device=f"cuda, {gpu.name}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
-            kernels=f"{kernels.name}, attention {kernels.attend.name}" + (", W4A16" if config.w4a16 else ""),
+            kernels=f"{kernels.name}, attention {kernels.attend.name}"
+            + (", W4A16" if config.w4a16 else "")
+            + (", batch-invariant" if config.batch_invariant else ""),
             notes=tuple(note for note in notes if note),
         ),
         memory=usage.rows(pool.blocks * config.block_size * kept),
@@ -113,6 +118,13 @@ def _check_w4a16(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -
     if config.w4a16 and dtype is not torch.bfloat16:
         name = str(dtype).removeprefix("torch.")
         raise ConfigError(f"--w4a16 needs activations in bfloat16, and they are in {name}; --dtype bfloat16 works")
+
+
+def _check_batch_invariant(config: EngineConfig, dtype: torch.dtype) -> None:
+    """Raises ConfigError for --batch-invariant where its products are none for the tensor cores."""
+    if config.batch_invariant and dtype is not torch.bfloat16:
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"--batch-invariant needs bfloat16, and the weights are in {name}; --dtype bfloat16 works")
 
 
 def _token_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, kernels: TritonKernels) -> int:

@@ -1,4 +1,5 @@
-"""Kernels for GPUs: cuBLAS through torch for plain products, one backend for attention, Triton for all the rest.
+"""Kernels for GPUs: cuBLAS through torch for plain products, one backend for attention, Triton for all the rest, and
+for plain products too where a row's bits have to be its own.
 
 Importing this module needs triton.
 """
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from weft.kernels import triton_norm, triton_w4ax
+from weft.kernels import triton_linear, triton_norm, triton_w4ax
 from weft.kernels.attention import Attention, open_attention
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.reference import PlainEmbedding, PlainLinear
@@ -20,18 +21,26 @@ class TritonKernels:
     """Kernels (see base.py) on one GPU, or, where Triton interprets, on CPU tensors. Without state: lanes share it.
 
     attention: as --attention-backend. exact_a4: quantised linears round activations to 4 bits outside of the outlier
-    blocks. sixteen: quantised linears leave activations in 16 bits (bfloat16 only).
+    blocks. sixteen: quantised linears leave activations in 16 bits (bfloat16 only). invariant: no product's bits depend
+    on the number of rows; without it those of integers do not.
     """
 
     name = "triton"
 
     def __init__(
-        self, device: torch.device, attention: str = "triton", *, exact_a4: bool = False, sixteen: bool = False
+        self,
+        device: torch.device,
+        attention: str = "triton",
+        *,
+        exact_a4: bool = False,
+        sixteen: bool = False,
+        invariant: bool = False,
     ) -> None:
         self.device = device
         self.attend: Attention = open_attention(attention, device)
         self._exact_a4 = exact_a4
         self._sixteen = sixteen
+        self._invariant = invariant
 
     def pack_linear(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> PlainLinear:
         return PlainLinear(self._own(weight), None if bias is None else self._own(bias))
@@ -61,8 +70,11 @@ class TritonKernels:
 
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
         if not isinstance(packed, PlainLinear):
-            multiply = triton_w4ax.linear_a16 if self._sixteen else triton_w4ax.linear
-            return multiply(x, packed, dtype)
+            if self._sixteen:
+                return triton_w4ax.linear_a16(x, packed, dtype, invariant=self._invariant)
+            return triton_w4ax.linear(x, packed, dtype)
+        if self._invariant:
+            return triton_linear.linear(x, packed, dtype)
         if dtype is None or dtype is x.dtype:
             return linear(x, packed.weight, packed.bias)
         return _wide(x, packed, dtype)

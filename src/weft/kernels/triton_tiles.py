@@ -44,6 +44,30 @@ ATTENTION_QUANTISED = {
     90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
     100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class LinearTile:
+    """columns, channels: outputs of a program, and the step in which it sums over the input. They, and the instruction
+    that comes of them, decide over an output's bits. low, high: (rows, warps, stages) for up to so many rows as `low`
+    has, and for more."""
+
+    columns: int
+    channels: int
+    low: tuple[int, int, int]
+    high: tuple[int, int, int]
+
+    def of(self, rows: int) -> tuple[int, int, int]:
+        return self.low if rows <= self.low[0] else self.high
+
+
+# Plain products for --batch-invariant. In sm_100's tensor memory a tile of 64 rows lies in another way than one of 128.
+LINEAR = {
+    INTERPRETER: LinearTile(256, 256, (64, 4, 1), (64, 4, 1)),
+    80: LinearTile(128, 64, (64, 4, 3), (128, 8, 3)),
+    90: LinearTile(128, 64, (64, 4, 4), (128, 8, 4)),
+    100: LinearTile(128, 64, (128, 8, 4), (128, 8, 4)),
+}
 # (rows of a program, warps): rotation and KV write of one head.
 ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
 # (rows, warps): RMSNorm; a program has whole rows.

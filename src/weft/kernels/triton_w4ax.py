@@ -20,6 +20,7 @@ from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
 from weft.kernels.w4ax_weights import BLOCK, Form, Weights, check_weights, compact_scales
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
+INVARIANT = 64  # rows, whose tile then serves any number of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,14 +121,16 @@ def linear_a16(
     norm: Norm | None = None,
     *,
     gated: bool = False,
+    invariant: bool = False,
 ) -> torch.Tensor:
-    """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16."""
+    """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16. invariant: in one tile for any
+    number of rows, for the tile decides over the instruction, and with it over the order of sums."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
     prepared = prepare_rows(x, packed.form, norm, gated=gated)
     y = _output(prepared, packed, dtype or x.dtype)
     if len(y):
-        m, n, warps, stages = tile(len(y), floats=True)
+        m, n, warps, stages = tile(INVARIANT if invariant else len(y), floats=True)
         w4a16_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
             prepared,
             packed.wide,
