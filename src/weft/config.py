@@ -232,7 +232,8 @@ class EngineConfig:
     )
     attention_backend: str = setting(
         "auto",
-        help="what computes attention on a GPU; auto is triton, torch is slow and for comparison",
+        help="what computes attention on a GPU; auto is triton, torch is slow and for comparison, flashinfer comes "
+        "with pip install 'weft[flashinfer]'",
         choices=("auto", "triton", "torch", "flashinfer"),
     )
     gpu_memory_utilization: float = setting(

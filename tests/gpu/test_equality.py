@@ -1,9 +1,9 @@
 """One sequence, one answer on a real GPU: whatever the batch, the chunks, the cache, the preemptions, the lanes.
 
 tests/system/test_equality.py says the same through the engine, which needs packages that a bare image lacks; here the
-scheduler drives the device. With quantised linears every product is weft's own, and a row's bits are its own: log-
-probabilities are compared exactly. cuBLAS, which multiplies plain weights, may sum another number of rows in another
-order, so with those the tokens are compared, in float32.
+scheduler drives the device. With quantised linears, and with --batch-invariant, every product is weft's own, and a
+row's bits are its own: log-probabilities are compared exactly. cuBLAS, which multiplies plain weights otherwise, may
+sum another number of rows in another order, so with it the tokens are compared, in float32.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ PROMPTS = [tuple((7 * i + 13 * place) % 4096 for place in range(length)) for i, 
 @dataclass(frozen=True)
 class Case:
     """model: a fixture. exact: whether log-probabilities are compared, too. host: tokens are drawn by the host, for
-    their log-probabilities; otherwise by the device, which computes ahead."""
+    their log-probabilities; otherwise by the device, which computes ahead. flags: that are given."""
 
     model: str
     dtype: str
     cache: str
     exact: bool = True
     host: bool = False
+    flags: tuple[str, ...] = ()
 
     @property
     def greedy(self) -> SamplingParams:
@@ -56,7 +57,10 @@ CASES = [
     Case("quantised_model", "bfloat16", "int4", host=True),
     Case("quantised_model", "bfloat16", "int8"),
     Case("tiny_model", "float32", "auto", exact=False),
-    # Nobody promises this; what it does on a GPU decides whether weft needs a product of its own there.
+    Case("tiny_model", "bfloat16", "auto", host=True, flags=("batch_invariant",)),
+    Case("tiny_model", "bfloat16", "int4", flags=("batch_invariant",)),
+    Case("quantised_model", "bfloat16", "auto", host=True, flags=("batch_invariant", "w4a16")),
+    # Nobody promises this; it shows what --batch-invariant is for.
     pytest.param(
         Case("tiny_model", "bfloat16", "auto", host=True),
         marks=pytest.mark.xfail(reason="cuBLAS may sum another number of rows in another order"),
@@ -117,7 +121,11 @@ class Driver:
         return [self.answers([prompt], params)[0] for prompt in PROMPTS]
 
 
-@pytest.fixture(scope="module", params=CASES, ids=lambda case: f"{case.model}-{case.dtype}-{case.cache}-{case.host}")
+@pytest.fixture(
+    scope="module",
+    params=CASES,
+    ids=lambda case: "-".join((case.model, case.dtype, case.cache, str(case.host), *case.flags)),
+)
 def case(request: pytest.FixtureRequest) -> Case:
     found: Case = request.param
     return found
@@ -130,7 +138,7 @@ def folder(case: Case, tiny_model: Path, quantised_model: Path) -> Path:
 
 @contextmanager
 def opened(case: Case, folder: Path, **settings: Any) -> Iterator[Device]:
-    given = {"num_blocks": 200, "max_num_seqs": 8, "max_model_len": 512} | settings
+    given = {"num_blocks": 200, "max_num_seqs": 8, "max_model_len": 512} | dict.fromkeys(case.flags, True) | settings
     device = open_device(
         EngineConfig(device="cuda", dtype=case.dtype, kv_cache_dtype=case.cache, **given), folder, lambda phase: None
     )

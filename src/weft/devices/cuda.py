@@ -20,7 +20,7 @@ from weft.config import EngineConfig, disaggregated
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
 from weft.devices.cpu import check_exact_a4, kv_words, share_out
-from weft.devices.cuda_forward import CudaForward
+from weft.devices.cuda_forward import CudaForward, planner_of
 from weft.devices.cuda_lane import CudaLane, Pending
 from weft.devices.cuda_memory import check_weights, size_gpu_pool, usage_of
 from weft.devices.cuda_streams import Gpu, open_gpu
@@ -154,6 +154,7 @@ def _open_lane(
         capacity.block_size,
         max_slices=capacity.max_slices,
         graphs=gpu.captures and kernels.attend.capturable,
+        planner=planner_of(gpu, kernels.attend, decoder, capacity.block_size, capacity.max_slices),
     )
     return CudaLane(gpu, stream, decoder, forward, capacity.block_size)
 

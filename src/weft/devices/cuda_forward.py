@@ -15,7 +15,8 @@ import torch
 
 from weft.core.plan import Slice
 from weft.devices.cuda_inputs import Inputs, Layout, layout_of, send, send_tensors
-from weft.devices.cuda_streams import Gpu, Stream, Work
+from weft.devices.cuda_streams import Event, Gpu, Stream, Work
+from weft.kernels.attention import Attention, Planner, Shape
 from weft.kernels.base import Batch
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
@@ -32,7 +33,8 @@ class Graph:
 
 class CudaForward:
     """drawn: int64 [max_slices]: the tokens that the latest launch drew, in the order of its rows of logits. Whoever
-    draws writes them there. graphs: whether decode goes through graphs, for which the kernels must not wait."""
+    draws writes them there. graphs: whether decode goes through graphs, for which the kernels must not wait. planner:
+    of the attention backend (kernels/attention.py); it plans on the stream that is used."""
 
     def __init__(
         self,
@@ -44,6 +46,7 @@ class CudaForward:
         *,
         max_slices: int,
         graphs: bool,
+        planner: Planner | None = None,
     ) -> None:
         self.drawn = torch.zeros(max_slices, dtype=torch.int64, device=gpu.device)
         self._gpu = gpu
@@ -56,6 +59,8 @@ class CudaForward:
         self._graphs: dict[int, Graph] = {}
         self._logits = torch.empty(0, device=gpu.device)  # of graphs
         self._hidden = torch.empty(0)
+        self._planner = planner
+        self._planned: Event | None = None  # when the device has what was planned last
 
     def run(self, slices: Sequence[Slice], rows: Sequence[int], feeds: Sequence[int] | None = None) -> torch.Tensor:
         """Logits of these rows, float32 [R, V] on the device, good until the next run. The KV of all rows is in the
@@ -69,8 +74,9 @@ class CudaForward:
             return self._replay(slices, feeds)
         whole = _scored(slices)
         batch = make_batch(slices, self._block_size, None if whole else rows)
+        plan = self._plan(batch)
         sent = send(self._gpu, batch, feeds)
-        inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None)
+        inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None, plan=plan)
         self._hidden = self._decoder.hidden(self._fed(inputs, feeds is not None), self._kv)
         if not whole:
             return self._decoder.logits(self._hidden)
@@ -80,6 +86,15 @@ class CudaForward:
     def hidden(self) -> torch.Tensor:
         """The hidden rows of the last run's tokens, [T, hidden]; of a run with a slice that scores its prompt."""
         return self._hidden
+
+    def _plan(self, batch: Batch, *, captured: bool = False) -> Any:
+        if self._planner is None:
+            return None
+        if self._planned is not None:
+            self._planned.wait()
+        plan = self._planner.plan(batch, captured=captured)
+        self._planned = self._stream.mark()
+        return plan
 
     def _fed(self, inputs: Inputs, fed: bool = True) -> Batch:
         """The batch with its tokens where they were left on the device."""
@@ -95,6 +110,7 @@ class CudaForward:
         if feeds is not None:
             feeds = [*feeds, *[-1] * (size - count)]
         graph, batch = self._graph(size), filled(slices, size, self._block_size)
+        self._plan(batch, captured=True)
         sent = send(self._gpu, batch, feeds)
         tables = layout_of(batch).views(sent)[-1]
         graph.memory.copy_(sent[: len(graph.memory)])
@@ -116,14 +132,32 @@ class CudaForward:
             self._logits = torch.empty(shape, device=self._gpu.device)
         fixed, whole = Layout(size, size, 0), Layout(size, size, self._width)
         memory = torch.zeros(whole.size, dtype=torch.uint8, device=self._gpu.device)
-        inputs = whole.inputs(memory, self._block_size, whole=True)
-        memory[: fixed.size].copy_(send(self._gpu, filled((), size, self._block_size), None)[: fixed.size])
+        nobody = filled((), size, self._block_size)
+        plan = self._plan(nobody, captured=True)
+        inputs = whole.inputs(memory, self._block_size, whole=True, plan=plan)
+        memory[: fixed.size].copy_(send(self._gpu, nobody, None)[: fixed.size])
         logits = self._logits[:size]
 
         def work() -> None:
             logits.copy_(self._decoder.logits(self._decoder.hidden(self._fed(inputs), self._kv)))
 
         return Graph(inputs, memory[: fixed.size], self._stream.capture(work))
+
+
+def planner_of(gpu: Gpu, attend: Attention, decoder: Decoder, block_size: int, max_slices: int) -> Planner | None:
+    """What plans a lane's steps for its attention; None for a backend that needs no plan."""
+    config = decoder.config
+    shape = Shape(
+        config.heads,
+        config.kv_heads,
+        config.head_dim,
+        config.head_dim**-0.5,
+        block_size,
+        decoder.dtype,
+        tuple(dict.fromkeys(config.windows)),
+    )
+    width = -(-decoder.max_model_len // block_size)
+    return attend.planner(shape, max_slices, width, lambda tensor: send_tensors(gpu, [tensor])[0])
 
 
 def filled(slices: Sequence[Slice], size: int, block_size: int) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -54,10 +55,10 @@ class Layout:
         """The tensors in uint8 memory of `size` or more."""
         return _views(memory, self.fields())
 
-    def inputs(self, memory: torch.Tensor, block_size: int, *, whole: bool) -> Inputs:
-        """whole: every row is wanted after the last layer."""
+    def inputs(self, memory: torch.Tensor, block_size: int, *, whole: bool, plan: Any = None) -> Inputs:
+        """whole: every row is wanted after the last layer. plan: see Batch."""
         tokens, slots, positions, feeds, starts, contexts, kept, tables = self.views(memory)
-        batch = Batch(tokens, positions, slots, starts, contexts, tables, block_size, None if whole else kept)
+        batch = Batch(tokens, positions, slots, starts, contexts, tables, block_size, None if whole else kept, plan)
         return Inputs(batch, feeds)
 
 

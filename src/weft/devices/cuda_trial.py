@@ -15,7 +15,7 @@ from weft.config import EngineConfig
 from weft.core.plan import Sampling, Slice
 from weft.core.sampling import SamplingParams
 from weft.devices.cuda_draw import start_draw
-from weft.devices.cuda_forward import CudaForward
+from weft.devices.cuda_forward import CudaForward, buckets, planner_of
 from weft.devices.cuda_streams import Gpu
 from weft.kernels.triton import TritonKernels
 from weft.models.decoder import Decoder
@@ -44,7 +44,8 @@ def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonK
     decoder = Decoder(model, weights, kernels, length)
     whole = -(-length // size)
     kv = decoder.make_kv(whole, size, config.kv_cache_dtype)
-    forward = CudaForward(gpu, gpu.stream(), decoder, kv, size, max_slices=seats, graphs=False)
+    stream, planner = gpu.stream(), planner_of(gpu, kernels.attend, decoder, size, seats)
+    forward = CudaForward(gpu, stream, decoder, kv, size, max_slices=seats, graphs=False, planner=planner)
     table = tuple(range(whole))
     # As wide as in a graph: decode keeps partial sums for every split that a table might have.
     longest = min(model.context, config.max_model_len or model.context)
@@ -54,9 +55,10 @@ def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonK
         return Slice(0, 0, (0,) * count, table)
 
     def run(slices: Sequence[Slice], rows: int) -> None:
-        logits = forward.run(slices, range(rows))
-        for params in (GREEDY, ALL):
-            start_draw(gpu, logits, [Sampling(params, 0, 1, (0,), (0,), (0,))] * rows, forward.drawn)
+        with stream.use():
+            logits = forward.run(slices, range(rows))
+            for params in (GREEDY, ALL):
+                start_draw(gpu, logits, [Sampling(params, 0, 1, (0,), (0,), (0,))] * rows, forward.drawn)
 
     @torch.inference_mode()
     def prefill() -> None:
@@ -77,4 +79,5 @@ def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonK
     gpu.peak(others)
     peaks = gpu.peak(prefill), gpu.peak(decode)
     logits = seats * model.vocabulary * torch.float32.itemsize  # of all graphs
-    return Peaks(peaks[0], peaks[1] + logits if kernels.attend.capturable else 0)
+    planned = 0 if planner is None else planner.bytes(len(buckets(seats)))
+    return Peaks(peaks[0] + planned, peaks[1] + logits if kernels.attend.capturable else 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -10,6 +12,36 @@ from weft.errors import ConfigError
 from weft.kernels.base import Batch
 
 TRITON, TORCH, FLASHINFER = "triton", "torch", "flashinfer"
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What attention is asked for in every step of a model. windows: those of its layers, each once."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    scale: float
+    block_size: int
+    dtype: torch.dtype
+    windows: tuple[int | None, ...]
+
+
+class Planner(Protocol):
+    """Of one lane: tells a backend of each step on the host, before it is launched."""
+
+    def plan(self, batch: Batch, *, captured: bool = False) -> Any:
+        """What `Batch.plan` is of this step's batch on the device. batch: on the host. What is planned is copied there
+        by this stream, from memory that the next plan overwrites: who plans again waits until the stream got here.
+
+        captured: for a decode step in a graph, which is recorded with what this returns, and replayed after another
+        plan for as many rows: that is the same object.
+        """
+        ...
+
+    def bytes(self, graphs: int) -> int:
+        """Of the device that are held, with so many sizes of graphs."""
+        ...
 
 
 class Attention(Protocol):
@@ -47,12 +79,16 @@ class Attention(Protocol):
         self, q: torch.Tensor, kv: Any, batch: Batch, heads: int, kv_heads: int, scale: float, window: int | None = None
     ) -> torch.Tensor: ...
 
+    def planner(
+        self, shape: Shape, max_slices: int, width: int, send: Callable[[torch.Tensor], torch.Tensor]
+    ) -> Planner | None:
+        """One for a lane whose steps have up to `max_slices` slices, with tables of up to `width` blocks; None where
+        nothing is planned. send: copies a tensor of the host's to the device, on the stream, without waiting."""
+        ...
+
 
 def open_attention(name: str, device: torch.device) -> Attention:
-    """The backend for --attention-backend `name`, which is never exchanged for another. Raises ConfigError.
-
-    flashinfer is a name that is kept for it: its kernels run on GPUs only, and this code has not met one.
-    """
+    """The backend for --attention-backend `name`, which is never exchanged for another. Raises ConfigError."""
     if name == TORCH:
         from weft.kernels.torch_attention import TorchAttention
 
@@ -62,8 +98,7 @@ def open_attention(name: str, device: torch.device) -> Attention:
 
         return TritonAttention(device)
     if name == FLASHINFER:
-        raise ConfigError(
-            f"--attention-backend is {name}, which this version of weft does not drive, whether or not "
-            "flashinfer-python is installed; what would work: triton, torch"
-        )
+        from weft.kernels.flashinfer_attention import open_flashinfer
+
+        return open_flashinfer(device)
     raise ConfigError(f"--attention-backend is {name!r}; on a GPU it must be one of auto, triton, torch, flashinfer")

@@ -27,6 +27,7 @@ class Batch:
     contexts: int32 [S] KV length of each slice's sequence after this step (its last row attends to all of it).
     tables: int32 [S, W] block tables, padded with -1 (padding is never read).
     kept: int64 [R] the rows that are wanted after the last layer; None for all.
+    plan: what an attention backend of GPUs has planned for the step (kernels/attention.py); None where there is none.
     """
 
     tokens: torch.Tensor
@@ -37,6 +38,7 @@ class Batch:
     tables: torch.Tensor
     block_size: int
     kept: torch.Tensor | None = None
+    plan: Any = None
 
 
 def kept_rows(x: torch.Tensor, batch: Batch) -> torch.Tensor:

@@ -53,3 +53,6 @@ class TorchAttention:
     ) -> torch.Tensor:
         with self._device:
             return self._reference.attention(q, kv, batch, heads, kv_heads, scale, window)
+
+    def planner(self, *_lane: Any, **_more: Any) -> None:
+        """Nothing is planned."""

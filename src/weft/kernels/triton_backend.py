@@ -46,3 +46,6 @@ class TritonAttention:
         self, q: torch.Tensor, kv: Any, batch: Batch, heads: int, kv_heads: int, scale: float, window: int | None = None
     ) -> torch.Tensor:
         return triton_attention.attention(q, kv, batch, heads, kv_heads, scale, window)
+
+    def planner(self, *_lane: Any, **_more: Any) -> None:
+        """Nothing is planned."""

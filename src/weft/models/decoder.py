@@ -37,6 +37,11 @@ class Decoder:
         self._next_norms = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
         self._next_readers = [layer.qkv for layer in weights.layers[1:]] + [None]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations."""
+        return self._weights.dtype
+
     def on(self, kernels: Kernels) -> Decoder:
         """The same model on other kernels, which take the same packed weights."""
         return Decoder(self.config, self._weights, kernels, self.max_model_len)
