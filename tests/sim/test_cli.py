@@ -74,6 +74,20 @@ def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest
     assert "no configuration meets the targets" in capsys.readouterr().out
 
 
+def test_a_plan_may_weave_where_there_are_ranks_to_join(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "plan.json"
+    flags = ["plan", "--price", "a100-80=1", "--tp", "1", "4", "--partitions", "off", "--weave", "--rate", "2", *LOAD]
+    assert main([*flags, *TARGETS, "--json", str(out)]) == 0
+    names = {row["candidate"] for row in json.loads(out.read_text())["verdicts"]}
+    assert names == {"1 x a100-80, bf16, --partition off", "4 x a100-80, bf16, woven, --partition off"}
+
+
+def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "--seconds", "-1", "--max-gpus", "0"]) == 2
+    words = " ".join(capsys.readouterr().err.split())
+    assert "--seconds is -1.0" in words and "there is no --price" in words and "--max-gpus is 0" in words
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [

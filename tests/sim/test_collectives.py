@@ -47,6 +47,23 @@ def test_without_a_switch_that_adds_up_all_sums_cross_the_links(name: str, ranks
         assert all_reduce_seconds(link, ranks, size) >= least
 
 
+@settings(deadline=None)
+@given(LINKS, RANKS, SIZES, st.floats(0.1, 1))
+def test_a_quantised_gather_saves_of_the_second_phase_only(name: str, ranks: int, size: float, part: float) -> None:
+    link = find_link(name)
+    whole, less = all_reduce_seconds(link, ranks, size), all_reduce_seconds(link, ranks, size, part)
+    assert gather_seconds(link, ranks, 0.0) <= less <= whole
+    assert less >= whole / 2, "sums have their 16 bits"
+
+
+def test_a_quantised_gather_saves_a_quarter_of_the_traffic_with_eight_bits() -> None:
+    """Without a switch that adds up, of what a ring carries; where it does, of the rank's own part alone."""
+    ring, switch = find_link("nvlink3"), find_link("nvlink4")
+    assert all_reduce_seconds(ring, 8, 1e9, 0.5) / all_reduce_seconds(ring, 8, 1e9) == pytest.approx(0.75, rel=0.01)
+    within = switch.collective.limit
+    assert 0.9 < all_reduce_seconds(switch, 8, within, 0.5) / all_reduce_seconds(switch, 8, within) < 1.0
+
+
 def test_large_sizes_are_left_to_nccl() -> None:
     vllm, nccl = find_link("nvlink4", "vllm"), find_link("nvlink4", "nccl")
     beyond = 2 * vllm.collective.limit

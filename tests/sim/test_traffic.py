@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,15 @@ def test_copies_are_as_many_requests_at_other_times() -> None:
     assert [at for at, _ in found] == sorted(at for at, _ in found)
     assert len(found) == pytest.approx(50 * 60 * 3 / 6.0, rel=0.05)
     assert len({round(at % 6.0, 6) for at, _ in found}) > 100
+
+
+def test_copies_share_prompts_with_themselves_only() -> None:
+    rows = [(0.0, Size(40, 2, (7, 8), 16)), (1.0, Size(40, 2, (7, 9), 16)), (2.0, Size(40, 2))]
+    found = [size for _, size in traffic.until(traffic.copies(rows, 5, np.random.default_rng(1)), 3.0)]
+    names = [size.hashes for size in found if size.hashes]
+    assert len(names) == 10 and all(first % 5 == last % 5 for first, last in names), "copy k has names of its own"
+    assert Counter(first for first, _ in names) == {7 * 5 + copy: 2 for copy in range(5)}
+    assert sum(not size.hashes for size in found) == 5
 
 
 def test_lengths_are_scaled_and_cut_to_the_context() -> None:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -17,7 +16,6 @@ from weft.bench.report import finite
 from weft.cli import simulated
 from weft.cli.flags import Parser
 from weft.config import EngineConfig
-from weft.errors import ConfigError
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import Gpu, find_gpu, gpu_names
 from weft.sim.load import Load
@@ -36,10 +34,7 @@ EPILOG = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    given = _parser().read(arguments)
-    simulated.check(given)
-    _check(given)
-    load = simulated.load_of(given)
+    given, load = simulated.read(_parser(), arguments, _problems)
     traffic = traffic_of(lambda: load.stream(given.rate))
     targets = Targets(given.slo_ttft, given.slo_tpot, given.percentile)
     candidates = _candidates(given, load)
@@ -64,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("weft plan", "Find the cheapest simulated fleet that meets latency targets.", EPILOG)
     looked = parser.add_argument_group("what is looked at")
-    looked.add_argument("--model", default="llama-3-8b", metavar="NAME|FOLDER", help="or a folder with a config.json")
+    simulated.add_model(looked)
     looked.add_argument(
         "--price", type=_price, action="append", default=[], metavar="GPU=X",
         help=f"of a GPU for an hour; may be repeated. GPUs: {', '.join(gpu_names())}",
@@ -81,13 +76,11 @@ def _parser() -> Parser:
     simulated.add_engine(parser)
     simulated.add_traffic(parser, "the trace once, or 600")
     parser.add_argument("--rate", type=float, default=1.0, metavar="X", help="of the trace's own, or requests/s (1)")
-    output = parser.add_argument_group("output")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write settings and verdicts")
-    output.add_argument("--disable-progress", action="store_true", help="no progress bar")
+    simulated.add_output(parser.add_argument_group("output"), "settings and verdicts")
     return parser
 
 
-def _check(given: argparse.Namespace) -> None:
+def _problems(given: argparse.Namespace) -> list[str]:
     found = []
     if not given.price:
         found.append("there is no --price; give one for each GPU to look at, such as --price h100=2.5")
@@ -99,9 +92,7 @@ def _check(given: argparse.Namespace) -> None:
         found.append(f"--max-gpus is {given.max_gpus}; it must be at least 1")
     if min(given.tensor_parallel_sizes) < 1:
         found.append(f"--tensor-parallel-sizes has {min(given.tensor_parallel_sizes)}; each must be at least 1")
-    found += filter(None, [simulated.partition_problem("--partitions", text) for text in given.partitions])
-    if found:
-        raise ConfigError("\n".join(found))
+    return [*found, *filter(None, [simulated.partition_problem("--partitions", text) for text in given.partitions])]
 
 
 def _price(text: str) -> tuple[str, float]:
@@ -123,14 +114,15 @@ def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
             for precision in dict.fromkeys(given.precisions):
                 for text in dict.fromkeys(given.partitions):
                     config = simulated.config_of(given, text, load)
-                    make = partial(_setup, model, find_gpu(name), ranks, precision, config)
-                    words = f"{ranks} x {name}, {precision}, --partition {text}"
+                    weave = given.weave and ranks > 1
+                    make = partial(_setup, model, find_gpu(name), ranks, precision, weave, config)
+                    words = f"{ranks} x {name}, {precision}{', woven' if weave else ''}, --partition {text}"
                     found.append(Candidate(words, ranks, price * ranks, make))
     return found
 
 
-def _setup(model: Model, gpu: Gpu, ranks: int, precision: str, config: EngineConfig) -> Setup:
-    return setup_of(cost_of(model, gpu, ranks, precision, config.kv_cache_dtype), config)
+def _setup(model: Model, gpu: Gpu, ranks: int, precision: str, weave: bool, config: EngineConfig) -> Setup:
+    return setup_of(cost_of(model, gpu, ranks, precision, config.kv_cache_dtype, weave=weave), config)
 
 
 def _caveats(best: Verdict) -> tuple[str, ...]:

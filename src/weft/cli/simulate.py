@@ -13,11 +13,10 @@ from weft.bench.plot import require_matplotlib
 from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
-from weft.errors import ConfigError
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu, gpu_names
 from weft.sim.load import Load
-from weft.sim.models import find_model, model_names
+from weft.sim.models import find_model
 from weft.sim.precision import PRECISIONS
 from weft.sim.report import Run, as_json, plot, print_runs
 from weft.sim.run import Transfer
@@ -32,9 +31,7 @@ EPILOG = (
 
 
 def main(arguments: Sequence[str]) -> int:
-    given = _parser().read(arguments)
-    simulated.check(given)
-    _check(given)
+    given, load = simulated.read(_parser(), arguments, _problems)
     if given.plot is not None:
         require_matplotlib()
     cost = cost_of(
@@ -45,7 +42,6 @@ def main(arguments: Sequence[str]) -> int:
         given.kv_cache_dtype,
         weave=given.weave,
     )
-    load = simulated.load_of(given)
     fleet = _fleet(given, cost, load)
     slo = Slo(given.slo_ttft, given.slo_tpot)
     runs = [_run(fleet, load, rate, slo, given) for rate in given.rates]
@@ -70,17 +66,9 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> Parser:
     parser = Parser("weft simulate", "Serve traffic on simulated GPUs in virtual time.", EPILOG)
     fleet = parser.add_argument_group("fleet")
-    fleet.add_argument(
-        "--model",
-        default="llama-3-8b",
-        metavar="NAME|FOLDER",
-        help=f"{', '.join(model_names())}, or a folder with a config.json (llama-3-8b)",
-    )
+    simulated.add_model(fleet)
     fleet.add_argument("--gpu", default="h100", metavar="NAME", help=f"{', '.join(gpu_names())} (h100)")
     fleet.add_argument("--tensor-parallel-size", "--tp", type=int, default=1, metavar="N", help="GPUs of a replica (1)")
-    fleet.add_argument(
-        "--weave", action="store_true", help="fuse the seams between ranks, and hide them where that is quicker"
-    )
     fleet.add_argument("--precision", choices=tuple(PRECISIONS), default="bf16", help="of weights and activations")
     fleet.add_argument("--replicas", type=int, default=1, metavar="N", help="behind a router (1)")
     fleet.add_argument("--router", choices=ROUTERS, default="least-loaded")
@@ -104,13 +92,12 @@ def _parser() -> Parser:
     output.add_argument("--slo-ttft", type=float, metavar="S", help="goodput counts requests within these targets, and")
     output.add_argument("--slo-tpot", type=float, metavar="S", help="--partition auto and paper go by them")
     output.add_argument("--warm-up", type=float, default=0.0, metavar="S", help="requests before that do not count (0)")
-    output.add_argument("--json", type=Path, metavar="FILE", help="write settings, figures and timelines")
     output.add_argument("--plot", type=Path, metavar="FILE", help="write a picture (needs matplotlib)")
-    output.add_argument("--disable-progress", action="store_true", help="no progress bar")
+    simulated.add_output(output, "settings, figures and timelines")
     return parser
 
 
-def _check(given: argparse.Namespace) -> None:
+def _problems(given: argparse.Namespace) -> list[str]:
     found = []
     for name in ("tensor_parallel_size", "replicas"):
         if getattr(given, name) < 1:
@@ -129,9 +116,7 @@ def _check(given: argparse.Namespace) -> None:
             found.append(f"--rates has {rate}; each must be more than 0")
     if not 0 <= given.warm_up < math.inf:
         found.append(f"--warm-up is {given.warm_up}; it must be at least 0")
-    found += filter(None, [simulated.partition_problem("--partition", given.partition)])
-    if found:
-        raise ConfigError("\n".join(found))
+    return [*found, *filter(None, [simulated.partition_problem("--partition", given.partition)])]
 
 
 def _failure(text: str) -> Failure:

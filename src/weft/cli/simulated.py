@@ -1,4 +1,5 @@
-"""The flags that `weft simulate` and `weft plan` share: the traffic, the engine's settings, and how a run is shown."""
+"""What `weft simulate` and `weft plan` share: flags of model, traffic and engine, their checks, and how a run is
+shown."""
 
 from __future__ import annotations
 
@@ -14,15 +15,47 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from weft.bench.report import output_problems
+from weft.cli.flags import Parser
 from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.errors import ConfigError
 from weft.sim.estimate import KV_BITS
 from weft.sim.load import DATASETS, Load, read_rows
+from weft.sim.models import model_names
 
 T = TypeVar("T")
 
 # Of a GPU server, where weft serve's own defaults are for a CPU.
 SEATS, TOKENS, BLOCK = 256, 2048, 64
+
+
+def read(
+    parser: Parser, arguments: Sequence[str], own: Callable[[argparse.Namespace], Sequence[str]]
+) -> tuple[argparse.Namespace, Load]:
+    """The flags, all of them good, and the load that they name. own: what is wrong with the command's own flags, one
+    sentence each. Raises ConfigError with everything that is wrong."""
+    given = parser.read(arguments)
+    found = [*_problems(given), *own(given)]
+    if found:
+        raise ConfigError("\n".join(found))
+    return given, _load(given)
+
+
+def add_model(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        default="llama-3-8b",
+        metavar="NAME|FOLDER",
+        help=f"{', '.join(model_names())}, or a folder with a config.json (llama-3-8b)",
+    )
+    group.add_argument(
+        "--weave", action="store_true", help="fuse the seams between ranks, and hide them where that is quicker"
+    )
+
+
+def add_output(group: argparse._ArgumentGroup, written: str) -> None:
+    """written: what the JSON has."""
+    group.add_argument("--json", type=Path, metavar="FILE", help=f"write {written}")
+    group.add_argument("--disable-progress", action="store_true", help="no progress bar")
 
 
 def add_traffic(parser: argparse.ArgumentParser, seconds: str) -> None:
@@ -73,7 +106,7 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load_of(arguments: argparse.Namespace) -> Load:
+def _load(arguments: argparse.Namespace) -> Load:
     """Raises ConfigError."""
     rows, clients = read_rows(arguments.dataset_name, arguments.dataset_path)
     longer = arguments.trace_output_scale
@@ -119,8 +152,8 @@ def config_of(arguments: argparse.Namespace, partition: str, load: Load) -> Engi
     return config
 
 
-def check(arguments: argparse.Namespace) -> None:
-    """Raise ConfigError with everything that is wrong with the shared flags, one sentence each."""
+def _problems(arguments: argparse.Namespace) -> list[str]:
+    """Everything that is wrong with the shared flags, one sentence each."""
     found = []
 
     def must(name: str, fits: Callable[[Any], bool], what: str) -> None:
@@ -143,9 +176,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if arguments.dataset_name == "random" and arguments.dataset_path is not None:
         found.append("--dataset-path is of no use without --dataset-name trace or clients")
-    found += output_problems(arguments)
-    if found:
-        raise ConfigError("\n".join(found))
+    return found + output_problems(arguments)
 
 
 def partition_problem(flag: str, text: str) -> str | None:

@@ -215,27 +215,13 @@ class Scheduler:
         if sequence.state is PREFILL:
             self.running.decode(sequence)
             self._prefilled(sequence, events)
-        self._append(sequence, drawn, now, events)
-
-    def _prefilled(self, sequence: Sequence, events: list[Event]) -> None:
-        live = sequence.live
-        if sequence.scores_due:
-            events.append(PromptScores(live.request.id, tuple(live.scores)))
-            live.scores_due = False
-            live.scores.clear()
-        if not live.prefilled:
-            live.prefilled = True
-            self.prompt_tokens += sequence.prompt_len
-        self._unpark(live)
-
-    def _append(self, sequence: Sequence, drawn: Sampled, now: float, events: list[Event]) -> None:
-        live, token = sequence.live, drawn.token
-        sequence.tokens.append(token)
+        live, token, tokens = sequence.live, drawn.token, sequence.tokens
+        tokens.append(token)
         live.generated += 1
         self.generation_tokens += 1
         if live.first_token is None:
             live.first_token = now
-        length = len(sequence.tokens)
+        length = len(tokens)
         finish = stop_token = None
         if token in live.stop_ids and length - sequence.prompt_len > live.request.params.min_tokens:
             finish, stop_token = Finish.STOP, token
@@ -248,6 +234,17 @@ class Scheduler:
             reason = outgrown(length, self.capacity)
             if reason is not None:
                 self._end_request(live, Finish.ERROR, now, events, reason, NeverFits.code)
+
+    def _prefilled(self, sequence: Sequence, events: list[Event]) -> None:
+        live = sequence.live
+        if sequence.scores_due:
+            events.append(PromptScores(live.request.id, tuple(live.scores)))
+            live.scores_due = False
+            live.scores.clear()
+        if not live.prefilled:
+            live.prefilled = True
+            self.prompt_tokens += sequence.prompt_len
+        self._unpark(live)
 
     # -- ends ----------------------------------------------------------------------------------------------------
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from weft.core.plan import Sampled, Sampling, Slice, TokenScore
 from weft.core.sequence import Sequence
 
-
 # Of a named tuple from a plain one: half of what calling the class takes, and this is done for every token.
 made = tuple.__new__
 

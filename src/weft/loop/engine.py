@@ -180,9 +180,11 @@ class Engine:
     def _poll(self, timeout: float | None) -> list[Result]:
         if self._events or self.dead is not None:
             timeout = 0.0
-        limits = [limit for limit in (timeout, self._deadline()) if limit is not None]
+        limit = self._deadline()
+        if timeout is None or (limit is not None and limit < timeout):
+            timeout = limit
         try:
-            return self._device.poll(min(limits, default=None))
+            return self._device.poll(timeout)
         except DeviceError as error:
             self._die(error.message)
             return []

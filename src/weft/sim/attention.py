@@ -93,19 +93,13 @@ def _decoding(before: Sequence[int]) -> Work:
 def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -> Any:
     """Of one layer. Zero work takes the launch alone."""
     group = heads.together(fit.packed)
-    element = heads.kv_bits / 8
     bandwidth = fit.dram * part.bandwidth
-    row_flops = 2.0 * (heads.key + heads.value)
-    math_ = part.sm_flops * fit.math
+    slot = heads.kv_heads * heads.slot * (heads.kv_bits / 8)
+    # Most steps of a run only decode.
+    alone = isinstance(work.rows, float) and work.rows == 0.0
+    prompts = 0.0 if alone else _prompts_seconds(fit, part, heads, work, slot)
 
-    compute = work.pairs * row_flops * heads.heads / (part.sms * math_)
-    blocks = work.blocks * heads.heads / group / part.sms * fit.tile
-    slot = heads.kv_heads * heads.slot * element
-    streams = work.rows * (heads.heads * (heads.key + heads.value) * 2.0 + slot) + work.prior * slot
-    chain = (work.rows > 0) * fit.tile + row_flops * ROWS * work.longest / math_ * fit.chain
-    prompts = _norm(compute + streams / bandwidth + blocks, chain, fit.overlap)
-
-    beside = (work.rows > 0) * (work.sequences > 0) * (not heads.latent)
+    beside = 0 if alone else (work.rows > 0) * (work.sequences > 0) * (not heads.latent)
     memory = work.slots * slot / bandwidth * (1.0 + beside * (fit.beside - 1.0))
     # Beside prompts, decoding sequences go through the prompts' kernel: blocks of single heads, as many as the tallest.
     taken = heads.kv_heads + beside * (heads.heads / group - heads.kv_heads)
@@ -118,6 +112,17 @@ def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -
     extra = extra + beside * work.sequences * (work.tallest - 1) * heads.heads / group / part.sms * fit.empty
     extra = extra + (work.sequences > 1) * grouped * (heads.kv_heads > 1) * fit.regroup
     return fit.launch + prompts + decode + extra
+
+
+def _prompts_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work, slot: Any) -> Any:
+    """slot: bytes that the cache keeps for a position."""
+    row_flops = 2.0 * (heads.key + heads.value)
+    math_ = part.sm_flops * fit.math
+    compute = work.pairs * row_flops * heads.heads / (part.sms * math_)
+    blocks = work.blocks * heads.heads / heads.together(fit.packed) / part.sms * fit.tile
+    streams = work.rows * (heads.heads * (heads.key + heads.value) * 2.0 + slot) + work.prior * slot
+    chain = (work.rows > 0) * fit.tile + row_flops * ROWS * work.longest / math_ * fit.chain
+    return _norm(compute + streams / (fit.dram * part.bandwidth) + blocks, chain, fit.overlap)
 
 
 def _norm(one: Any, other: Any, exponent: float) -> Any:

@@ -14,25 +14,28 @@ from weft.errors import ConfigError
 from weft.sim.hardware import CollectiveFit, Link
 
 
-def all_reduce_seconds(link: Link, ranks: int, size: Any) -> Any:
-    """size: bytes that each rank holds; a number or an array. One rank takes no time. Raises ConfigError for more ranks
-    than the link joins."""
+def all_reduce_seconds(link: Link, ranks: int, size: Any, gathered: float = 1.0) -> Any:
+    """size: bytes that each rank holds; a number or an array. One rank takes no time. gathered: the part of them that
+    the second phase carries, less than 1 where sums are quantised before it. Raises ConfigError for more ranks than the
+    link joins."""
     if ranks == 1:
         return size * 0.0
     check_ranks(link, ranks)
-    found = _quickest(link.collective, link.bandwidth, ranks, size)
+    found = _quickest(link.collective, link.bandwidth, ranks, size, gathered)
     limit = link.collective.limit
-    return np.where(size > limit, _quickest(link.large, link.bandwidth, ranks, size), found) if limit else found
+    if not limit:
+        return found
+    return np.where(size > limit, _quickest(link.large, link.bandwidth, ranks, size, gathered), found)
 
 
-def _quickest(fit: CollectiveFit, peak: float, ranks: int, size: Any) -> Any:
+def _quickest(fit: CollectiveFit, peak: float, ranks: int, size: Any, gathered: float) -> Any:
     bandwidth = peak * fit.bandwidth
     launch = fit.launch + fit.rank * (ranks - 2)
-    found = np.minimum(
-        launch + size * (ranks - 1) / bandwidth, launch + fit.second + 2 * size * (ranks - 1) / ranks / bandwidth
-    )
+    both = (1.0 + gathered) * size * (ranks - 1) / ranks
+    found = np.minimum(launch + size * (ranks - 1) / bandwidth, launch + fit.second + both / bandwidth)
     if fit.multicast:
-        switched = size * (ranks + 1) / ranks / (peak * fit.multicast)
+        # A rank sends all that it holds and its part of the sums, which is more than it receives.
+        switched = size * (ranks + gathered) / ranks / (peak * fit.multicast)
         found = np.minimum(found, launch + fit.second + switched)
     return found
 

@@ -68,9 +68,10 @@ class StepCost:
     """As devices.cost.CostModel, from shapes and hardware.
 
     ranks: that split every layer (tensor parallel), joined by `link`, which may be left out for one. fused: all-reduce,
-    norm and residual are one kernel, and every rank norms its part of the tokens (TokenWeave, section 5). weave: also,
-    the tokens go in two halves, one of which is computed while the other is joined, wherever that is quicker (section
-    6). Raises ConfigError for what cannot be.
+    norm and residual are one kernel, and every rank norms its part of the tokens (TokenWeave, section 5); the gather
+    carries what the products take, quantised where they do so in fewer than 16 bits. weave: also, the tokens go in two
+    halves, one of which is computed while the other is joined, wherever that is quicker (section 6). Raises ConfigError
+    for what cannot be.
     """
 
     model: Model
@@ -230,7 +231,10 @@ class StepCost:
         rest = 2 * model.layers * fit.launch + (model.layers * rotated + 6.0 * tokens * wide / ranks) / (
             fit.dram * plain.bandwidth
         )
-        joins = 0.0 if self.link is None else 2 * model.layers * float(all_reduce_seconds(self.link, ranks, hidden))
+        gathered = min(16.0, self.precision.inputs) / 16 if self.fused or self.weave else 1.0
+        joins = 0.0
+        if self.link is not None:
+            joins = 2 * model.layers * float(all_reduce_seconds(self.link, ranks, hidden, gathered))
         return Tokens(float(attention), float(mlp), norms, rest, joins)
 
     def _products(self, linears: list[Linear], rows: int, part: Part) -> list[float]:
