@@ -217,7 +217,7 @@ def main() -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="azure2023_conv, _code, mooncake")
     parser.add_argument("--gpus", nargs="+", choices=tuple(COMET), default=list(COMET), help="both kinds by default")
-    parser.add_argument("--requests", type=int, default=1500, metavar="N", help="first ones of each trace (1500)")
+    parser.add_argument("--requests", type=int, default=1000, metavar="N", help="first ones of each trace (1000)")
     arguments = parser.parse_args()
     traces = [read(path, 150 if arguments.quick else arguments.requests) for path in arguments.traces]
     found: list[Cell] = []

@@ -133,11 +133,17 @@ def fit_all(data: Path) -> None:
 
 
 def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
-    """The GPU with coefficients for products fitted on a file; with `arithmetic` of fewer bits, too."""
+    """The GPU with coefficients for products fitted on a file, with `arithmetic` of fewer bits, too; and where the file
+    has products on parts of the SMs, with the part that draws all of the bandwidth."""
     bits = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4}[arithmetic]
     times = profiles.read_gemms(path, arithmetic)
     made = fit.fit_gemm(gpu.part(arithmetic=arithmetic), times, gpu.gemm.tiles, Operands(bits, bits))
-    found = asdict(replace(gpu, gemm=made, calibrated=True, note=f"products fitted on {path.name}"))
+    gpu = replace(gpu, gemm=made, calibrated=True, note=f"products fitted on {path.name}")
+    shares = profiles.read_shares(path, arithmetic)
+    if shares:
+        point = fit.fit_saturation(gpu, shares, arithmetic, Operands(bits, bits))
+        gpu = replace(gpu, saturation=point, note=f"{gpu.note}, with parts of the SMs")
+    found = asdict(gpu)
     write(out, found | {"gemm": rounded(found["gemm"])})
 
 

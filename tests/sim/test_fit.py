@@ -12,7 +12,7 @@ import pytest
 from weft.errors import ConfigError
 from weft.sim import fit, profiles
 from weft.sim.gemm import gemm_seconds
-from weft.sim.hardware import find_gpu, find_link
+from weft.sim.hardware import Gpu, find_gpu, find_link
 from weft.sim.profiles import Gemms, Reduces, kept_back
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gpu_profiles"
@@ -49,6 +49,28 @@ def test_products_are_described_again_by_a_fit_on_their_own_times() -> None:
     assert np.abs(gemm_seconds(found, gpu.part(), *others) / expected - 1).mean() < 0.02
 
 
+def on_parts(gpu: Gpu, most: float) -> dict[float, Gemms]:
+    """Products of up to `most` rows, as they take on parts of the GPU."""
+    found = {}
+    for share in (0.125, 0.25, 0.5, 0.75):
+        m, n, k = shapes(40)
+        m = np.minimum(m, most)
+        found[share] = Gemms(m, n, k, gemm_seconds(gpu.gemm, gpu.part(share), m, n, k))
+    return found
+
+
+@pytest.mark.parametrize("point", [0.2, 0.37, 0.9])
+def test_where_memory_saturates_is_found_from_products_on_parts_of_the_device(point: float) -> None:
+    gpu = find_gpu("h100")
+    times = on_parts(replace(gpu, saturation=point), 64)
+    assert fit.fit_saturation(gpu, times, "bf16") == pytest.approx(point, abs=0.03)
+
+
+def test_products_that_no_memory_bounds_leave_saturation_as_it_was() -> None:
+    gpu = replace(find_gpu("h100"), bandwidth=1e18, saturation=0.37)
+    assert fit.fit_saturation(gpu, on_parts(gpu, 1e9), "bf16") == 0.37
+
+
 def test_collectives_are_described_again_with_their_limit() -> None:
     link = find_link("nvlink4", "sglang")
     size = np.tile(2.0 ** np.arange(8, 30), 3)
@@ -73,6 +95,7 @@ def test_a_file_of_times_is_read_and_its_faults_are_named(tmp_path: Path) -> Non
         csv.writer(out).writerows([["m", "n", "k", "dtype", "seconds"], [1, 2, 3, "bf16", 1e-6]])
     found = profiles.read_gemms(path)
     assert (found.m[0], found.n[0], found.k[0], found.seconds[0]) == (1, 2, 3, 1e-6)
+    assert profiles.read_shares(path, "bf16") == {}
     with pytest.raises(ConfigError, match="has no rows of int8; there are bf16"):
         profiles.read_gemms(path, "int8")
     path.write_text("m,n,seconds\n1,2,3\n")
@@ -98,6 +121,8 @@ def test_what_weft_bench_kernels_writes_is_read(tmp_path: Path) -> None:
         csv.writer(out).writerows([names, *rows])
     found = profiles.read_gemms(path, "bf16")
     assert (found.m.tolist(), found.seconds.tolist()) == ([1], [1e-6]), "products on the whole device"
+    shares = profiles.read_shares(path, "bf16")
+    assert {share: times.seconds.tolist() for share, times in shares.items()} == {0.5: [9e-6]}
     with pytest.raises(ConfigError, match="has no rows of int8; there are bf16, w4a8"):
         profiles.read_gemms(path, "int8")
 

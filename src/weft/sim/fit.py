@@ -14,11 +14,12 @@ from numpy.typing import NDArray
 from weft.sim.attention import Heads, Work, attention_seconds
 from weft.sim.collectives import all_reduce_seconds
 from weft.sim.gemm import BF16, Operands, gemm_seconds
-from weft.sim.hardware import AttentionFit, CollectiveFit, GemmFit, Link, MoeFit, Part, PointwiseFit
+from weft.sim.hardware import AttentionFit, CollectiveFit, GemmFit, Gpu, Link, MoeFit, Part, PointwiseFit
 from weft.sim.moe import moe_seconds
 from weft.sim.profiles import Gemms, Moes, Reduces
 
 Floats = NDArray[np.float64]
+SATURATIONS = tuple(point / 100 for point in range(2, 101))
 NUDGE = 0.02  # of a logarithm, for the slopes
 SOFT = 0.02  # errors below this part weigh as squares, greater ones in proportion
 FURTHEST = 0.7  # of a logarithm, in one round
@@ -113,6 +114,23 @@ def fit_gemm(
         return gemm_seconds(made(found), part, chosen.m, chosen.n, chosen.k, operands)
 
     return made(fit_named(predict, chosen.seconds, GEMM))
+
+
+def fit_saturation(gpu: Gpu, times: Mapping[float, Gemms], arithmetic: str, operands: Operands = BF16) -> float:
+    """The part of the SMs that draws all of the memory's bandwidth, from products on parts of them; what it was where
+    these cannot tell, as when arithmetic bounds them all.
+
+    gpu: with its coefficients of products on the whole device. times: by part of the SMs.
+    """
+
+    def error(point: float) -> float:
+        tried, off = replace(gpu, saturation=point), []
+        for share, one in times.items():
+            part = tried.part(share, arithmetic=arithmetic)
+            off.append(gemm_seconds(gpu.gemm, part, one.m, one.n, one.k, operands) / one.seconds)
+        return float(np.abs(np.log(np.concatenate(off))).mean())
+
+    return min(SATURATIONS, key=lambda point: (round(error(point), 4), abs(point - gpu.saturation)))
 
 
 ATTENTION: Ranges = {

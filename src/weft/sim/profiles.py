@@ -143,9 +143,30 @@ def read_gemms(path: Path, dtype: str | None = None) -> Gemms:
     ConfigError for a column that is missing, and when no row is left."""
     table = read_table(path)
     if "operation" in table:
-        rows = zip(table["operation"], table["share"], table["shares"], strict=True)
-        table = _rows(table, [operation == "gemm" and share == shares for operation, share, shares in rows])
-        table["dtype"] = table["precision"]
+        table = _products(table, 1.0)
+    return _gemms(path, table, dtype)
+
+
+def read_shares(path: Path, dtype: str) -> dict[float, Gemms]:
+    """Products on less than the whole device, by the part of it that they had, from what `weft bench kernels --shares`
+    writes; of other files none. Raises as read_gemms."""
+    table = read_table(path)
+    if "operation" not in table:
+        return {}
+    shares, units = _columns(path, table, "share", "shares")
+    parts = sorted(set((shares / units).tolist()) - {1.0})
+    return {part: _gemms(path, _products(table, part), dtype) for part in parts}
+
+
+def _products(table: dict[str, list[str]], part: float) -> dict[str, list[str]]:
+    """Rows of products on this part of the device; their precision is their dtype."""
+    rows = zip(table["operation"], table["share"], table["shares"], strict=True)
+    kept = [operation == "gemm" and float(share) / float(units) == part for operation, share, units in rows]
+    found = _rows(table, kept)
+    return found | {"dtype": found["precision"]}
+
+
+def _gemms(path: Path, table: dict[str, list[str]], dtype: str | None) -> Gemms:
     if dtype is not None and "dtype" in table:
         there = ", ".join(sorted(set(table["dtype"]))) or "none"
         table = _rows(table, [kind == dtype for kind in table["dtype"]])
