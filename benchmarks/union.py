@@ -219,7 +219,7 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", choices=tuple(COMET), default=list(COMET), help="both kinds by default")
     parser.add_argument("--requests", type=int, default=1000, metavar="N", help="first ones of each trace (1000)")
     arguments = parser.parse_args()
-    traces = [read(path, 150 if arguments.quick else arguments.requests) for path in arguments.traces]
+    traces = [read(path, 60 if arguments.quick else arguments.requests) for path in arguments.traces]
     found: list[Cell] = []
     with Bar(len(arguments.gpus) * len(traces) * len(COMBINATIONS)) as bar:
         for cell in cells(arguments.gpus, traces):

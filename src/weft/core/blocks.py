@@ -70,7 +70,8 @@ class BlockPool:
     @property
     def conserved(self) -> bool:
         """Whether the invariant holds, by the counters alone: cheap enough to ask after every step."""
-        return self.free + len(self._cached) + self._held + self._pinned == self.total
+        free = len(self._free) + len(self._decode_free)
+        return free + len(self._cached) + self._held + self._pinned == self.total
 
     def idle(self, blocks: Iterable[int]) -> int:
         """How many of the blocks are cached, so that sharing them takes them out of `available`."""

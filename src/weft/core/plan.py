@@ -90,8 +90,7 @@ class Plan:
         return self.part + 1 == self.parts
 
 
-@dataclass(frozen=True, slots=True)
-class Ticket:
+class Ticket(NamedTuple):
     """A plan that a device has accepted and not finished."""
 
     step: int
