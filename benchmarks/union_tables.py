@@ -79,8 +79,8 @@ def _line(cell: Cell, none: float) -> tuple[object, ...]:
 def effects(cells: Sequence[Cell]) -> str:
     """How much each part gives alone and on top of the two others, and how the pairs go together."""
     pairs = list(combinations(PARTS, 2))
-    head = [f"{name} {how}" for name in PARTS for how in ("alone", "on top")]
-    head += [f"{one} with {other}" for one, other in pairs]
+    head = [words for name in PARTS for words in (f"{name} alone", "on top")]
+    head += [f"{one} + {other}" for one, other in pairs]
     lines = []
     for (gpu, trace), group in grouped(cells).items():
         line = [f"x{value:.2f}" for name in PARTS for value in (gain(group, name), gain(group, name, _others(name)))]
