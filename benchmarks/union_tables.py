@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -91,12 +92,14 @@ def effects(cells: Sequence[Cell]) -> str:
 def gain(group: Group, name: str, beside: frozenset[str] = frozenset()) -> float:
     """Goodput with the part over that without it; NaN where there is none without it."""
     before = group[beside].rate
-    return group[beside | {name}].rate / before if before else float("nan")
+    return group[beside | {name}].rate / before if before else math.nan
 
 
 def together(group: Group, one: str, other: str) -> float:
-    """What one gives beside the other, over what it gives alone: more than 1 where they help each other."""
-    return gain(group, one, frozenset({other})) / gain(group, one)
+    """What one gives beside the other, over what it gives alone: more than 1 where they help each other; NaN where one
+    of the rates is nothing."""
+    alone = gain(group, one)
+    return gain(group, one, frozenset({other})) / alone if alone else math.nan
 
 
 def _others(name: str) -> frozenset[str]:
@@ -115,7 +118,7 @@ def findings(cells: Sequence[Cell], close: float) -> Iterator[str]:
                 yield f"{where}: {name} adds nothing on top of the others (x{top:.2f}; alone x{alone:.2f})"
         for one, other in combinations(PARTS, 2):
             both = together(group, one, other)
-            if not 1 / close**2 <= both <= close**2:
+            if both > close**2 or both < 1 / close**2:
                 verb = "help each other" if both > 1 else "take from each other"
                 yield f"{where}: {one} and {other} {verb} (x{both:.2f} of what each gives alone)"
 
@@ -127,7 +130,7 @@ def claims(cells: Sequence[Cell]) -> dict[str, float]:
         name, whole = f"union_{gpu}_{trace}".replace("-", "_"), group[frozenset(PARTS)].rate
         best = [max(cell.rate for on, cell in group.items() if len(on) == count) for count in range(3)]
         for words, rate in zip(("none", "best_one", "best_two"), best, strict=True):
-            found[f"{name}_over_{words}"] = whole / rate if rate else float("nan")
+            found[f"{name}_over_{words}"] = whole / rate if rate else math.nan
     return found
 
 

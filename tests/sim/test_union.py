@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -90,6 +91,13 @@ def test_gains_pairs_and_sentences(tables: ModuleType) -> None:
     assert claims["union_h100_conv_over_best_one"] == pytest.approx(2.0)
     assert claims["union_h100_conv_over_best_two"] == pytest.approx(1.0)
     assert "x0.91" in tables.show(found)
+
+
+def test_where_a_combination_serves_nothing_there_is_no_ratio(tables: ModuleType) -> None:
+    names = ["none", "phases", "weave", "comet", "phases + weave", "phases + comet", "weave + comet"]
+    found = cells(tables, {**dict.fromkeys(names, 0.0), "phases + weave + comet": 1.0})
+    assert all(math.isnan(value) for value in tables.claims(found).values())
+    assert list(tables.findings(found, 1.03)) == [] and "nan" in tables.show(found)
 
 
 def test_the_script_says_the_same_each_time(
