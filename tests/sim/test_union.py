@@ -29,7 +29,7 @@ def tables(union: ModuleType) -> ModuleType:
     return sys.modules["union_tables"]
 
 
-@given(limit=st.floats(0.05, 500), start=st.floats(0.1, 50))
+@given(limit=st.floats(0.2, 500), start=st.floats(0.1, 50))
 def test_the_highest_rate_is_the_last_that_passes(union: ModuleType, limit: float, start: float) -> None:
     tried: list[float] = []
 
