@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from weft import __version__
@@ -59,8 +58,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, HTTPException):
         raise error
     path = str(request.scope["path"])[:100]  # request.url takes //v1 for a host
-    paths = [route.path for route in request.app.routes if isinstance(route, APIRoute)]
-    near = difflib.get_close_matches(path, paths, n=1, cutoff=0.75)
+    near = difflib.get_close_matches(path, request.app.openapi()["paths"], n=1, cutoff=0.75)
     words = {
         404: f"there is no {path} here; " + (f"did you mean {near[0]}?" if near else "see /openapi.json"),
         405: f"{request.method} is not a method of {path}; see /openapi.json",
