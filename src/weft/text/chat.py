@@ -89,7 +89,8 @@ class ChatTemplate:
         plain = plain_messages(messages)
         # Where the last message ends is found by what nobody can have written there: templates trim and cut messages.
         mark = secrets.token_hex(16) if continue_final_message else ""
-        plain[-1]["content"] = (plain[-1]["content"] or "") + mark if mark else plain[-1]["content"]
+        if mark:
+            plain[-1]["content"] = (plain[-1]["content"] or "") + mark
         budget = Budget(MAX_ROUNDS, max_chars, time.monotonic() + max_seconds)
         values = {
             **self._tokens,
