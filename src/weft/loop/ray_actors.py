@@ -27,11 +27,9 @@ class Actors:
         self._places = places
         self._calls: list[Any] = []
         strategy = ray.util.scheduling_strategies.PlacementGroupSchedulingStrategy
-        actor = ray.remote(RankActor).options(num_cpus=bundle["CPU"], num_gpus=bundle.get("GPU", 0))
-        self._actors = [
-            actor.options(scheduling_strategy=strategy(group, placement_group_bundle_index=place.bundle)).remote()
-            for place in places
-        ]
+        kind, cpus, gpus = ray.remote(RankActor), bundle["CPU"], bundle.get("GPU", 0)
+        within = [strategy(group, placement_group_bundle_index=place.bundle) for place in places]
+        self._actors = [kind.options(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=one).remote() for one in within]
 
     def find(self) -> int:
         """Wait until all run; a port on rank 0's node that nobody listens at. Raises DeviceError."""
