@@ -126,7 +126,7 @@ def layout_of(made: Any) -> str:
 
 
 def cases(quick: bool, capability: int) -> list[Case]:
-    products = _product_cases(quick) + _linear_cases(capability)
+    products = _product_cases(quick) + _linear_cases(quick, capability)
     return _row_cases() + products + _attention_cases(quick, capability) + _sample_cases(capability)
 
 
@@ -186,7 +186,7 @@ def _product_cases(quick: bool) -> list[Case]:
     return made
 
 
-def _linear_cases(capability: int) -> list[Case]:
+def _linear_cases(quick: bool, capability: int) -> list[Case]:
     chosen = LINEAR[capability]
     types: dict[str, str | None] = dict.fromkeys(("x", "weight", "bias", "y"), "*bf16")
     types |= dict.fromkeys(("rows", "outputs", "channels"), "i32")
@@ -194,7 +194,8 @@ def _linear_cases(capability: int) -> list[Case]:
     for height, warps, stages in sorted({chosen.low, chosen.high}):
         shape = {"M": height, "N": chosen.columns, "K": chosen.channels, "KIND": tl.bfloat16}
         options = {"num_warps": warps, "num_stages": stages}
-        for words, given in (("", types | {"bias": None}), (", wide, bias", types | {"y": "*fp32"})):
+        forms = (("", types | {"bias": None}), (", wide, bias", types | {"y": "*fp32"}))
+        for words, given in forms[:1] if quick else forms:
             name = f"BF16, {height} rows{words}"
             made.append(
                 Case(name, linear_kernel, given, shape, FLOATS, options, rows="plain products in BF16", spills=8)

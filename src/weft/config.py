@@ -286,6 +286,11 @@ class EngineConfig:
                 f"--batch-invariant needs --attention-backend triton, and that is {self.attention_backend}, whose sums "
                 "depend on what is beside a row"
             )
+        if self.attention_backend == "flashinfer" and self.tensor_parallel_size > 1:
+            found.append(
+                "--attention-backend is flashinfer, which is told of one batch in a step, and "
+                f"--tensor-parallel-size {self.tensor_parallel_size} may cut a step in two; triton works"
+            )
         if not 0 < self.gpu_memory_utilization <= 1:
             found.append(
                 f"--gpu-memory-utilization is {self.gpu_memory_utilization}; it must be more than 0 and at most 1"

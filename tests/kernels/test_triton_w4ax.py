@@ -238,6 +238,18 @@ def test_sixteen_bit_rows_come_close_to_the_dequantised_product(
     assert error <= 1e-5 * (prepared.double().abs() @ whole.abs().T).max()
 
 
+def test_invariant_sixteen_bit_rows_have_one_tile_and_their_own_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    tiles: set[tuple[int, ...]] = set()
+    tile = triton_w4ax.tile
+    monkeypatch.setattr(triton_w4ax, "tile", lambda *a, **b: (tiles.add(tile(*a, **b)), tile(*a, **b))[1])
+    packed = triton_w4ax.pack_w4ax(drawn(-8, 7, (70, 256), 0), torch.ones(70, 2), hadamard=True, device=DEVICE)
+    x = torch.randn(130, 256, generator=random(1)).bfloat16().to(DEVICE)
+    whole = triton_w4ax.linear_a16(x, packed, invariant=True)
+    for count in (1, 17, 40, 65):
+        assert torch.equal(triton_w4ax.linear_a16(x[:count], packed, invariant=True), whole[:count])
+    assert len(tiles) == 1
+
+
 def test_a_layer_takes_four_bits_a_weight_and_its_scales() -> None:
     n, channels = 256, 2048
     scales = torch.ones(n, channels // BLOCK)
