@@ -1,6 +1,6 @@
 """COMET's tables (its section 6) beside the same set-ups in weft's simulator, and where 4 bits do not pay.
 
-    python benchmarks/paper_comet.py [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/paper_comet.py [--quick] [--json FILE] [--plot FILE] [--doc docs/paper_comet.md]
 
 No GPU is used: every figure of ours is SIMULATED. Times in bf16 were measured on an A100 and fitted; fewer bits are
 scaled from them by bytes and by the tensor cores' peaks, so that unpacking, quantising and rescaling cost nothing:
@@ -25,7 +25,7 @@ from typing import Any
 
 import common
 import numpy as np
-from paper_common import at_once, figures, finish, markdown, number, setup
+from paper_common import at_once, figures, finish, markdown, number, parser, setup
 
 from weft.bench.stats import Slo
 from weft.bench.traces import Size
@@ -77,9 +77,10 @@ class Best:
 
 
 def main() -> None:
-    arguments = common.parser(__doc__.splitlines()[0]).parse_args()
+    arguments = parser(__doc__.splitlines()[0]).parse_args()
     paper = figures("comet")
     rows: list[dict[str, Any]] = []
+    tables: dict[str, str] = {}
     for kind, head, made in (
         ("kernels", ("batches, against", "theirs", "ours"), kernels(paper)),
         ("throughput", ("load, model, against", "theirs", "ours", "batch", "its batch"), throughputs(paper)),
@@ -87,11 +88,12 @@ def main() -> None:
         ("pays", PAYS_HEAD, pays()),
     ):
         table = list(made)
-        print(f"\n{markdown(head, [[one['name'], *map(_cell, one['values'])] for one in table])}", flush=True)
+        tables[kind] = markdown(head, [[one["name"], *map(_cell, one["values"])] for one in table])
+        print(f"\n{tables[kind]}", flush=True)
         rows += [{"kind": kind, "name": one["name"], "head": head[1:], "values": one["values"]} for one in table]
     if arguments.plot is not None:
         draw(arguments.plot)
-    finish(arguments, paper, claims(rows), rows)
+    finish(arguments, paper, claims(rows), rows, tables)
 
 
 def cost(model: str, way: Way, gpu: str = GPU) -> StepCost:

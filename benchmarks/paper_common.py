@@ -36,6 +36,25 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
+def into_document(path: Path, tables: Mapping[str, str]) -> None:
+    """Put each table between the lines <!-- NAME --> and <!-- end --> of a document. Raises SystemExit for a table that
+    it has no place for."""
+    text = path.read_text()
+    for name, table in tables.items():
+        begin, between, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition("<!-- end -->")
+        if not between or not end:
+            raise SystemExit(f"{path} has no lines <!-- {name} --> and <!-- end --> for the table {name!r}")
+        text = f"{begin}{between}{table}\n{end}{after}"
+    path.write_text(text)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = common.parser(description)
+    made.add_argument("--doc", type=Path, metavar="FILE", help="put the tables into this document, too")
+    return made
+
+
 def number(value: float | None, digits: int = 2) -> str:
     """A figure of a table; a dash where the paper has none."""
     return "-" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
@@ -72,7 +91,11 @@ def finish(
     paper: Mapping[str, Any],
     claims: Mapping[str, float],
     rows: Sequence[Mapping[str, Any]],
+    tables: Mapping[str, str],
     notes: Sequence[str] = (),
 ) -> None:
-    """Claims, and the JSON where it was asked for."""
+    """Claims, the JSON and the tables of the document where they were asked for. tables: printed already."""
     common.report(arguments, claims, rows, [SIMULATED, f"{paper['paper']}: {paper['source']}", *notes])
+    if arguments.doc is not None:
+        made = "\n".join(f"{name} = {value:.3f}" for name, value in claims.items())
+        into_document(arguments.doc, {**tables, "claims": f"```\n{made}\n```"})

@@ -1,6 +1,6 @@
 """semi-PD's figures 12 to 16 beside the same set-ups in weft's simulator, and how much load each way to share bears.
 
-    python benchmarks/paper_semi_pd.py [--quick] [--only SETUP ...] [--json FILE] [--plot FILE]
+    python benchmarks/paper_semi_pd.py [--quick] [--only SETUP ...] [--json FILE] [--plot FILE] [--doc FILE]
 
 No GPU is used: every figure of ours is SIMULATED, with the scheduler and the controllers that serve. Lengths are drawn
 to the datasets' mean lengths (docs/paper_semi_pd.md says from where); arrivals are Poisson. Rates are those of the
@@ -28,7 +28,7 @@ from typing import Any
 
 import common
 import numpy as np
-from paper_common import figures, finish, lengths, markdown, number, setup
+from paper_common import figures, finish, lengths, markdown, number, parser, setup
 
 from weft.bench.stats import Slo
 from weft.bench.traces import Row, Size
@@ -118,21 +118,25 @@ def main() -> None:
     count = arguments.requests or (QUICK_REQUESTS if arguments.quick else REQUESTS)
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
     single = list(singles(paper, cases))
-    print(f"**One request alone**\n\n{show_singles(single)}")
+    tables = {"single": show_singles(single), "points": "", "capacity": ""}
+    print(f"**One request alone**\n\n{tables['single']}")
     rows: list[dict[str, Any]] = []
     for case in cases:
         known = [one for one in paper["figures"] if one["setup"] == case.name]
         for rate in sorted({one["rate"] for one in known}):
             targets = _slo(paper, case)
             here = list(points(case, rate, targets, count, [one for one in known if one["rate"] == rate]))
-            print(f"\n**{case.name}, {rate:g} requests/s**, {_words(targets)}\n\n{show(here)}", flush=True)
+            table = f"\n**{case.name}, {rate:g} requests/s**, {_words(targets)}\n\n{show(here)}\n"
+            print(table, flush=True)
+            tables["points"] += table
             rows += here
     found = [one for case in cases if case.name in paper["targets"] for one in capacities(case, count)]
-    print(f"\n**Highest rate with {ATTAINED:.0%} within targets**\n\n{show_capacities(found)}")
+    tables["capacity"] = show_capacities(found)
+    print(f"\n**Highest rate with {ATTAINED:.0%} within targets**\n\n{tables['capacity']}")
     if arguments.plot is not None:
         draw(found, arguments.plot)
     notes = [f"{count} requests a run, {CLUSTER_TIMES * count} of the cluster; seed {SEED}"]
-    finish(arguments, paper, claims(found), single + rows + found, notes)
+    finish(arguments, paper, claims(found), single + rows + found, tables, notes)
 
 
 @cache
@@ -348,11 +352,11 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = common.parser(__doc__.splitlines()[0])
+    made = parser(__doc__.splitlines()[0])
     names = [case.name for case in CASES]
-    parser.add_argument("--only", nargs="+", choices=names, metavar="SETUP", help=f"of {', '.join(names)}")
-    parser.add_argument("--requests", type=int, metavar="N", help=f"of each run ({REQUESTS}; {QUICK_REQUESTS} quick)")
-    return parser.parse_args()
+    made.add_argument("--only", nargs="+", choices=names, metavar="SETUP", help=f"of {', '.join(names)}")
+    made.add_argument("--requests", type=int, metavar="N", help=f"of each run ({REQUESTS}; {QUICK_REQUESTS} quick)")
+    return made.parse_args()
 
 
 if __name__ == "__main__":

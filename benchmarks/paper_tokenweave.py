@@ -1,6 +1,6 @@
 """TokenWeave's tables (section 8) beside the same set-ups on simulated H100s, and whether to weave by weft's choice.
 
-    python benchmarks/paper_tokenweave.py [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/paper_tokenweave.py [--quick] [--json FILE] [--plot FILE] [--doc docs/paper_tokenweave.md]
 
 No GPU is used: every figure of ours is SIMULATED, from times of products, attention and all-reduces that were measured
 on H100 and fitted (docs/simulator_model.md). Two constants of the simulator's woven step come from one column of this
@@ -25,7 +25,7 @@ from typing import Any
 
 import common
 import numpy as np
-from paper_common import at_once, figures, finish, lengths, markdown, number, setup
+from paper_common import at_once, figures, finish, lengths, markdown, number, parser, setup
 
 from weft.bench.stats import Slo
 from weft.bench.traces import Size
@@ -66,10 +66,11 @@ class Prefill:
 
 
 def main() -> None:
-    arguments = common.parser(__doc__.splitlines()[0]).parse_args()
+    arguments = parser(__doc__.splitlines()[0]).parse_args()
     paper = figures("tokenweave")
     found = list(prefills(paper))
-    print(markdown(PREFILL_HEAD, [prefill_cells(one) for one in found]))
+    tables = {"prefill": markdown(PREFILL_HEAD, [prefill_cells(one) for one in found])}
+    print(tables["prefill"])
     rows: list[dict[str, Any]] = [prefill_row(one) for one in found]
     for kind, head, made in (
         ("share", ("model, tokens", "AllReduce %: theirs", "ours", "norm %: theirs", "ours"), shares(paper)),
@@ -86,7 +87,7 @@ def main() -> None:
         ]
     if arguments.plot is not None:
         draw(found, arguments.plot)
-    finish(arguments, paper, claims(found), rows)
+    finish(arguments, paper, claims(found), rows, tables)
 
 
 def cost(model: str, ranks: int, weave: bool = False) -> StepCost:
