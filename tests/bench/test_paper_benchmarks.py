@@ -152,3 +152,28 @@ def test_fewer_bits_of_kv_hold_larger_batches(scripts: Any) -> None:
         assert all(math.isfinite(value) for value in row["values"])
         if row["name"].startswith("h100"):
             assert row["values"][4] == pytest.approx(1.0, abs=0.01)  # no 4-bit arithmetic
+
+
+def test_tables_go_to_their_places_in_a_document(scripts: Any, tmp_path: Path) -> None:
+    common = scripts("paper_common")
+    document = tmp_path / "page.md"
+    document.write_text("one\n<!-- a -->\nold\n<!-- end -->\ntwo\n<!-- b -->\n<!-- end -->\n")
+    for _ in range(2):
+        common.into_document(document, {"b": "| B |", "a": "| A |"})
+        text = "one\n<!-- a -->\n| A |\n<!-- end -->\ntwo\n<!-- b -->\n| B |\n<!-- end -->\n"
+        assert document.read_text() == text
+    with pytest.raises(SystemExit, match="'c'"):
+        common.into_document(document, {"c": ""})
+
+
+@pytest.mark.parametrize("name", ["semi_pd", "tokenweave", "comet"])
+def test_documents_have_a_place_for_each_table(name: str) -> None:
+    text = (FOLDER.parent / "docs" / f"paper_{name}.md").read_text()
+    wanted = {
+        "semi_pd": ("single", "points", "capacity", "claims"),
+        "tokenweave": ("prefill", "share", "seam", "gain", "layer", "throughput", "claims"),
+        "comet": ("kernels", "throughput", "engine", "pays", "claims"),
+    }[name]
+    assert all(f"<!-- {each} -->\n" in text for each in wanted)
+    assert "simulated" in text
+    assert f"python benchmarks/paper_{name}.py" in text
