@@ -49,7 +49,7 @@ def build(cache: Path) -> Path:
 
 
 def _sources(python: Path, version: str, folder: Path) -> Path:
-    fetch = ["download", "--no-binary", ":all:", "--no-deps", "--no-build-isolation", f"llama-cpp-python=={version}"]
+    fetch = ["download", "--no-binary", "llama-cpp-python", "--no-deps", f"llama-cpp-python=={version}"]
     _run([python, "-m", "pip", *fetch, "-d", folder])
     with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
         archive.extractall(folder, filter="data")

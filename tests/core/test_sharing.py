@@ -36,7 +36,7 @@ def test_mixed_means_that_the_decode_lane_takes_chunks_of_prompts_along(drive: A
     assert shape(driver.plan(Lane.DECODE)) == [3]
     driver.land(Lane.DECODE)
     driver.submit("b", range(12), max_tokens=3)
-    for wanted in ([1, 5], [1, 5], [1, 2], [1, 1]):
+    for wanted in ([1, 4], [1, 4], [1, 4], [1, 1]):  # no more than five in all
         assert shape(driver.plan(Lane.DECODE)) == wanted and driver.plan(Lane.PREFILL) is None
         driver.land(Lane.DECODE)
     driver.drain()

@@ -156,9 +156,10 @@ class Regime(str, Enum):
 class Sharing:
     """What the scheduler and the device go by until told otherwise.
 
-    partition: the shares (SPLIT), or the parts of the time (TURNS). chunk: most tokens of prompts in a step that has
-    decoding sequences, too (MIXED); the work of so many tokens is the longest turn of the prefill lane while somebody
-    decodes (TURNS): steps are cut at layers where the device can do that, to fewer tokens otherwise. None: no limit.
+    partition: the shares (SPLIT), or the parts of the time (TURNS). chunk: most tokens in a step that has decoding
+    sequences and prompts, of which prompts get a quarter at least (MIXED); the work of so many tokens is the longest
+    turn of the prefill lane while somebody decodes (TURNS): steps are cut at layers where the device can do that, to
+    fewer tokens otherwise. None: no limit.
     size_weight: seconds that each token of its prompt puts a request back in the queue. 0: order of arrival.
     Otherwise the shortest goes first, and waiting makes up for size: a constant order, like that of priorities.
     """

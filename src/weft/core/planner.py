@@ -21,6 +21,8 @@ from weft.core.turns import Turns
 
 # See scheduler.py.
 DECODE = State.DECODE
+# The part of a mixed step's chunk that prompts get however many decode.
+PROMPTS_LEAST = 4
 
 
 class Planner:
@@ -171,7 +173,7 @@ class Planner:
             members.append(sequence)
 
     def _prompt_budget(self, decoding: int) -> int:
-        """Tokens of prompts for a plan: cut to the chunk where decoding sequences would wait for them."""
+        """Tokens of prompts for a plan: cut by the chunk where decoding sequences would wait for them."""
         budget, sharing = self.budget - decoding, self._sharing
         if sharing is None or sharing.chunk is None:
             return budget
@@ -179,7 +181,9 @@ class Planner:
         waiting = decoding if self._turns is None else len(self._running.decoding)
         if not waiting:
             return budget
-        return min(budget, max(1, sharing.chunk) * (1 if self._both is not None else self.layers))
+        if self._both is not None:  # as decode grows, prompts get less of a step, but never next to nothing
+            return min(budget, max(1, sharing.chunk // PROMPTS_LEAST, sharing.chunk - decoding))
+        return min(budget, max(1, sharing.chunk) * self.layers)
 
     def _parts(self, lane: Lane, pieces: list[Slice]) -> int:
         """Turns that a step of prompts takes while somebody decodes, each with the work of one chunk."""

@@ -13,7 +13,7 @@ make its deadline even so is refused, if that was allowed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
@@ -22,8 +22,10 @@ from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
 # Kept of each kind: steps of one share, and in all; arrivals, and for so many seconds.
-STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 40, 240, 200, 48, 64
+STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 40, 240, 200, 48, 24
 RATE_SECONDS = 20.0
+# Tokens of an answer, before there was one.
+UNKNOWN_OUTPUT = 100.0
 # After so many seconds without a step the device has rested: what is known of it is no older than before.
 REST = 1.0
 # A change has to save so many misses within the horizon, and such a part of them.
@@ -47,6 +49,9 @@ OUT_OF_REACH, HOPELESS = 0.5, 0.5
 FIRST_CHUNK = 8
 # Where memory is taken to be full until it is known: with half of the device, as on most of those that were measured.
 LIKELY_SATURATION = 0.5
+
+
+EMPTY = Queue()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,7 @@ class AutoPolicy:
         return self._hold(state, decision, queue, now)
 
     def _choose(self, state: AutoState, queue: Queue, now: float) -> tuple[AutoState, Decision | None]:
-        model, load = state.model, self._load(state, now)
+        model, load = state.model, self._load(state, now, queue)
         if model is None or now - state.since < (self.trial if state.trial else self.dwell):
             return state, None
         if not (queue.waiting or queue.decoding):
@@ -112,7 +117,8 @@ class AutoPolicy:
         if here.score < SAVES and not (state.trial or state.overload):
             return state, None  # nothing that could be saved is worth a change
         options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
-        trial = self._trial(state, model, here, load, queue, now)
+        known = min(one.score for one in options)
+        trial = self._trial(state, model, here, known, load, queue, now)
         if trial is not None:
             return trial
         overload = min(one.part for one in options) > HOPELESS
@@ -136,7 +142,7 @@ class AutoPolicy:
         firsts = list(state.firsts)
         if state.model is not None:
             whole = self._speed(state.model, load)
-            here = self._outlook(state.sharing, state, load, Queue(), now)
+            here = self._outlook(state.sharing, state, load, EMPTY, now)
             for one in seen:
                 # Fresh only: of requests that came after the last change.
                 if isinstance(one, FirstToken) and one.arrived >= state.since:
@@ -161,11 +167,11 @@ class AutoPolicy:
         ttft = fit_ttft(state.firsts, now)
         return replace(state, model=found, ttft=ttft if isinstance(ttft, TtftModel) else None, fitted=now)
 
-    def _load(self, state: AutoState, now: float) -> Load:
+    def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
         arrivals = state.arrivals
         rate = (len(arrivals) - 1) / max(now - arrivals[0].at, 1.0) if arrivals else 0.0
-        output = sum(state.outputs) / len(state.outputs) if state.outputs else 100.0
+        output = likely_output(state.outputs, [done for _, done in queue.answers])
         return Load(rate, tuple(one.tokens for one in arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
@@ -194,10 +200,11 @@ class AutoPolicy:
         return outlook(sharing, model, state.ttft, load, queue, self.targets, self.device, now)
 
     def _trial(
-        self, state: AutoState, model: StepModel, here: Outlook, load: Load, queue: Queue, now: float
+        self, state: AutoState, model: StepModel, here: Outlook, known: float, load: Load, queue: Queue, now: float
     ) -> tuple[AutoState, Decision] | None:
         """A split that was not seen yet, while both phases have work and there are misses to be saved. Of those that
-        show the curve, the one that looks best so far."""
+        show the curve, the one that looks best so far; none where all look worse than what is known, whose best score
+        is `known`."""
         units = self.device.shares
         if state.trial or len(model.shares) >= min(3, units) or here.misses < TRIAL_WORTH or units < 2:
             return None
@@ -208,7 +215,10 @@ class AutoPolicy:
         parts = sorted({max(1, min(units - 1, round(units * part))) for part in TRIALS})
         splits = [Sharing(Regime.SPLIT, Partition(one, units - one), None, state.sharing.size_weight) for one in parts]
         likely = replace(state, model=_likely(model))
-        splits.sort(key=lambda one: self._outlook(one, likely, load, queue, now).score)
+        scores = {one: self._outlook(one, likely, load, queue, now).score for one in splits}
+        splits.sort(key=scores.__getitem__)
+        if known - scores[splits[0]] < max(SAVES, SAVES_PART * known):
+            return None
         sharing = splits[state.tried % len(splits)]
         reason = (
             f"{here.misses:.1f} misses are predicted, and step times are known at {len(model.shares)} share"
@@ -238,7 +248,7 @@ class AutoPolicy:
             return state, decision
         if state.trial:  # over before a prompt that comes now has its turn
             return state, decision if decision is None else replace(decision, hold=state.hold, back=self._back)
-        speed = self._outlook(state.sharing, state, self._load(state, now), queue, now).speed
+        speed = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now).speed
         hold = max(1, int(HOLD * self.targets.ttft * speed))
         if decision is None:
             if state.hold is not None and abs(hold - state.hold) < HOLD_CHANGES * state.hold:
@@ -291,6 +301,14 @@ def words(sharing: Sharing, shares: int) -> str:
     if sharing.regime is Regime.TURNS:
         return f"turns, {prefill}:{decode} of the time"
     return f"split, {prefill}:{decode} of {shares}"
+
+
+def likely_output(ended: Sequence[int], under_way: Sequence[int]) -> float:
+    """Mean tokens of an answer: of those that ended, and of those that are longer than these already. Answers that get
+    longer show in the one long before they show in the other."""
+    usual = sum(ended) / len(ended) if ended else UNKNOWN_OUTPUT
+    longer = [one for one in under_way if one > usual]
+    return (usual * len(ended) + sum(longer)) / (len(ended) + len(longer)) if ended or longer else usual
 
 
 def rested(state: AutoState, new: list[Stepped]) -> AutoState:

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from weft.core.plan import Partition, Regime, Sharing
+from weft.core.planner import PROMPTS_LEAST
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Queue, Targets
 
@@ -25,7 +26,7 @@ SIZES = 8
 # A turn has the work of such a part of the largest step.
 TURNS_A_STEP = 8
 # Parts of the TPOT target that a mixed step may take.
-FILLS = (0.6, 0.8, 0.95, 1.5, 2.5)
+FILLS = (0.6, 0.8, 0.95)
 # The part of a lane's speed that serves those in time, when more comes in than it can do and the rest is put back.
 FITS = 0.9
 
@@ -106,11 +107,12 @@ def outlook(
         # Who begins to decode: no more than arrive and wait, and no faster than prompts are computed.
         begin = min(load.rate + len(queue.waiting) / life, speed / max(load.prompt, 1.0))
         settled = min(float(device.seats), begin * load.output * tpot)
-        mean = 0.5 * (queue.decoding + settled)
-        batch, active = max(1.0, mean), 1.0 - math.exp(-mean)
+        # Whoever decodes now will not for long, and who will is not there yet: the more of the two, to be safe.
+        active = 1.0 - math.exp(-max(float(queue.decoding), settled))
+        batch = max(1.0, 0.5 * (queue.decoding + settled))
     used = min(1.0, incoming / speed)
     pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed)
-    known, waits = _known(queue, speed, targets.ttft, now)
+    known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, now)
     late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, device)
     coming = load.rate * HORIZON
     drain = min(HORIZON, backlog / max(speed - incoming, 1e-9)) if speed > incoming else HORIZON
@@ -192,7 +194,7 @@ def _pace(
     lone = device.chunk / steps.predict(device.chunk, prompt, 1.0)
     chunk = float(min(sharing.chunk or device.chunk, device.chunk))
     if sharing.regime is Regime.MIXED:
-        chunk = min(chunk, max(1.0, device.chunk - batch))
+        chunk = min(max(1.0, chunk / PROMPTS_LEAST, chunk - batch), max(1.0, device.chunk - batch))
         step = steps.predict(batch + chunk, slots + prompt, 1.0)
         return step, alone, chunk / step, lone
     x, y = sharing.partition.prefill / device.shares, sharing.partition.decode / device.shares
@@ -206,12 +208,21 @@ def _pace(
     return steps.predict(batch, slots, y / over, 1.0), alone, beside, lone
 
 
-def _known(queue: Queue, speed: float, target: float, now: float) -> tuple[list[float], float]:
+def _together(sharing: Sharing, device: Device) -> int:
+    """Tokens of prompts that a step takes at once if there are as many: none of them has its first token before the
+    step ends."""
+    if sharing.regime is Regime.SPLIT or sharing.chunk is None:
+        return device.chunk
+    return min(device.chunk, sharing.chunk * (device.layers if sharing.regime is Regime.TURNS else 1))
+
+
+def _known(queue: Queue, speed: float, together: int, target: float, now: float) -> tuple[list[float], float]:
     """(probability to be late of each that waits, mean seconds to their first token)."""
     found, total, ahead = [], 0.0, 0
+    backlog = sum(tokens for _, tokens in queue.waiting)
     for arrived, tokens in queue.waiting:
         ahead += tokens
-        seconds = now - arrived + ahead / speed
+        seconds = now - arrived + min(backlog, math.ceil(ahead / together) * together) / speed
         total += seconds
         found.append(_over(seconds, target))
     return found, total / len(found) if found else 0.0
@@ -290,15 +301,13 @@ def candidates(
 
 
 def _chunks(steps: StepModel, targets: Targets, batch: float, slots: float, load: Load, device: Device) -> list[int]:
-    """Chunks with which a mixed step takes such a part of the TPOT target, and as much as fits. Steps may be longer
-    than the target where prompts come seldom enough, for TPOT is a mean."""
-    room = max(1, device.chunk - int(batch))
-    found = {room}
+    """Chunks with which a mixed step takes such a part of the TPOT target, and as much as fits."""
+    found = {device.chunk}
     token = steps.predict(1.0, 0.0, 1.0) - steps.predict(0.0, 0.0, 1.0)
     for part in FILLS:
-        left = targets.tpot * part - steps.predict(batch, slots + load.prompt, 1.0)
+        left = targets.tpot * part - steps.predict(0.0, slots + load.prompt, 1.0)
         if token > 0 and left > 0:
-            found.add(max(1, min(room, int(left / token))))
+            found.add(max(1, min(device.chunk, int(left / token))))
     # Even where decode alone misses its target, prompts must advance.
-    found.add(max(1, min(room, 16)))
+    found.add(max(1, min(device.chunk, int(batch) + 16)))
     return sorted(found)
