@@ -32,9 +32,9 @@ from weft.models.shard import Part, shard_config
 from weft.weave.background import Background
 from weft.weave.choice import Mode, choose_mode
 from weft.weave.collective import Collective, Join, Joined
-from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect, meet
+from weft.weave.distributed import AllReduceCollective, connect, meet
 from weft.weave.rows import JoinRows
-from weft.weave.sockets import connect_sockets
+from weft.weave.sockets import open_sockets
 from weft.weave.split import choose_strands
 from weft.weave.weaver import Weaver, no_format
 
@@ -146,14 +146,13 @@ class Rank:
         self.models = {name: make_model(raw, part, self.kernels, name, most) for name in orders["precisions"]}
         store = meet(orders["address"], orders["port"], self.rank, RANKS, timeout=TIMEOUT)
 
-        def messages(name: str) -> Any:
-            join = connect if name == PLAIN else connect_sockets
-            return join(PrefixStore(name, store), self.rank, RANKS, bind=orders["bind"], timeout=TIMEOUT)
+        def group(name: str) -> tuple[Any, int, int]:
+            return PrefixStore(name, store), self.rank, RANKS
 
-        capacity = most * raw["hidden_size"] * 4
-        self.plain = Delayed(AllReduceCollective(messages(PLAIN), FusedRows(self.kernels)))
-        self.fused = Delayed(DistributedCollective(messages(FUSED), FusedRows(self.kernels), capacity=capacity))
-        self.behind = Delayed(DistributedCollective(messages(WOVEN), FusedRows(own), capacity=capacity))
+        reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
+        self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
+        self.fused = Delayed(open_sockets(*group(FUSED), self.kernels, **reach))
+        self.behind = Delayed(open_sockets(*group(WOVEN), own, **reach))
         self.woven = Background(self.behind, (core,))
         self.silent = Silent(self.rank, FusedRows(self.kernels))
 

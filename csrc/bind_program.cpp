@@ -113,7 +113,7 @@ void bind_recording(nb::class_<Program>& program) {
       .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"))
       .def(
           "seam",
-          [](Program& self, SeamGroup& group, int type, uintptr_t weight, float eps, int64_t size, bool first, int domain,
+          [](Program& self, Seams& group, int type, uintptr_t weight, float eps, int64_t size, bool first, int domain,
              int64_t x, int64_t residual, int64_t out) {
             self.seam(group, norm_form(type, weight, eps, size), first, Domain(domain), x, residual, out);
           },

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
+#include "links.h"
 #include "packed.h"
 #include "seam.h"
 
@@ -10,12 +11,12 @@ namespace weft {
 
 void bind_seam(nb::module_& module, BackendClass& backend) {
   using nb::arg;
-  nb::class_<SeamGroup>(module, "SeamGroup")
-      .def(nb::init<const std::string&, int, int, int64_t, double, double>(), arg("path"), arg("rank"), arg("ranks"),
-           arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked())
+  nb::class_<Seams>(module, "Seams")
+      .def_prop_ro("rank", &Seams::rank)
+      .def_prop_ro("ranks", &Seams::ranks)
       .def(
           "start",
-          [](SeamGroup& self, Backend& backend, uint64_t plan, int type, int part_type, uintptr_t partial,
+          [](Seams& self, Backend& backend, uint64_t plan, int type, int part_type, uintptr_t partial,
              bool replicated, std::vector<int64_t> bounds, uintptr_t residual, bool fresh, uintptr_t weight, float eps,
              int64_t size, uintptr_t out, const PackedW4Ax* packed) {
             const bool plain = packed == nullptr;
@@ -40,13 +41,18 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
           arg("backend"), arg("plan"), arg("type"), arg("part_type"), arg("partial"), arg("replicated"), arg("bounds"),
           arg("residual"), arg("fresh"), arg("weight"), arg("eps"), arg("size"), arg("out"), arg("packed").none(),
           unlocked())
-      .def("finish", &SeamGroup::finish, arg("backend"), unlocked())
+      .def("finish", &Seams::finish, arg("backend"), unlocked())
       .def(
           "gather",
-          [](SeamGroup& self, Backend& backend, uint64_t plan, int64_t rows, uintptr_t from, int64_t bytes,
+          [](Seams& self, Backend& backend, uint64_t plan, int64_t rows, uintptr_t from, int64_t bytes,
              uintptr_t out) { self.gather(backend, {plan, rows}, at<const char>(from), bytes, at<char>(out)); },
           arg("backend"), arg("plan"), arg("rows"), arg("from_"), arg("bytes"), arg("out"), unlocked())
-      .def("leave", [](SeamGroup& self) { self.segment().leave(); }, unlocked());
+      .def("leave", &Seams::leave, unlocked());
+  nb::class_<SeamGroup, Seams>(module, "SeamGroup")
+      .def(nb::init<const std::string&, int, int, int64_t, double, double>(), arg("path"), arg("rank"), arg("ranks"),
+           arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked());
+  nb::class_<Links, Seams>(module, "Links")
+      .def(nb::init<int, std::vector<int>, double>(), arg("rank"), arg("files"), arg("timeout"));
 
   backend.def(
       "join_rows",

@@ -154,11 +154,11 @@ void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
   });
 }
 
-void Program::seam(SeamGroup& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual,
+void Program::seam(Seams& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual,
                    int64_t out) {
   ranked_ = true;
   add(domain, [=, &group, number = calls_.size()](const Step& step) {
-    const std::vector<int64_t> bounds = bounds_of(step, domain, group.segment().ranks());
+    const std::vector<int64_t> bounds = bounds_of(step, domain, group.ranks());
     group.start(step.backend, {
         .plan = {fingerprint(number, form.size, bounds), bounds.back()},
         .type = form.type,
@@ -179,12 +179,12 @@ void Program::seam(SeamGroup& group, const NormForm& form, bool first, Domain do
   });
 }
 
-void Program::take_own(SeamGroup& group, int64_t residual, int64_t row_bytes, int64_t out) {
+void Program::take_own(Seams& group, int64_t residual, int64_t row_bytes, int64_t out) {
   ranked_ = true;
   add(Domain::sampled, [=, &group](const Step& step) {
-    const int rank = group.segment().rank();
-    const int64_t first = bounds_of(step, Domain::tokens, group.segment().ranks())[size_t(rank)];
-    const std::vector<int64_t> bounds = bounds_of(step, Domain::sampled, group.segment().ranks());
+    const int rank = group.rank();
+    const int64_t first = bounds_of(step, Domain::tokens, group.ranks())[size_t(rank)];
+    const std::vector<int64_t> bounds = bounds_of(step, Domain::sampled, group.ranks());
     const char* from = step.at<char>(residual);
     char* to = step.at<char>(out, Domain::sampled);
     for (int64_t i = bounds[size_t(rank)]; i < bounds[size_t(rank) + 1]; i++, to += row_bytes)

@@ -83,8 +83,8 @@ class Program {
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
   // A seam of ranks (weave/collective.py), between rows that are evenly owned. first: x is the embedding, the same on all
   // ranks, and the residual is written. The residual has this rank's own rows only, from its place on.
-  void seam(SeamGroup& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual, int64_t out);
-  void take_own(SeamGroup& group, int64_t residual, int64_t row_bytes, int64_t out);  // those that are sampled
+  void seam(Seams& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual, int64_t out);
+  void take_own(Seams& group, int64_t residual, int64_t row_bytes, int64_t out);  // those that are sampled
 
   // Replays the calls from `first` to before `last`: a step may be cut anywhere, if its parts follow each other with the
   // same batch. Throws std::invalid_argument for a batch that does not fit.

@@ -9,8 +9,6 @@ namespace weft {
 
 namespace {
 
-int64_t bytes_of(Type type) { return type == Type::bfloat16 ? 2 : 4; }
-
 // On the pool where that pays.
 void copy(Pool& pool, char* to, const char* from, int64_t bytes) {
   constexpr int64_t PART = 1 << 16;
@@ -25,33 +23,27 @@ void copy(Pool& pool, char* to, const char* from, int64_t bytes) {
 
 }  // namespace
 
-int64_t SeamGroup::part_bytes() const { return call_->size * bytes_of(call_->part_type); }
-
-int64_t SeamGroup::wire_bytes() const {
-  return call_->form == nullptr ? call_->size * bytes_of(call_->type) : call_->form->wire_bytes();
-}
-
 // Those of a rank in a chunk; maybe none.
 SeamGroup::Rows SeamGroup::rows(int rank, int64_t chunk) const {
-  const int64_t first = std::min(chunk * chunk_rows_, owned(rank));
-  return {first, std::min(first + chunk_rows_, owned(rank)) - first};
+  const int64_t first = std::min(chunk * chunk_rows_, call_->owned(rank));
+  return {first, std::min(first + chunk_rows_, call_->owned(rank)) - first};
 }
 
 // Where rank `from` puts what it gives to rank `to`.
 char* SeamGroup::given(int from, int to, uint32_t chunk) const {
   const int64_t place = to < from ? to : to - 1;
-  return segment_.slot(from, Segment::GIVEN, chunk) + place * chunk_rows_ * part_bytes();
+  return segment_.slot(from, Segment::GIVEN, chunk) + place * chunk_rows_ * call_->part_bytes();
 }
 
 // How many chunks, and of how many rows: as few as the slots allow, and of equal size.
 void SeamGroup::cut(const SeamCall& call) {
   const int64_t others = std::max(1, segment_.ranks() - 1), slot = segment_.slot_bytes();
-  const int64_t most = std::min(slot / (others * part_bytes()), slot / wire_bytes());
+  const int64_t most = std::min(slot / (others * call_->part_bytes()), slot / call_->wire_bytes());
   if (most < 1)
-    throw std::invalid_argument("a row of " + std::to_string(others * part_bytes()) + " bytes does not fit into slots of " +
+    throw std::invalid_argument("a row of " + std::to_string(others * call_->part_bytes()) + " bytes does not fit into slots of " +
                                 std::to_string(slot));
   int64_t rows = 0;
-  for (int rank = 0; rank < segment_.ranks(); rank++) rows = std::max(rows, owned(rank));
+  for (int rank = 0; rank < segment_.ranks(); rank++) rows = std::max(rows, call_->owned(rank));
   chunks_ = std::max<int64_t>(1, (rows + most - 1) / most);  // one at least: the ranks compare their plans
   chunk_rows_ = (rows + chunks_ - 1) / chunks_;
   if (call.form != nullptr) scratch_.resize(size_t(chunk_rows_ * call.size * bytes_of(call.type)));
@@ -132,18 +124,18 @@ void SeamGroup::give(Backend& backend, int64_t chunk) {
     if (rank == segment_.rank()) continue;
     const Rows part = rows(rank, chunk);
     copy(backend.pool(), given(segment_.rank(), rank, done_ + uint32_t(chunk)),
-         call_->partial + (call_->bounds[size_t(rank)] + part.first) * part_bytes(), part.count * part_bytes());
+         call_->partial + (call_->bounds[size_t(rank)] + part.first) * call_->part_bytes(), part.count * call_->part_bytes());
   }
 }
 
 void SeamGroup::join(Backend& backend, int64_t chunk) {
   const int own = segment_.rank();
   const Rows part = rows(own, chunk);
-  const int64_t row_bytes = call_->size * bytes_of(call_->type), first = call_->bounds[size_t(own)] + part.first;
+  const int64_t row_bytes = call_->row_bytes(), first = call_->bounds[size_t(own)] + part.first;
   parts_.clear();
   for (int rank = 0; rank < segment_.ranks(); rank++)
     if (rank == own)
-      parts_.push_back(call_->partial + first * part_bytes());
+      parts_.push_back(call_->partial + first * call_->part_bytes());
     else if (!call_->replicated)
       parts_.push_back(given(rank, own, done_ + uint32_t(chunk)));
   backend.kernels().join_rows(backend.pool(), {
@@ -173,7 +165,7 @@ void SeamGroup::take(Backend& backend, int64_t chunk) {
       backend.kernels().decode_rows(backend.pool(), *call_->form, from, first, part.count,
                                     {call_->quantised, call_->bounds.back(), call_->form->blocks()});
     else if (rank != segment_.rank())
-      copy(backend.pool(), call_->hidden + first * wire_bytes(), from, part.count * wire_bytes());
+      copy(backend.pool(), call_->hidden + first * call_->wire_bytes(), from, part.count * call_->wire_bytes());
   }
 }
 

@@ -21,6 +21,8 @@
 
 namespace weft {
 
+inline int64_t bytes_of(Type type) { return type == Type::bfloat16 ? 2 : 4; }
+
 struct SeamCall {
   Segment::Plan plan;
   Type type, part_type;
@@ -35,31 +37,49 @@ struct SeamCall {
   char* hidden;             // [rows, size], where form is null
   void* quantised;          // QuantisedRows of all rows, otherwise
   const W4AxWeights* form;
+
+  int64_t owned(int rank) const { return bounds[size_t(rank) + 1] - bounds[size_t(rank)]; }
+  int64_t part_bytes() const { return size * bytes_of(part_type); }  // of a row
+  int64_t row_bytes() const { return size * bytes_of(type); }
+  int64_t wire_bytes() const { return form == nullptr ? row_bytes() : form->wire_bytes(); }
 };
 
-class SeamGroup {
+// One rank of a group. All ranks make the same calls, one after the other. std::runtime_error: a rank that did not come,
+// has ended, or came with another plan; nothing works after that.
+class Seams {
+ public:
+  virtual ~Seams() = default;
+  virtual int rank() const = 0;
+  virtual int ranks() const = 0;
+  // What the call points to is used until finish() has returned. Throws std::invalid_argument before anything is given.
+  virtual void start(Backend& backend, SeamCall call) = 0;
+  virtual void finish(Backend& backend) = 0;
+  // bytes of this rank -> out, [ranks][bytes] of all.
+  virtual void gather(Backend& backend, const Segment::Plan& plan, const char* from, int64_t bytes, char* out) = 0;
+  // Idempotent. Ranks that wait for this one get an error.
+  virtual void leave() = 0;
+};
+
+class SeamGroup final : public Seams {
  public:
   // As Segment.
   SeamGroup(const std::string& path, int rank, int ranks, int64_t slot_bytes, double timeout, double spin)
       : segment_(path, rank, ranks, slot_bytes, timeout, spin) {}
 
-  Segment& segment() { return segment_; }
-
-  // Gives the first chunk. Throws std::invalid_argument, before anything is given, for rows that no slot can hold.
-  void start(Backend& backend, SeamCall call);
+  int rank() const override { return segment_.rank(); }
+  int ranks() const override { return segment_.ranks(); }
+  // Gives the first chunk. Throws std::invalid_argument for rows that no slot can hold.
+  void start(Backend& backend, SeamCall call) override;
   // The rest of the call that was started.
-  void finish(Backend& backend);
-  // bytes of this rank -> out, [ranks][bytes] of all.
-  void gather(Backend& backend, const Segment::Plan& plan, const char* from, int64_t bytes, char* out);
+  void finish(Backend& backend) override;
+  void gather(Backend& backend, const Segment::Plan& plan, const char* from, int64_t bytes, char* out) override;
+  void leave() override { segment_.leave(); }
 
  private:
   struct Rows {
     int64_t first, count;
   };
 
-  int64_t owned(int rank) const { return call_->bounds[size_t(rank) + 1] - call_->bounds[size_t(rank)]; }
-  int64_t part_bytes() const;
-  int64_t wire_bytes() const;
   Rows rows(int rank, int64_t chunk) const;
   char* given(int from, int to, uint32_t chunk) const;
   void cut(const SeamCall& call);

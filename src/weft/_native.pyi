@@ -154,7 +154,7 @@ class Program:
     def take(self, x: int, row_bytes: int, out: int) -> None: ...
     def seam(
         self,
-        group: SeamGroup,
+        group: Seams,
         type: int,
         weight: int,
         eps: float,
@@ -166,9 +166,9 @@ class Program:
         out: int,
     ) -> None:
         """A fused seam. first: x is the same on all ranks, and the residual is written. A run that comes to it raises
-        RuntimeError as `SeamGroup.finish`."""
+        RuntimeError as `Seams.finish`."""
 
-    def take_own(self, group: SeamGroup, residual: int, row_bytes: int, out: int) -> None:
+    def take_own(self, group: Seams, residual: int, row_bytes: int, out: int) -> None:
         """Of a residual at a seam, the own rows that are sampled."""
 
     def best(self, x: int, size: int) -> None:
@@ -201,14 +201,17 @@ class Program:
     def seconds(self) -> list[float]:
         """Of each call, over all timed runs."""
 
-class SeamGroup:
-    """One rank of the processes that share the memory `path` (csrc/seam.h). One thread at a time.
+class Seams:
+    """One rank of a group (csrc/seam.h). One thread at a time.
 
-    ValueError: numbers that cannot be. RuntimeError: what the system or another rank refuses; a rank that did not come
-    within `timeout` seconds, has ended, or has another plan. Nothing works after that.
+    ValueError: numbers that cannot be. RuntimeError: a rank that did not come in time, has ended, or has another plan.
+    Nothing works after that.
     """
 
-    def __init__(self, path: str, rank: int, ranks: int, slot_bytes: int, timeout: float, spin: float) -> None: ...
+    @property
+    def rank(self) -> int: ...
+    @property
+    def ranks(self) -> int: ...
     def start(
         self,
         backend: Backend,
@@ -234,6 +237,17 @@ class SeamGroup:
         """out: [ranks][bytes]."""
 
     def leave(self) -> None: ...
+
+class SeamGroup(Seams):
+    """Of the processes that share the memory `path`. RuntimeError: what the system or another rank refuses."""
+
+    def __init__(self, path: str, rank: int, ranks: int, slot_bytes: int, timeout: float, spin: float) -> None: ...
+
+class Links(Seams):
+    """Of ranks that are joined by sockets (csrc/links.h). files: one for each rank (any number for this one), which are
+    this object's from now on."""
+
+    def __init__(self, rank: int, files: list[int], timeout: float) -> None: ...
 
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].

@@ -1,4 +1,4 @@
-"""A rank's step as a program gives, bit for bit, what it gives call by call; ranks are threads that share memory."""
+"""A rank's step as a program gives what it gives call by call, bit for bit; ranks are threads that share memory."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from weft.weave.background import Background
 from weft.weave.collective import Join
 from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
 from weft.weave.shm import ShmCollective
-from weft.weave.sockets import connect_sockets
+from weft.weave.sockets import open_sockets
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -99,10 +99,11 @@ class Rank:
         background = options.pop("background", False)
         if backend == "shm":
             self.collective = ShmCollective(name, rank, ranks, self.kernels, timeout=timeout, **options)
+        elif backend == "sockets":
+            self.collective = open_sockets(dist.FileStore(name, ranks), rank, ranks, self.kernels, timeout=timeout)
         else:
             join_rows = FusedRows(self.kernels) if options.pop("fused", True) else rows.plain(self.kernels.rms_norm)
-            meet = connect_sockets if backend == "sockets" else connect
-            messages = meet(dist.FileStore(name, ranks), rank, ranks, timeout=timeout)
+            messages = connect(dist.FileStore(name, ranks), rank, ranks, timeout=timeout)
             if backend == "all_reduce":
                 self.collective = AllReduceCollective(messages, join_rows)
             else:

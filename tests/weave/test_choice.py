@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.weave.choice import GAIN, Costs, Curve, Mode, choose_mode, slowest
+from weft.weave.choice import FEW, GAIN, Costs, Curve, Mode, choose_mode, slowest
 
 SECONDS = st.floats(1e-6, 1.0)
 
@@ -61,12 +61,13 @@ def test_the_time_of_a_woven_step(
 
 @given(SECONDS, SECONDS, SECONDS, st.integers(1, 40), st.integers(2, 5), st.integers(1, 300))
 @settings(deadline=None)
-def test_even_strands_take_the_same_time_in_every_layer(
+def test_a_few_layers_tell_of_all(
     attend: float, feed: float, seam: float, layers: int, strands: int, tokens: int
 ) -> None:
-    """So that a few layers tell of all."""
+    """They are exact where there are no more; else nearly so, since seams that are too long pile up by and by."""
     costs = Costs(layers, line(0.0, attend), line(0.01, feed), {Mode.FUSED: line(0.001, seam)}, 0.0)
-    assert costs.seconds(Mode.WOVEN, [tokens] * strands) == pytest.approx(by_lists(costs, [tokens] * strands))
+    exact = by_lists(costs, [tokens] * strands)
+    assert costs.seconds(Mode.WOVEN, [tokens] * strands) == pytest.approx(exact, rel=1e-6 if layers <= FEW else 0.1)
 
 
 def test_a_third_strand_evens_out_short_and_long_stages() -> None:

@@ -132,10 +132,10 @@ def _program(
     if kernels.name not in LEVELS or decoder.padded:
         return None
     from weft.kernels.cpu import CpuKernels
-    from weft.weave.shm import ShmCollective
+    from weft.weave.native import NativeCollective
 
     fused = collectives.get(Mode.FUSED)
-    if not isinstance(kernels, CpuKernels) or not isinstance(fused, ShmCollective):
+    if not isinstance(kernels, CpuKernels) or not isinstance(fused, NativeCollective):
         return None
     return record_ranked(decoder, kernels, fused, kv, config.block_size, config.max_num_batched_tokens)
 
@@ -164,10 +164,15 @@ def _connect(
     from torch.distributed.distributed_c10d import PrefixStore
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
-    from weft.weave.sockets import connect_sockets
 
-    meet = connect if mode is Mode.PLAIN else connect_sockets
-    messages = meet(PrefixStore(name, store), rank, ranks, bind=group.bind, timeout=group.timeout)
+    own_store = PrefixStore(name, store)
+    if kernels.name in LEVELS and mode in (Mode.FUSED, Mode.WOVEN):
+        from weft.kernels.cpu import CpuKernels
+        from weft.weave.sockets import open_sockets
+
+        if isinstance(kernels, CpuKernels):
+            return open_sockets(own_store, rank, ranks, kernels, bind=group.bind, timeout=group.timeout)
+    messages = connect(own_store, rank, ranks, bind=group.bind, timeout=group.timeout)
     if mode is Mode.PLAIN:
         return AllReduceCollective(messages, _join_rows(kernels))
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize

@@ -229,7 +229,7 @@ class BestOfRows:
 class Meet:
     """A seam of ranks (weave/collective.py). residual: this rank's own rows; at the first seam they are written."""
 
-    group: _native.SeamGroup
+    group: _native.Seams
     x: Value
     residual: Value
     weight: torch.Tensor
@@ -250,7 +250,7 @@ class Meet:
 class TakeOwn:
     """Of a residual at a seam, the own rows that are sampled after."""
 
-    group: _native.SeamGroup
+    group: _native.Seams
     residual: Value
     out: Value
 
@@ -368,7 +368,7 @@ class Recorder:
         return out
 
     def meet(
-        self, group: _native.SeamGroup, x: Value, residual: Value | None, weight: torch.Tensor, eps: float
+        self, group: _native.Seams, x: Value, residual: Value | None, weight: torch.Tensor, eps: float
     ) -> tuple[Value, Value]:
         """A seam: (hidden, residual). residual: of the seam before, with all rows that it had; None at the first."""
         _same_tensor(weight, (x.columns,), x.dtype, "weight")

@@ -1,5 +1,5 @@
-"""A rank's step as one program in C++ (kernels/program.py), seams included, where ranks share memory: for steps of few
-tokens, whose calls take longer from Python than in the kernels."""
+"""A rank's step as one program in C++ (kernels/program.py), seams included: for steps of few tokens, whose calls take
+longer from Python than in the kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from weft.weave.seam import Joined, Seam, run
 if TYPE_CHECKING:
     from weft.kernels.cpu import CpuKernels
     from weft.kernels.program import Program
-    from weft.weave.shm import ShmCollective
+    from weft.weave.native import NativeCollective
 
 TOKENS = 64  # the most of a step; from there on the kernels take nearly all of the time
 
@@ -45,7 +45,7 @@ class RankedProgram:
 
 
 def record_ranked(
-    decoder: Decoder, kernels: CpuKernels, collective: ShmCollective, kv: list[Any], block_size: int, most: int
+    decoder: Decoder, kernels: CpuKernels, collective: NativeCollective, kv: list[Any], block_size: int, most: int
 ) -> RankedProgram:
     """decoder: this rank's, on these kernels. most: tokens of a step, no more than `TOKENS` of which it will take."""
     from weft.kernels.program import Program

@@ -75,18 +75,19 @@ class Costs:
     def _woven(self, strands: Sequence[int], drag: float) -> float:
         """By the clock, for a few layers; those that follow take as long as the last of them."""
         costs = [((self.attend(own), self.feed(own)), self.seams[Mode.FUSED](own)) for own in strands]
-        now = sent = before = 0.0  # when the computation, and the seams begun so far, will have ended
-        come = [0.0] * len(strands)
+        now = before = 0.0
+        come = [0.0] * len(strands)  # when the last seam of each strand ends
         few = min(self.layers, FEW)
         for _ in range(few):
             before = now
             for stage in range(2):
                 for strand, (stages, seam) in enumerate(costs):
-                    now = max(now, come[strand])
-                    beside = drag * min(stages[stage], max(0.0, sent - now))
-                    now += stages[stage] + beside
-                    sent = come[strand] = max(sent + beside, now) + seam
-        return max(now, sent) + (self.layers - few) * (now - before)
+                    begun = max(now, come[strand])
+                    beside = drag * min(stages[stage], max(0.0, max(come) - begun))
+                    now = begun + stages[stage] + beside
+                    come = [end + beside if end > begun else end for end in come]
+                    come[strand] = max(now, *come) + seam
+        return max(now, *come) + (self.layers - few) * (now - before)
 
 
 def choose_mode(costs: Costs, tokens: int, cuts: Sequence[tuple[int, ...]] = ()) -> tuple[Mode, tuple[int, ...]]:

@@ -100,9 +100,8 @@ class DistributedCollective:
         plans, sent = messages.exchange(plan_of(join), len(partial))
         parts = {}
         if not join.replicated:
-            if own := shares[self.rank].nbytes:
-                room = self._room[:, :own] if messages.exact else self._room
-                parts = {rank: messages.receive(room[rank], rank, Tag.PART) for rank in messages.others}
+            if len(shares[self.rank]):
+                parts = {rank: messages.receive(self._room[rank], rank, Tag.PART) for rank in messages.others}
             sent += [messages.send(shares[rank], rank, Tag.PART) for rank in messages.others if len(shares[rank])]
         return _Pending(join, plans, parts, sent)
 

@@ -1,9 +1,7 @@
-"""Messages between ranks, over torch.distributed or sockets of our own (weave/sockets.py), with time-outs and errors
-that name the rank."""
+"""Messages between ranks over torch.distributed, with time-outs and errors that name the rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -33,21 +31,8 @@ class Message:
 class Messages:
     """Messages between the ranks of a group: each has a time-out, and an error that names the rank."""
 
-    def __init__(
-        self,
-        group: Any,
-        rank: int,
-        ranks: int,
-        timeout: float,
-        *,
-        exact: bool = False,
-        close: Callable[[], None] = lambda: None,
-    ) -> None:
-        """exact: what is received is as long as what it is received into; otherwise it may be shorter. close: for a
-        group that has to be told; one of torch.distributed closes its connections with its last use."""
+    def __init__(self, group: Any, rank: int, ranks: int, timeout: float) -> None:
         self.rank, self.ranks = rank, ranks
-        self.exact = exact
-        self._close = close
         self.others = [other for other in range(ranks) if other != rank]
         self._group = group
         self._timeout = timeout
@@ -111,17 +96,16 @@ class Messages:
         raise RankLost(self._failed) from cause
 
     def close(self) -> None:
-        self._group = None  # the others notice that the connections are closed
-        self._close()
+        self._group = None  # closes the connections, which the others notice
         self._failed = self._failed or f"rank {self.rank} has left its group"
 
     def _failure(self, message: Message) -> tuple[str, Exception] | None:
         """None once the message has come; otherwise what is wrong, and why."""
         try:
             message.work.wait(timedelta(seconds=self._timeout))
-        except (RuntimeError, OSError) as error:
+        except RuntimeError as error:
             who = "another rank" if message.rank is None else f"rank {message.rank}"
-            late = isinstance(error, TimeoutError) or "Timed out" in str(error)
+            late = "Timed out" in str(error)
             return f"{who} {f'did not come within {self._timeout:g} s' if late else 'has ended or left'}", error
         return None
 
