@@ -103,7 +103,8 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
         if quantised:
             values = torch.randint(-8, 8, (outputs, inputs), generator=draw, dtype=torch.int8)
             scales = torch.full((outputs, inputs // 128), 2.0**-8)
-            return kernels.pack_w4ax(values, scales, exact_a4=precision == "w4a4")
+            outliers = inputs // 128 // 16 if precision == "w4a4" else 0  # one block in 16
+            return kernels.pack_w4ax(values, scales, outlier_blocks=outliers, exact_a4=precision == "w4a4")
         return kernels.pack_linear((torch.rand(outputs, inputs, generator=draw) * 0.07 - 0.035).bfloat16())
 
     hidden, inner = config.hidden_size, config.intermediate_size

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -410,6 +411,45 @@ def test_ranks_meet_at_one_address() -> None:
     assert first.get("who") == b"rank 1"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=1)
+
+
+class TestCalls:
+    """How ranks that are joined by sockets find one another."""
+
+    def test_a_stranger_is_sent_away(self, tmp_path: Path, kernels: Any) -> None:
+        from weft.weave.sockets import open_sockets
+
+        stores = [dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2)]
+        opened: list[Any] = []
+        first = threading.Thread(target=lambda: opened.append(open_sockets(stores[0], 0, 2, kernels, timeout=10.0)))
+        first.start()
+        token, port, _ = stores[1].get("0").decode().split()
+        for hello in (b"", bytes(20), bytes.fromhex(token) + (7).to_bytes(4, "little")):
+            with socket.create_connection(("127.0.0.1", int(port))) as stranger:
+                stranger.sendall(hello)
+                stranger.shutdown(socket.SHUT_WR)
+                assert stranger.recv(1) == b""
+        second = open_sockets(stores[1], 1, 2, kernels, timeout=10.0)
+        first.join()
+        assert [collective.rank for collective in (*opened, second)] == [0, 1]
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", int(port)))
+        for collective in (*opened, second):
+            collective.close()
+            collective.close()
+
+    def test_a_rank_that_does_not_call_is_named(self, tmp_path: Path, kernels: Any) -> None:
+        from weft.weave.sockets import open_sockets
+
+        store = dist.FileStore(str(tmp_path / "store"), 3)
+        with pytest.raises(DeviceError, match=r"rank 0 cannot join .*: rank 1 did not call within 0\.1 s"):
+            open_sockets(store, 0, 3, kernels, timeout=0.1)
+
+    def test_an_address_that_is_not_here(self, tmp_path: Path, kernels: Any) -> None:
+        from weft.weave.sockets import open_sockets
+
+        with pytest.raises(DeviceError, match=r"from 192\.0\.2\.1"):
+            open_sockets(dist.FileStore(str(tmp_path / "store"), 2), 0, 2, kernels, bind="192.0.2.1", timeout=0.1)
 
 
 def test_more_than_the_capacity_is_refused_before_it_is_sent(kernels: Any) -> None:

@@ -32,7 +32,7 @@ class W4AxInput:
 
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         count = self._rows(rows, self.packed.inputs, (torch.float32, torch.bfloat16))
-        wire = _wire(count, self)
+        wire = torch.empty((count, self.row_bytes), dtype=torch.uint8)
         self.kernels.native.encode_rows(self.packed.native, rows.data_ptr(), count, _TYPES[rows.dtype], wire.data_ptr())
         return wire
 
@@ -77,7 +77,6 @@ class FusedRows:
         weight: torch.Tensor,
         eps: float,
         quantise: Any,
-        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, size = parts[0].shape
         for part in parts:
@@ -85,13 +84,9 @@ class FusedRows:
                 raise ValueError(f"a part is {part.dtype} {list(part.shape)}; all must be contiguous {[rows, size]}")
         fresh = residual is None
         residual = weight.new_empty((rows, size)) if residual is None else residual
+        hidden = weight.new_empty((rows, size))
         form = w4ax_format(quantise)
-        if out is None:
-            out = weight.new_empty((rows, size)) if form is None else _wire(rows, form)
-        columns, dtype = (size, weight.dtype) if form is None else (form.row_bytes, torch.uint8)
-        if out.shape != (rows, columns) or out.dtype is not dtype or not out.is_contiguous():
-            raise ValueError(f"out is {out.dtype} {list(out.shape)}; it must be contiguous {dtype} {[rows, columns]}")
-        hidden = out if form is None else weight.new_empty((rows, size))
+        wire = None if form is None else torch.empty((rows, form.row_bytes), dtype=torch.uint8)
         self.kernels.native.join_rows(
             _TYPES[weight.dtype],
             _TYPES[parts[0].dtype],
@@ -103,14 +98,10 @@ class FusedRows:
             rows,
             size,
             hidden.data_ptr(),
-            0 if form is None else out.data_ptr(),
+            0 if wire is None else wire.data_ptr(),
             None if form is None else form.packed.native,
         )
-        return out, residual
-
-
-def _wire(rows: int, form: W4AxInput) -> torch.Tensor:
-    return torch.empty((rows, form.row_bytes), dtype=torch.uint8)
+        return hidden if wire is None else wire, residual
 
 
 def w4ax_format(quantise: Any) -> W4AxInput | None:

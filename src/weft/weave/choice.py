@@ -96,10 +96,11 @@ def choose_mode(costs: Costs, tokens: int, cuts: Sequence[tuple[int, ...]] = ())
 
     cuts: the strands that it may be woven in, fewer first; one that is not cut is no choice.
     """
-    best, *rivals = [(mode, (tokens,)) for mode in Mode if mode in costs.seams]
+    ways: list[tuple[Mode, tuple[int, ...]]] = [(mode, (tokens,)) for mode in Mode if mode in costs.seams]
     if costs.drag is not None:
-        rivals += [(Mode.WOVEN, strands) for strands in cuts if len(strands) > 1]
-    for rival in rivals:
+        ways += [(Mode.WOVEN, strands) for strands in cuts if len(strands) > 1]
+    best = ways[0]
+    for rival in ways[1:]:
         if costs.seconds(*rival) <= (1 - GAIN) * costs.seconds(*best):
             best = rival
     return best

@@ -110,10 +110,9 @@ class DistributedCollective:
         messages.compare(pending.plans, pending.sent)
         wire = self._wire(join)
         coming = self._ask(wire, join.bounds)
-        own = wire[slice(*self.owned(join.bounds))]
-        parts = self._parts(pending)
-        rows, residual = self._join_rows(parts, join.residual, join.weight, join.eps, join.quantise, own)
+        rows, residual = self._join_rows(self._parts(pending), join.residual, join.weight, join.eps, join.quantise)
         sent = [] if self._one_round or not len(rows) else [messages.send(rows, to, Tag.ROWS) for to in messages.others]
+        wire[slice(*self.owned(join.bounds))] = rows
         for message in (*coming, *sent, *pending.sent):
             messages.wait(message)
         return arrived(wire, join, residual)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 import torch
 
@@ -11,21 +10,12 @@ from weft.weave.collective import Join, Joined, Quantise
 
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-
-class JoinRows(Protocol):
-    """(parts of all ranks in their order, each [n, H]; residual [n, H] or None; weight; eps; format; memory for what it
-    gives, or None) -> (rows as they travel: [n, H], or uint8 [n, row_bytes] with a format; residual [n, H])."""
-
-    def __call__(
-        self,
-        parts: Sequence[torch.Tensor],
-        residual: torch.Tensor | None,
-        weight: torch.Tensor,
-        eps: float,
-        quantise: Quantise | None,
-        out: torch.Tensor | None = None,
-        /,
-    ) -> tuple[torch.Tensor, torch.Tensor]: ...
+# (parts of all ranks in their order, each [n, H]; residual [n, H] or None; weight; eps; format) ->
+# (rows as they travel: [n, H], or uint8 [n, row_bytes] with a format; residual)
+JoinRows = Callable[
+    [Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor, float, Quantise | None],
+    tuple[torch.Tensor, torch.Tensor],
+]
 
 
 def plain(norm: Norm) -> JoinRows:
@@ -37,7 +27,6 @@ def plain(norm: Norm) -> JoinRows:
         weight: torch.Tensor,
         eps: float,
         quantise: Quantise | None,
-        out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         total = parts[0].float()
         for part in parts[1:]:
@@ -47,8 +36,7 @@ def plain(norm: Norm) -> JoinRows:
         else:
             residual.copy_(total + residual.float())
         hidden = norm(residual, weight, eps)
-        wire = hidden if quantise is None else quantise.encode(hidden)
-        return wire if out is None else out.copy_(wire), residual
+        return hidden if quantise is None else quantise.encode(hidden), residual
 
     return join
 

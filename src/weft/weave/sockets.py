@@ -80,8 +80,10 @@ def _answer(
 def _hello(link: socket.socket, token: bytes) -> int | None:
     """Which rank calls; None for somebody who does not know the token."""
     link.settimeout(HELLO_SECONDS)
+    hello = b""
     try:
-        hello = link.recv(TOKEN_BYTES + RANK_BYTES, socket.MSG_WAITALL)
+        while more := link.recv(TOKEN_BYTES + RANK_BYTES - len(hello)):
+            hello += more
     except OSError:
         return None
     known = hmac.compare_digest(hello[:TOKEN_BYTES], token)
