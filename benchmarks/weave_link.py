@@ -30,6 +30,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -89,6 +90,7 @@ def main() -> None:
     if reason := _missing():
         print(f"skipped: {reason}")
         return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no namespace stays
     watch = common.LoadWatch()
     rounds = 3 if arguments.quick else 5 if arguments.short else 7
     cells = list(grid(quick=arguments.quick, short=arguments.short))
