@@ -75,10 +75,10 @@ class Cell:
 
 BYTES = (Cell(None, 0.0, "w4a8", 256), Cell(None, 0.0, "w4a4", 256))  # of which only the bytes count
 SHORT = (
-    *(Cell(mbit, 0.0, "w4a8", 256) for mbit in (2000, 500)),
+    *(Cell(mbit, 0.0, "w4a8", 256) for mbit in (2000, 500, 250)),
     *(Cell(mbit, 0.0, "bf16", 256) for mbit in (1000, 500)),
     *(Cell(mbit, 0.0, "w4a8", 1024) for mbit in (2000, 1000, 500)),
-    *(Cell(mbit, 0.0, "bf16", 1024) for mbit in (1000, 500, 250)),
+    *(Cell(mbit, 0.0, "bf16", 1024) for mbit in (1000, 500)),
     *(Cell(1000, latency, "w4a8", 512) for latency in (0.0, 1e-3)),
     Cell(1000, 0.0, "w4a8", 2048),
     Cell(500, 0.0, "bf16", 2048),
