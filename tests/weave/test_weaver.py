@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 
 from weft.errors import RankLost
 from weft.kernels.base import Batch
+from weft.weave.background import Background
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.seam import Seam, Strand
 from weft.weave.weaver import Weaver
@@ -60,6 +63,46 @@ def test_strands_take_turns_and_the_first_is_a_stage_ahead() -> None:
     values = Weaver(group).weave([strand("a", 3, seen), strand("b", 3, seen)])
     assert seen == ["a0", "b0", "a1", "b1", "a2", "b2"] and [int(value) for value in values] == [3, 3]
     assert [int(value) for value in Weaver(group).weave([strand("a", 2, seen)])] == [2]
+
+
+class Held(Counting):
+    """No seam ends before the third has been asked for."""
+
+    def __init__(self, asked: threading.Event) -> None:
+        super().__init__()
+        self.asked = asked
+
+    def finish(self, pending: Join) -> Joined:
+        assert self.asked.wait(10)
+        return super().finish(pending)
+
+
+def test_seams_wait_for_one_another_in_a_communication_thread() -> None:
+    """Three strands: the first seam may be on its way until its strand wants to go on. One at a time is carried out."""
+    seen: list[str] = []
+    asked = threading.Event()
+
+    def begins() -> Strand:
+        asked.set()
+        return (yield from strand("c", 2, seen))
+
+    background = Background(Held(asked))
+    try:
+        values = Weaver(background).weave([strand("a", 2, seen), strand("b", 2, seen), begins()])
+    finally:
+        background.close()
+    assert seen == ["a0", "b0", "c0", "a1", "b1", "c1"] and [int(value) for value in values] == [2, 2, 2]
+
+
+def test_a_stage_that_fails_waits_for_all_seams_in_flight() -> None:
+    group, seen = Counting(), list[str]()
+    background = Background(group)
+    try:
+        with pytest.raises(ZeroDivisionError, match="c"):
+            Weaver(background).weave([strand(each, 3, seen, 0 if each == "c" else -1) for each in "abc"])
+        assert group.begun == 2 and group.flying == 0
+    finally:
+        background.close()
 
 
 @pytest.mark.parametrize("name", ["a", "b"])
