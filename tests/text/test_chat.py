@@ -113,10 +113,13 @@ def test_renders_as_transformers(name: str, messages: list[dict[str, Any]], add:
 def test_a_last_message_is_continued_as_transformers_does(
     name: str, messages: list[dict[str, Any]], oracle: Any
 ) -> None:
-    # What transformers makes of an empty message, or of one that ends in spaces, is to look for a text that need not
-    # be the message's; the template's own trimming makes no difference to the others.
-    assume(messages[-1]["content"] == messages[-1]["content"].strip() != "")
-    same(oracle, name, messages, continue_final_message=True)
+    # transformers takes the spaces away from the end of a message where the template does; here it ends as it was sent.
+    assume(messages[-1]["content"] == messages[-1]["content"].rstrip() != "")
+    try:
+        same(oracle, name, messages, continue_final_message=True)
+    except ValueError:  # what transformers says of a message that the template leaves out
+        with pytest.raises(InvalidRequest, match="shows the last message 0 times"):
+            ChatTemplate(SOURCES[name], TOKENS).render(messages, continue_final_message=True)
 
 
 def test_a_message_that_is_continued_ends_as_it_was_written() -> None:
