@@ -280,7 +280,7 @@ def test_a_text_goes_on_from_its_prompt_and_an_answer_begins(engine: Reciter, tm
     config = {"eos_token": "</s>", "chat_template": "{{ messages[0].content }}"}
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     engine.say = lambda prompt, index: "two one"
-    with LLM(str(tmp_path)) as llm:
+    with LLM(tmp_path) as llm:
         engine.tokenizer = llm.tokenizer
         assert llm.generate("one", MANY)[0].text == " two one"
         talk = [{"role": "user", "content": "one"}]
@@ -298,6 +298,13 @@ def test_unknown_settings_are_refused_by_name() -> None:
     assert "unknown setting 'zzz'" in caught.value.message
     with pytest.raises(ConfigError, match="--block-size is 7"):
         LLM("builtin", block_size=7)
+    with pytest.raises(ConfigError) as caught:
+        LLM("builtin", max_num_seqs="4", exact_a4=1, slo_ttft=1, cores=3)
+    assert caught.value.message.splitlines() == [
+        "--max-num-seqs is '4'; it must be of type int",
+        "--cores is 3; it must be of type str or None",
+        "--exact-a4 is 1; it must be of type bool",
+    ]
     with pytest.raises(CheckpointError, match="did you mean builtin"):
         LLM("buildin")
 

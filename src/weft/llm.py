@@ -43,8 +43,10 @@ class LLM:
     Raises ConfigError, CheckpointError or DeviceError when it cannot be set up.
     """
 
-    def __init__(self, model: str = BUILTIN_MODEL, *, chat_template: str | Path | None = None, **settings: Any) -> None:
-        config = _engine_config(model, settings)
+    def __init__(
+        self, model: str | Path = BUILTIN_MODEL, *, chat_template: str | Path | None = None, **settings: Any
+    ) -> None:
+        config = _engine_config(str(model) if isinstance(model, Path) else model, settings)
         folder = resolve_model(config.model, config.revision)
         self.tokenizer = Tokenizer.from_folder(folder)
         self.defaults = GenerationDefaults.from_folder(folder, self.tokenizer.eos_ids)
