@@ -39,7 +39,7 @@ from weft.sim.run import Transfer
 from weft.sim.step import StepCost
 from weft.sim.study import Fleet, Outcome, study
 
-REQUESTS, QUICK_REQUESTS = 600, 60
+REQUESTS, QUICK_REQUESTS = 600, 40
 CLUSTER_TIMES = 4  # as many requests for the cluster
 SEED = 0
 ATTAINED = 0.9
@@ -306,7 +306,7 @@ def show_capacities(found: Sequence[dict[str, Any]]) -> str:
         cells = [f"{name} ({first['target_ttft_ms']:.0f} / {first['target_tpot_ms']:.0f} ms)"]
         for kind in kinds:
             one = here[kind]
-            cells.append(number(one["capacity"], 1) + (f" ({one['policy'].split()[-1]})" if "best" in kind else ""))
+            cells.append(number(one["capacity"], 1) + (f" ({one['policy']})" if "best" in kind else ""))
         made.append(cells)
     return markdown(["set-up (TTFT / TPOT target)", *kinds], made)
 
