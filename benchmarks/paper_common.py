@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,10 @@ def markdown(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def into_document(path: Path, tables: Mapping[str, str]) -> None:
     """Put each table between the lines <!-- NAME --> and <!-- end --> of a document. Raises SystemExit for a table that
-    it has no place for."""
+    it has no place for, and for a place that there is no table for."""
     text = path.read_text()
+    if empty := set(re.findall(r"<!-- (\w+) -->", text)) - tables.keys() - {"end"}:
+        raise SystemExit(f"{path} has places for {', '.join(sorted(empty))}, which are no tables of this script")
     for name, table in tables.items():
         begin, between, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition("<!-- end -->")

@@ -81,10 +81,9 @@ def main() -> None:
         ("throughput", ("model, load", "theirs", "ours"), throughputs(paper, arguments.quick)),
     ):  # fmt: skip
         table = list(made)
-        print(f"\n{markdown(head, [[one['name'], *map(_cell, one['values'])] for one in table])}", flush=True)
-        rows += [
-            {"kind": kind, "name": one["name"], **dict(zip(head[1:], one["values"], strict=True))} for one in table
-        ]
+        tables[kind] = markdown(head, [[one["name"], *map(_cell, one["values"])] for one in table])
+        print(f"\n{tables[kind]}", flush=True)
+        rows += [{"kind": kind, "name": one["name"], "head": head[1:], "values": one["values"]} for one in table]
     if arguments.plot is not None:
         draw(found, arguments.plot)
     finish(arguments, paper, claims(found), rows, tables)
@@ -116,16 +115,21 @@ def measured(one: StepCost) -> Costs:
     )
 
 
+def halves(tokens: int) -> tuple[int, int]:
+    """The strands of the paper, and of the simulator; weft itself may weave three."""
+    return tokens // 2, tokens - tokens // 2
+
+
 def prefills(paper: dict[str, Any]) -> Iterator[Prefill]:
     for cells in paper["prefill"]:
         one = cost(cells["model"], cells["ranks"])
         costs = measured(one)
         theirs = {tokens: (cells["woven"][at], cells["silent"][at]) for at, tokens in enumerate(paper["tokens"])}
         for tokens in (*BELOW, *paper["tokens"]):
-            ways, half = one.ways(tokens), tokens // 2
+            ways, strands = one.ways(tokens), halves(tokens)
             woven, silent = theirs.get(tokens, (None, None))
-            choice = choose_mode(costs, tokens, half)
-            predicted = costs.seconds(Mode.PLAIN, tokens, half) / costs.seconds(choice, tokens, half)
+            choice, _ = choose_mode(costs, tokens, (strands,))
+            predicted = costs.seconds(Mode.PLAIN, strands) / costs.seconds(choice, strands)
             yield Prefill(
                 cells["model"], cells["ranks"], tokens, 1e3 * ways.plain, ways.plain / ways.fused,
                 ways.plain / ways.woven, ways.plain / ways.silent, woven, silent,
@@ -182,11 +186,12 @@ def layers(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
         stage = Curve(tuple((tokens, us * (100 - join - norm) / 200) for tokens, us, join, norm in known))
         plain = Curve(tuple((tokens, us * (join + norm) / 200) for tokens, us, join, norm in known))
         fused = Curve(tuple((tokens, us * join / 200) for tokens, us, join, _ in known))
-        costs = Costs(1, stage, stage, {Mode.PLAIN: plain, Mode.FUSED: fused}, drag=0.0)
+        costs = Costs(theirs["layers"], stage, stage, {Mode.PLAIN: plain, Mode.FUSED: fused}, drag=0.0)
         launched = name.startswith("mixtral")
         for (tokens, us, *_), woven in list(zip(known, theirs["woven"], strict=True))[0 if launched else 1 :]:
-            predicted = [costs.seconds(mode, tokens, tokens // 2) for mode in (Mode.WOVEN, Mode.FUSED)]
-            chosen = choose_mode(costs, tokens, tokens // 2).value
+            strands = halves(tokens)
+            predicted = [costs.seconds(mode, strands) / costs.layers for mode in (Mode.WOVEN, Mode.FUSED)]
+            chosen = choose_mode(costs, tokens, (strands,))[0].value
             yield {"name": f"{name}, {tokens}", "values": (us, woven, *predicted, chosen)}
 
 

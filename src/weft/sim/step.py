@@ -151,7 +151,8 @@ class StepCost:
         return host.step + host.sequence * samples + layers + self._output(samples, share, rival)
 
     def ways(self, tokens: int) -> Ways:
-        """Of a step with one prompt of at least two tokens, whatever `fused` and `weave` say."""
+        """Of a step with one prompt of at least two tokens, whatever `fused` and `weave` say; but gathers carry what
+        they do with these."""
         attention = self._attention(tokens)
         whole = self._tokens(tokens, 1.0, 0.0)
         computed = whole.attention + whole.mlp + whole.rest + attention
