@@ -56,6 +56,7 @@ TPOT = 0.05
 TTFT, TTFT_LONG = 1.0, 5.0
 # The search: steps until one rate passes and the next one does not, then halves until the two are this close.
 STEP, CLOSE = 1.3, 1.04
+FURTHEST = 1000.0  # few requests at once may be served however quickly they come
 ALONE = 20
 
 
@@ -136,8 +137,9 @@ def serve(setup: Setup, trace: Trace, factor: float) -> Totals | None:
 
 
 def highest(passes: Callable[[float], bool], start: float) -> float:
-    """The highest rate that passes, to within CLOSE; 0 where none of many does. A rate above one that passes may pass
-    again where requests come in bursts: this is the first that does not, seen from `start`."""
+    """The highest rate that passes, to within CLOSE; 0 where none down to start / FURTHEST does, the last one tried
+    where all up to start * FURTHEST do. A rate above one that does not pass may pass again where requests come in
+    bursts: this is the first that does not, seen from `start`."""
     low, high = 0.0, 0.0
     rate = start
     while not (low and high):
@@ -147,8 +149,8 @@ def highest(passes: Callable[[float], bool], start: float) -> float:
         else:
             high = rate
             rate /= STEP
-        if rate < start / 1000:
-            return 0.0
+        if not start / FURTHEST < rate < start * FURTHEST:
+            return low
     while high / low > CLOSE:
         middle = (low * high) ** 0.5
         if passes(middle):
@@ -219,7 +221,8 @@ def main() -> None:
     parser.add_argument("--gpus", nargs="+", choices=tuple(COMET), default=list(COMET), help="both kinds by default")
     parser.add_argument("--requests", type=int, default=1000, metavar="N", help="first ones of each trace (1000)")
     arguments = parser.parse_args()
-    traces = [read(path, 60 if arguments.quick else arguments.requests) for path in arguments.traces]
+    paths, requests = (arguments.traces[:1], 150) if arguments.quick else (arguments.traces, arguments.requests)
+    traces = [read(path, requests) for path in paths]
     found: list[Cell] = []
     with Bar(len(arguments.gpus) * len(traces) * len(COMBINATIONS)) as bar:
         for cell in cells(arguments.gpus, traces):
