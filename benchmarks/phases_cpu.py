@@ -42,7 +42,7 @@ PRESSED = 32  # requests at once, to see what the machine can do
 TTFT_TIMES, TPOT_TIMES = 7.5, 10.0
 # The rate is looked for with these, in so many tries, until the better one has such a part of its requests in target.
 PROBES, TRIES, RATE, FASTER, SLOWER, WANTED = ("chunk 64", "split 1:1"), 3, 0.9, 1.2, 0.8, (0.65, 0.9)
-ROUNDS = 2  # that a piece's length is chosen for
+ROUNDS = 1  # that a piece's length is chosen for
 ARRIVING = 0.75  # of a piece's time; in the rest those are served that are still there
 LONGER = {CHANGING: 1.5}  # pieces of this load have so many times the others' length
 PATIENCE = 1.5  # times what a request may take within both targets; after that the client hangs up

@@ -29,10 +29,13 @@ SHOWN = 64
 @dataclass(slots=True)
 class Flying:
     """A lane's tickets in flight: seconds of the ended ones; since when, with which share, and beside how much of the
-    other lane's seconds the present one flies. parts: what the device took for the parts of the step under way."""
+    other lane's seconds the present one flies. ready: since when the lane could have had another; begun: when the
+    present one could have been under way. parts: seconds of the parts of the step under way."""
 
     seconds: float = 0.0
     parts: float = 0.0
+    ready: float | None = None
+    begun: float = 0.0
     since: float | None = None
     share: float = 1.0
     beside: float = 0.0
@@ -128,6 +131,9 @@ class Control:
         self._tell_device(self._target(lane if lone else None))
         flying, beside = self._flying[lane], self._flying.get(other)
         flying.since, flying.share = now, self._share(lane)
+        # What comes between two steps is a part of what a step takes, but for another lane's turn.
+        turns = self.decision.sharing.regime is Regime.TURNS
+        flying.begun = now if turns or flying.ready is None else flying.ready
         flying.parts = flying.parts if plan.part else 0.0
         flying.beside = 0.0 if beside is None else beside.until(now)
 
@@ -139,7 +145,8 @@ class Control:
         seconds = max(now - flying.since, 1e-9)
         rival = 0.0 if beside is None else min(1.0, max(0.0, (beside.until(now) - flying.beside) / seconds))
         flying.seconds, flying.since = flying.seconds + seconds, None
-        flying.parts += result.seconds
+        flying.parts += now - flying.begun
+        flying.ready = None if self._idle(lane) else now
         if result.error is None and plan.last:
             output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
             context = sum(piece.end for piece in plan.slices)

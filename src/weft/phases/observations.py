@@ -20,7 +20,7 @@ class Arrived:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """A lane finished a step. seconds: device time.
+    """A lane finished a step. seconds: of the device, and of what comes before it while the lane has work.
 
     prompt, output: tokens of prompts, and tokens that follow a sequence's last one, which the step computed.
     context: KV slots that it read. share: of the device, when it began. rival: the part of its time in which the other
