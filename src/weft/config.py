@@ -194,8 +194,9 @@ class EngineConfig:
     )
     collective: str = setting(
         "auto",
-        help="what ranks exchange rows through; auto takes shm (shared memory) where the C++ extension is there",
-        choices=("auto", "shm", "gloo"),
+        help="what ranks exchange rows through; on CPUs shm (shared memory, auto's choice where the C++ extension is "
+        "there) or gloo, on GPUs nccl (auto's choice) or symmetric (kernels that reach every GPU of this host)",
+        choices=("auto", "shm", "gloo", "nccl", "symmetric"),
     )
     nnodes: int = setting(1, help="hosts that the ranks are divided among; weft serve is started on each of them")
     node_rank: int = setting(0, help="number of this host, from 0; 0 has the front end and the engine")
@@ -314,15 +315,27 @@ class EngineConfig:
         found, ranks = [], self.tensor_parallel_size
         if not 1 <= ranks <= MAX_RANKS:
             found.append(f"--tensor-parallel-size is {ranks}; it must be from 1 to {MAX_RANKS}")
-        elif ranks > 1 and self.device not in ("auto", "cpu"):
+        elif ranks > 1 and self.device == "simulated":
             found.append(
-                f"--tensor-parallel-size is {ranks}, and --device {self.device} has one rank; --device cpu has several"
+                f"--tensor-parallel-size is {ranks}, and --device simulated has one rank; cpu and cuda have several"
+            )
+        elif ranks > 1 and self.device == "cuda" and self.partition != "off":
+            found.append(
+                f"--partition is {self.partition}, and ranks on GPUs have one lane; --partition off, or --device cpu"
+            )
+        fitting = ("nccl", "symmetric") if self.device == "cuda" else ("shm", "gloo")
+        if self.collective not in ("auto", *fitting):
+            found.append(
+                f"--collective is {self.collective}, and --device is {self.device}, which has {' and '.join(fitting)}"
             )
         for flag, value in (("--weave", self.weave), ("--collective", self.collective)):
             if value != "auto" and ranks == 1:
                 found.append(f"{flag} is {value}, and one rank has no use for it; --tensor-parallel-size 2 has")
-        if self.weave in ("plain", "one-shot") and self.collective == "shm":
-            found.append(f"--weave is {self.weave}, which --collective shm does not have; --collective gloo does")
+        if self.weave in ("plain", "one-shot") and self.collective in ("shm", "symmetric"):
+            found.append(
+                f"--weave is {self.weave}, which --collective {self.collective} does not have; "
+                f"--collective {'nccl' if self.device == 'cuda' else 'gloo'} does"
+            )
         if self.nnodes < 1 or ranks % max(self.nnodes, 1):
             found.append(f"--nnodes is {self.nnodes}; it must divide --tensor-parallel-size, which is {ranks}")
         if not 0 <= self.node_rank < max(self.nnodes, 1):
@@ -334,8 +347,11 @@ class EngineConfig:
                 f"--nnodes is {self.nnodes} and --dist-init-addr {self.dist_init_addr or 'not given'}; "
                 "several hosts need an address, and one has no use for it"
             )
-        if self.nnodes > 1 and self.collective == "shm":
-            found.append("--collective is shm, which is for ranks of one host; --collective gloo is for --nnodes 2")
+        if self.nnodes > 1 and self.collective in ("shm", "symmetric"):
+            found.append(
+                f"--collective is {self.collective}, which is for ranks of one host; "
+                f"--collective {'nccl' if self.device == 'cuda' else 'gloo'} is for --nnodes {self.nnodes}"
+            )
         if not 0 < self.rank_timeout < 86400:
             found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
         return found + self._ray_problems()
@@ -351,6 +367,8 @@ class EngineConfig:
             found.append(f"{flag} is ray, and one rank has no use for it; --tensor-parallel-size 2 has")
         if self.nnodes > 1:
             found.append(f"{flag} is ray, and --nnodes is {self.nnodes}; leave it out: Ray chooses the hosts")
+        if self.collective == "symmetric":
+            found.append(f"{flag} is ray, which shows each rank one GPU only; --collective nccl works, or {flag} mp")
         if self.ray_cpus is not None and self.ray_cpus < 1:
             found.append(f"--ray-cpus is {self.ray_cpus}; it must be at least 1")
         return found

@@ -333,7 +333,24 @@ RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
     ("given", "words"),
     [
         ({"tensor_parallel_size": 0}, "--tensor-parallel-size is 0; it must be from 1 to 64"),
-        ({"tensor_parallel_size": 2, "device": "cuda"}, "--device cuda has one rank; --device cpu has several"),
+        (
+            {"tensor_parallel_size": 2, "device": "simulated"},
+            "--device simulated has one rank; cpu and cuda have several",
+        ),
+        (
+            {"tensor_parallel_size": 2, "device": "cuda", "partition": "1:1"},
+            "--partition is 1:1, and ranks on GPUs have one lane; --partition off",
+        ),
+        (
+            {"tensor_parallel_size": 2, "device": "cuda", "collective": "gloo"},
+            "--collective is gloo, and --device is cuda, which has nccl and symmetric",
+        ),
+        ({"tensor_parallel_size": 2, "collective": "nccl"}, "--device is auto, which has shm and gloo"),
+        (RAY | {"device": "cuda", "collective": "symmetric"}, "shows each rank one GPU only; --collective nccl works"),
+        (
+            {"tensor_parallel_size": 2, "device": "cuda", "weave": "plain", "collective": "symmetric"},
+            "--weave is plain, which --collective symmetric does not have; --collective nccl does",
+        ),
         ({"weave": "woven"}, "--weave is woven, and one rank has no use for it; --tensor-parallel-size 2 has"),
         ({"collective": "gloo"}, "--collective is gloo, and one rank has no use for it"),
         ({"tensor_parallel_size": 2, "weave": "plain", "collective": "shm"}, "--collective gloo does"),

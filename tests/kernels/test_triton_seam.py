@@ -21,7 +21,7 @@ from weft.kernels.reference import ReferenceKernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from weft.kernels.triton_seam import Reach, join_rows, signals_of
+from weft.kernels.triton_seam import Reach, gather_rows, join_parts, join_rows, signals_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BLOCKS = 2
@@ -126,6 +126,57 @@ def test_a_rank_that_does_not_come_is_named_after_a_while() -> None:
     made.reach[0].failed.zero_()
     join_rows(made.reach[0], torch.zeros(1, 32, device=DEVICE), weight, EPS, (0, 1))
     assert int(made.reach[0].failed) == 0 and (made.signals[2].view(2, 3, BLOCKS)[:, 0] == 2).all(), "the next seam"
+
+
+def test_the_count_of_seams_goes_on_after_the_largest_number() -> None:
+    made, most = ranks(2, 2, 32, torch.float32, announced=False), 2**31 - 1
+    for reach, signals in zip(made.reach, made.signals, strict=True):
+        reach.epochs.fill_(most - 1)
+        signals.fill_(most - 1)
+    weight, kept = torch.ones(32, device=DEVICE), torch.zeros(1, 32, device=DEVICE)
+    for seam, count in enumerate((most, -(2**31), 1 - 2**31)):
+        join_rows(made.reach[0], kept, weight, EPS, (0, 1), spins=3)
+        assert int(made.reach[0].failed) == 1 + 1, "rank 1 is not there yet"
+        made.reach[0].failed.zero_()
+        made.signals[0].view(2, 2, BLOCKS)[:, 1] = count
+        made.reach[0].epochs.sub_(1)
+        join_rows(made.reach[0], kept, weight, EPS, (0, 1), spins=3)
+        assert int(made.reach[0].failed) == 0, seam
+        assert (made.signals[1].view(2, 2, BLOCKS)[:, 0] == count).all()
+
+
+@pytest.mark.parametrize("count", [1, 3, 5000])
+def test_what_all_ranks_give_comes_to_all_in_their_order(count: int) -> None:
+    made, room = ranks(3, 1, 32, torch.float32), 5003
+    given = [torch.randint(-(2**31), 2**31, (count,), device=DEVICE).int() for _ in range(3)]
+    places = [torch.full((3, room), 7, dtype=torch.int32, device=DEVICE) for _ in range(3)]
+    table = torch.tensor([place.data_ptr() for place in places], device=DEVICE)
+    for reach, numbers in zip(made.reach, given, strict=True):
+        gather_rows(reach, table, numbers, room)
+    for place in places:
+        assert torch.equal(place[:, :count], torch.stack(given)) and (place[:, count:] == 7).all()
+    assert [reach.epochs.tolist() for reach in made.reach] == [[1] * BLOCKS] * 3, "it counts as a seam"
+    with pytest.raises(ValueError, match="there is room for 2"):
+        gather_rows(made.reach[0], table, torch.zeros(3, dtype=torch.int32, device=DEVICE), 2)
+    with pytest.raises(TypeError, match="contiguous int32"):
+        gather_rows(made.reach[0], table, torch.zeros(3, device=DEVICE), room)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_owner_alone_joins_parts_like_the_seam(dtype: torch.dtype) -> None:
+    made = ranks(3, 4, 48, dtype)
+    weight = torch.randn(48).to(dtype).to(DEVICE)
+    kept = torch.randn(4, 48).to(dtype).to(DEVICE)
+    parts, own = torch.stack(made.partials), kept.clone()
+    hidden, residual = join_parts(parts, own, weight, EPS)
+    assert residual is own
+    join_rows(made.reach[0], kept, weight, EPS, (0, 4))
+    assert torch.equal(hidden, made.outs[1]) and torch.equal(own, kept)
+    hidden, residual = join_parts(parts[:1], None, weight, EPS)
+    assert torch.equal(residual, parts[0])
+    assert join_parts(parts[:, :0], None, weight, EPS)[0].shape == (0, 48)
+    with pytest.raises(TypeError, match="contiguous floats"):
+        join_parts(parts[:, :, :24], torch.zeros(4, 24, dtype=dtype, device=DEVICE), weight[:24], EPS)
 
 
 @pytest.mark.parametrize(

@@ -130,3 +130,52 @@ def test_kept_rows_must_be_in_order() -> None:
 
     with pytest.raises(ValueError, match="ascending"):
         Weaver(Counting()).weave([backwards()])
+
+
+class Second(Counting):
+    """Rank 1 of two, which keeps the joins."""
+
+    rank, ranks = 1, 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joins: list[Join] = []
+
+    def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
+        return bounds[1], bounds[2]
+
+    def start(self, join: Join) -> Join:
+        self.joins.append(join)
+        return super().start(join)
+
+    def finish(self, pending: Join) -> Joined:
+        self.flying -= 1
+        first, end = self.owned(pending.bounds)
+        return Joined(pending.partial, pending.partial[first:end].contiguous())
+
+
+class Unread(torch.Tensor):
+    """Rows on a device that nobody should wait for."""
+
+    def tolist(self) -> list[int]:
+        raise AssertionError("somebody waits for the device")
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_kept_rows_stay_with_their_owner_and_may_be_known(known: bool) -> None:
+    kept = torch.tensor([1, 3])
+    if known:
+        kept = kept.as_subclass(Unread)
+    batch = Batch(*[torch.empty(0)] * 6, block_size=16, kept=kept)
+
+    def two_of_four() -> Strand:
+        rows = torch.arange(4.0)[:, None].expand(4, 4).contiguous()
+        _, residual = yield Seam(rows, None, torch.ones(4), 0.0)
+        hidden, _ = yield Seam(rows[[1, 3]], residual, torch.ones(4), 0.0, kept=batch)
+        return hidden
+
+    group = Second()
+    Weaver(group).weave([two_of_four()], [[1, 3]] if known else None)
+    last = group.joins[-1]
+    assert last.bounds == (0, 1, 2) and last.residual is not None
+    assert torch.equal(last.residual.as_subclass(torch.Tensor), torch.full((1, 4), 3.0))

@@ -6,10 +6,14 @@ import sys
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from weft.config import EngineConfig
 from weft.devices.base import Device
 from weft.errors import ConfigError
+
+if TYPE_CHECKING:
+    from weft.devices.group import Group
 
 
 def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> Device:
@@ -40,6 +44,11 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
         raise ConfigError(f"--device is {config.device!r}; it must be one of auto, cpu, cuda, simulated")
     if "torch" not in sys.modules:
         say("import torch")
+    return rank_opener(config)(config, folder, say, None)
+
+
+def rank_opener(config: EngineConfig) -> Callable[[EngineConfig, Path, Callable[[str], None], Group | None], Device]:
+    """What opens a device on which a model is computed, alone or as a rank of a group. Raises ConfigError."""
     if config.device == "cuda":
         if find_spec("triton") is None:
             raise ConfigError(
@@ -48,7 +57,7 @@ def open_device(config: EngineConfig, folder: Path, say: Callable[[str], None]) 
             )
         from weft.devices.cuda import open_cuda
 
-        return open_cuda(config, folder, say)
+        return open_cuda
     from weft.devices.cpu import open_cpu
 
-    return open_cpu(config, folder, say)
+    return open_cpu

@@ -33,9 +33,11 @@ def cores_of_rank(cores: Cores, rank: int, ranks: int) -> Cores:
 
 
 def collective_of(config: EngineConfig) -> str:
-    """shm or gloo, for --collective. Raises DeviceError for kernels that are not there."""
+    """What --collective comes to. Raises DeviceError for kernels that are not there."""
     if config.collective != "auto":
         return config.collective
+    if config.device == "cuda":
+        return "nccl"
     name, _ = resolve(config.kernels)
     return "shm" if name in LEVELS and config.weave not in ("plain", "one-shot") else "gloo"
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -23,26 +25,32 @@ from weft.devices.cpu import check_exact_a4, kv_words, share_out
 from weft.devices.cuda_forward import CudaForward, planner_of
 from weft.devices.cuda_lane import CudaLane, Pending
 from weft.devices.cuda_memory import check_weights, size_gpu_pool, usage_of
+from weft.devices.cuda_ranks import Ranks, join_ranks, rank_gpu
 from weft.devices.cuda_streams import Gpu, open_gpu
 from weft.devices.cuda_trial import try_out
+from weft.devices.group import Group
 from weft.devices.queues import CLOSED, Queues
-from weft.errors import ConfigError, DeviceError
+from weft.errors import ConfigError, DeviceError, RankLost
 from weft.kernels.triton import TritonKernels
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.loader import compute_dtype, load_weights, move, stored_dtype, weight_bytes
+from weft.models.shard import WHOLE, shard_config
 
 SHARED = "the lanes' shares are not enforced, each lane may use the whole GPU: "
 
 
-def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) -> CudaDevice:
+def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None], group: Group | None = None) -> CudaDevice:
     """The model of `folder` on this machine's GPU. Raises ConfigError, CheckpointError or DeviceError.
 
-    say: told the name of each phase of the start-up when it begins.
+    say: told the name of each phase of the start-up when it begins. group: this is one rank of it, with its part of the
+    model and a GPU of its own; all ranks open their devices at the same time.
     """
     _check(config)
     say("open the GPU")
-    gpu = open_gpu()
+    gpu = open_gpu() if group is None else open_gpu(partial(rank_gpu, group))
+    if group is not None:
+        gpu.adopt()  # this thread works for it, too
     partition = share_out(config.partition, gpu.shares)
     model = read_config(folder)
     check_exact_a4(config, model)
@@ -54,20 +62,33 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
     kernels = TritonKernels(
         gpu.device, backend, exact_a4=config.exact_a4, sixteen=config.w4a16, invariant=config.batch_invariant
     )
+    part = WHOLE if group is None else group.part
+    whole, model = model, shard_config(model, part)
     kept = _token_bytes(config, model, dtype, kernels)
     free, total = gpu.memory()
     if model.quantization is None:
         check_weights(weight_bytes(model, dtype), free, total)
     seed = config.seed if dummy else None
-    weights = move(load_weights(folder, model, kernels, dtype, dummy_seed=seed, say=say, room=free), gpu.device)
+    weights = move(
+        load_weights(folder, whole, kernels, dtype, dummy_seed=seed, say=say, room=free, part=part), gpu.device
+    )
     lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
+    ranks = None
+    if group is not None:
+        say("meet the other ranks")
+        ranks = join_ranks(config, group, gpu, model, dtype)
     say("kernels")
-    peaks = try_out(gpu, config, model, kernels, weights)
+    peaks = try_out(gpu, config, model, kernels, weights, ranks)
     say("KV pool")
     usage = usage_of(gpu, weights.size, peaks, len(lanes))
     pool = size_gpu_pool(config, model.context, kept, usage)
+    if group is not None:
+        config = replace(config, num_blocks=group.agree(pool.blocks))
+        pool = size_gpu_pool(config, model.context, kept, usage)
     decoder = Decoder(model, weights, kernels, pool.max_model_len)
     kv = decoder.make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
+    if ranks is not None:
+        ranks = ranks.measured(config, gpu, decoder, kv, pool.blocks)
     capacity = Capacity(
         blocks=pool.blocks,
         block_size=config.block_size,
@@ -78,10 +99,10 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         vocabulary=model.vocabulary,
         ahead=1,
     )
-    opened = {lane: _open_lane(gpu, lane, partition, decoder, kv, capacity, kernels) for lane in lanes}
+    opened = {lane: _open_lane(gpu, lane, partition, decoder, kv, capacity, kernels, ranks) for lane in lanes}
     gpu.settle()
     shared = None if partition is None or gpu.undivided is None else SHARED + gpu.undivided
-    notes = (dtype_note, *weights.notes, *pool.notes, shared)
+    notes = (dtype_note, *weights.notes, *pool.notes, shared, None if ranks is None else ranks.note)
     return CudaDevice(
         capacity,
         gpu,
@@ -96,6 +117,7 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None]) ->
         ),
         memory=usage.rows(pool.blocks * config.block_size * kept),
         partition=partition,
+        ranks=ranks,
     )
 
 
@@ -143,6 +165,7 @@ def _open_lane(
     kv: list[Any],
     capacity: Capacity,
     kernels: TritonKernels,
+    ranks: Ranks | None,
 ) -> CudaLane:
     share = _share(partition, lane)
     stream = gpu.stream() if share is None else gpu.lane_stream(lane, share)
@@ -155,6 +178,7 @@ def _open_lane(
         max_slices=capacity.max_slices,
         graphs=gpu.captures and kernels.attend.capturable,
         planner=planner_of(gpu, kernels.attend, decoder, capacity.block_size, capacity.max_slices),
+        ranks=ranks,
     )
     return CudaLane(gpu, stream, decoder, forward, capacity.block_size)
 
@@ -167,7 +191,8 @@ def _share(partition: Partition | None, lane: Lane) -> int | None:
 
 
 class CudaDevice:
-    """A Device (see base.py): threads and queues around the lanes."""
+    """A Device (see base.py): threads and queues around the lanes. ranks: the others, which this one then keeps in step
+    with: it goes ahead after each decode step, and not where there is time."""
 
     def __init__(
         self,
@@ -178,7 +203,10 @@ class CudaDevice:
         description: Description,
         memory: tuple[tuple[str, int], ...],
         partition: Partition | None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self._ranks = ranks
+        self._lost: RankLost | None = None
         self._capacity = capacity
         self._gpu = gpu
         self._lanes = lanes
@@ -206,12 +234,17 @@ class CudaDevice:
         return tuple(self._lanes)
 
     def submit(self, plan: Plan) -> Ticket:
+        if self._lost is not None:
+            raise self._lost
         if self._dead is not None:
             raise DeviceError(self._dead)
         return self._queues.submit(plan)
 
     def poll(self, timeout: float | None) -> list[Result]:
-        return self._queues.poll(timeout)
+        found = self._queues.poll(timeout)
+        if self._lost is not None and not self._queues.closing:
+            raise self._lost
+        return found
 
     def wake(self) -> None:
         self._queues.wake()
@@ -238,6 +271,8 @@ class CudaDevice:
         self._queues.close()
         for thread in self._threads:
             thread.join()
+        if self._ranks is not None:
+            self._ranks.close()
 
     def _launch(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
         """A lane's first thread: its plans in order, until close()."""
@@ -248,9 +283,13 @@ class CudaDevice:
             if self._queues.closing:
                 launched.put(Pending(plan, error=CLOSED))
             else:
-                ahead, share = not self._queues.waiting(name), _share(self._partition, name)
+                ahead, share = self._ahead(name), _share(self._partition, name)
                 launched.put(lane.start(plan, others, ahead=ahead, share=share))
         launched.put(None)
+
+    def _ahead(self, name: Lane) -> bool:
+        """Whether a lane guesses what comes next; of ranks all must do alike."""
+        return self._ranks is not None or not self._queues.waiting(name)
 
     def _collect(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
         """A lane's second thread."""
@@ -264,6 +303,9 @@ class CudaDevice:
             if pending.error is not None:
                 lane.check()
             return pending.finish()
+        except RankLost as error:  # `poll` says so
+            self._lost = error
+            return Result(ticket, error=error.message)
         except DeviceError as error:
             self._dead = error.message
             return Result(ticket, error=error.message)

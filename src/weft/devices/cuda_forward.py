@@ -6,7 +6,7 @@ their slot is -1, and their context 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
@@ -15,11 +15,14 @@ import torch
 
 from weft.core.plan import Slice
 from weft.devices.cuda_inputs import Inputs, Layout, layout_of, send, send_tensors
+from weft.devices.cuda_ranks import Ranks
 from weft.devices.cuda_streams import Event, Gpu, Stream, Work
 from weft.kernels.attention import Attention, Planner, Shape
 from weft.kernels.base import Batch
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.ranked import Head, cut_step
+from weft.weave.choice import Mode
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,8 @@ class Graph:
 class CudaForward:
     """drawn: int64 [max_slices]: the tokens that the latest launch drew, in the order of its rows of logits. Whoever
     draws writes them there. graphs: whether decode goes through graphs, for which the kernels must not wait. planner:
-    of the attention backend (kernels/attention.py); it plans on the stream that is used."""
+    of the attention backend (kernels/attention.py); it plans on the stream that is used. ranks: the other ranks, if the
+    decoder is a part of a model; all of them must run the same steps."""
 
     def __init__(
         self,
@@ -47,11 +51,14 @@ class CudaForward:
         max_slices: int,
         graphs: bool,
         planner: Planner | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
+        self.head = Head(decoder.config, self._logits_of)
         self.drawn = torch.zeros(max_slices, dtype=torch.int64, device=gpu.device)
         self._gpu = gpu
         self._stream = stream
         self._decoder = decoder
+        self._ranks = ranks
         self._kv = kv
         self._block_size = block_size
         self._width = -(-decoder.max_model_len // block_size)
@@ -73,15 +80,23 @@ class CudaForward:
         if decode and self._buckets and not _scored(slices):
             return self._replay(slices, feeds)
         whole = _scored(slices)
-        batch = make_batch(slices, self._block_size, None if whole else rows)
-        plan = self._plan(batch)
-        sent = send(self._gpu, batch, feeds)
-        inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None, plan=plan)
-        self._hidden = self._decoder.hidden(self._fed(inputs, feeds is not None), self._kv)
+        tokens = sum(len(piece.tokens) for piece in slices)
+        mode, lengths = (Mode.FUSED, (tokens,)) if self._ranks is None else self._ranks.choose(slices)
+        batches, kept, given = [], [], feeds
+        for own, wanted in cut_step(slices, rows, lengths):
+            batch = make_batch(own, self._block_size, None if whole else wanted)
+            count = len(batch.tokens)
+            plan = self._plan(batch)
+            sent = send(self._gpu, batch, None if given is None else given[:count])
+            given = None if given is None else given[count:]
+            inputs = layout_of(batch).inputs(sent, self._block_size, whole=batch.kept is None, plan=plan)
+            batches.append(self._fed(inputs, feeds is not None))
+            kept.append(wanted)
+        self._hidden = self._hidden_of(mode, batches, kept)
         if not whole:
-            return self._decoder.logits(self._hidden)
-        (wanted,) = send_tensors(self._gpu, [torch.tensor(rows, dtype=torch.int64)])
-        return self._decoder.logits(self._hidden[wanted])
+            return self._logits_of(self._hidden)
+        (found,) = send_tensors(self._gpu, [torch.tensor(rows, dtype=torch.int64)])
+        return self._logits_of(self._hidden[found])
 
     def hidden(self) -> torch.Tensor:
         """The hidden rows of the last run's tokens, [T, hidden]; of a run with a slice that scores its prompt."""
@@ -95,6 +110,19 @@ class CudaForward:
         plan = self._planner.plan(batch, captured=captured)
         self._planned = self._stream.mark()
         return plan
+
+    def look(self) -> Callable[[Event], None]:
+        """To be called after a launch. What it returns waits for that, and raises RankLost where it waits for a rank
+        that does not come."""
+        return (lambda done: done.wait()) if self._ranks is None else self._ranks.look(self._gpu)
+
+    def _hidden_of(self, mode: Mode, batches: Sequence[Batch], kept: Sequence[Sequence[int]]) -> torch.Tensor:
+        if self._ranks is None:
+            return self._decoder.hidden(batches[0], self._kv)
+        return self._ranks.hidden(self._decoder, mode, batches, kept, self._kv)
+
+    def _logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._decoder.logits(hidden) if self._ranks is None else self._ranks.logits(self._decoder, hidden)
 
     def _fed(self, inputs: Inputs, fed: bool = True) -> Batch:
         """The batch with its tokens where they were left on the device."""
@@ -137,9 +165,11 @@ class CudaForward:
         inputs = whole.inputs(memory, self._block_size, whole=True, plan=plan)
         memory[: fixed.size].copy_(send(self._gpu, nobody, None)[: fixed.size])
         logits = self._logits[:size]
+        mode = Mode.FUSED if self._ranks is None else self._ranks.choose_one(size)
 
         def work() -> None:
-            logits.copy_(self._decoder.logits(self._decoder.hidden(self._fed(inputs), self._kv)))
+            hidden = self._hidden_of(mode, [self._fed(inputs)], [range(size)])
+            logits.copy_(self._logits_of(hidden))
 
         return Graph(inputs, memory[: fixed.size], self._stream.capture(work))
 

@@ -13,7 +13,7 @@ event on the other lane's (`follow`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,12 +23,14 @@ from weft.devices.cuda_draw import Draw, Outcome, start_draw
 from weft.devices.cuda_forward import CudaForward, last_rows
 from weft.devices.cuda_streams import Event, Gpu, Stream
 from weft.devices.step import PromptScores, score_prompts
+from weft.errors import RankLost
 from weft.models.decoder import Decoder
 
 
 @dataclass(slots=True, eq=False)
 class Launch:
-    """What was asked of the device at one time. before: the launch whose tokens it took, if it was a guess.
+    """What was asked of the device at one time. look: waits for its end, `done`. before: the launch whose tokens it
+    took, if it was a guess.
 
     tokens: by sequence, what it drew; empty until it was read.
     """
@@ -37,12 +39,13 @@ class Launch:
     draw: Draw
     began: Event
     done: Event
+    look: Callable[[Event], None]
     before: Launch | None = None
     tokens: dict[int, int] = field(default_factory=dict)
 
     def read(self) -> dict[int, Outcome]:
-        """Wait for the device; the outcomes by sequence."""
-        self.done.wait()
+        """Wait for the device; the outcomes by sequence. Raises DeviceError, RankLost among them."""
+        self.look(self.done)
         drawing = [piece.sequence for piece in self.slices if piece.sample is not None]
         outcomes = dict(zip(drawing, self.draw.read(), strict=True))
         self.tokens = {sequence: found[0] for sequence, found in outcomes.items() if not isinstance(found, str)}
@@ -52,17 +55,20 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A plan whose launches are under way, or an error."""
+    """A plan whose launches are under way, or an error. lost: that of a device that can go on no more."""
 
     plan: Plan
     launches: tuple[Launch, ...] = ()
     prompt_scores: PromptScores = ()
     failed: tuple[tuple[int, str], ...] = ()
     error: str | None = None
+    lost: RankLost | None = None
 
     def finish(self) -> Result:
         """Wait for the device and say what it found. Raises DeviceError when the device has failed."""
         ticket = Ticket(self.plan.step, self.plan.lane)
+        if self.lost is not None:
+            raise self.lost
         if self.error is not None:
             return Result(ticket, error=self.error)
         outcomes: dict[int, Outcome] = {}
@@ -107,6 +113,8 @@ class CudaLane:
                 self._stream.move(share)
             with self._stream.use(), torch.inference_mode():
                 return self._start(plan, others, ahead)
+        except RankLost as error:  # that is more than this step
+            return Pending(plan, lost=error)
         except Exception as error:
             self._guess = None
             return Pending(plan, error=f"{type(error).__name__}: {error}")
@@ -136,7 +144,7 @@ class CudaLane:
         failed: dict[int, str] = {}
         if rest:
             launches.append(self._launch(rest, others))
-            prompt_scores, failed = score_prompts(rest, self._decoder, self._forward.hidden)
+            prompt_scores, failed = score_prompts(rest, self._forward.head, self._forward.hidden)
         decode = all(len(piece.tokens) == 1 for piece in plan.slices)  # prompts are followed by prompts
         if ahead and decode and len(launches) == 1:
             self._guess = self._go_ahead(plan, launches[0], others)
@@ -154,7 +162,8 @@ class CudaLane:
         logits = self._forward.run(slices, last_rows(slices), feeds)
         samplings = [piece.sample for piece in slices if piece.sample is not None]
         draw = start_draw(self._gpu, logits, samplings, self._forward.drawn)
-        return Launch(slices, draw, began, self._stream.mark())
+        look = self._forward.look()
+        return Launch(slices, draw, began, self._stream.mark(), look)
 
     def _go_ahead(self, plan: Plan, launch: Launch, others: Iterable[CudaLane]) -> Launch | None:
         """Launch the next decode step of a plan's sequences, where it can be told and has room."""

@@ -109,8 +109,11 @@ class Gpu(Protocol):
         ...
 
 
-def open_gpu() -> Gpu:
-    """The GPU that this process sees first, or the interpreter where it was asked for. Raises DeviceError."""
+def open_gpu(choose: Callable[[int], int] = lambda _count: 0) -> Gpu:
+    """The GPU that this process sees first, or the interpreter where it was asked for. Raises DeviceError.
+
+    choose: which one instead, of so many. A rank sees those of the others, too: kernels can reach their memory by it.
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own variable, which it reads once
         return Interpreted()
     if not torch.cuda.is_available():
@@ -119,13 +122,14 @@ def open_gpu() -> Gpu:
             f"--device is cuda, and {built}; what would work: --device cpu, a CUDA build of torch on a machine with "
             "a GPU, or TRITON_INTERPRET=1, which interprets a tiny model's kernels on the CPU"
         )
-    major, minor = torch.cuda.get_device_capability(0)
+    index = choose(torch.cuda.device_count())
+    major, minor = torch.cuda.get_device_capability(index)
     if major < 8:
         raise DeviceError(
-            f"--device is cuda, and {torch.cuda.get_device_name(0)} has compute capability {major}.{minor}; "
+            f"--device is cuda, and {torch.cuda.get_device_name(index)} has compute capability {major}.{minor}; "
             "weft's kernels need 8.0 or more: --device cpu works"
         )
-    return TorchGpu(0)
+    return TorchGpu(index)
 
 
 class SharedStream:

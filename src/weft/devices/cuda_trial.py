@@ -16,6 +16,7 @@ from weft.core.plan import Sampling, Slice
 from weft.core.sampling import SamplingParams
 from weft.devices.cuda_draw import start_draw
 from weft.devices.cuda_forward import CudaForward, buckets, planner_of
+from weft.devices.cuda_ranks import Ranks
 from weft.devices.cuda_streams import Gpu
 from weft.kernels.triton import TritonKernels
 from weft.models.decoder import Decoder
@@ -37,15 +38,23 @@ class Peaks:
     graphs: int
 
 
-def try_out(gpu: Gpu, config: EngineConfig, model: ModelConfig, kernels: TritonKernels, weights: Weights) -> Peaks:
-    """Run the largest steps that there can be, and small ones, on a KV of their own that is gone afterwards."""
+def try_out(
+    gpu: Gpu,
+    config: EngineConfig,
+    model: ModelConfig,
+    kernels: TritonKernels,
+    weights: Weights,
+    ranks: Ranks | None = None,
+) -> Peaks:
+    """Run the largest steps that there can be, and small ones, on a KV of their own that is gone afterwards. ranks: the
+    others, who try out the same."""
     seats, tokens, size = config.max_num_seqs, config.max_num_batched_tokens, config.block_size
     length = min(tokens, model.context)
     decoder = Decoder(model, weights, kernels, length)
     whole = -(-length // size)
     kv = decoder.make_kv(whole, size, config.kv_cache_dtype)
     stream, planner = gpu.stream(), planner_of(gpu, kernels.attend, decoder, size, seats)
-    forward = CudaForward(gpu, stream, decoder, kv, size, max_slices=seats, graphs=False, planner=planner)
+    forward = CudaForward(gpu, stream, decoder, kv, size, max_slices=seats, graphs=False, planner=planner, ranks=ranks)
     table = tuple(range(whole))
     # As wide as in a graph: decode keeps partial sums for every split that a table might have.
     longest = min(model.context, config.max_model_len or model.context)

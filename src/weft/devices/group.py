@@ -1,4 +1,5 @@
-"""What makes a CPU device one rank of several: its part of the model, and its group's collectives, for each lane."""
+"""What makes a device one rank of several: its part of the model and how it chooses; a CPU's collectives for each lane
+(those of a GPU are in cuda_ranks.py)."""
 
 from __future__ import annotations
 
@@ -57,21 +58,24 @@ class Group:
     def part(self) -> Part:
         return Part(self.rank, self.ranks)
 
-    def meet(self) -> Any:
-        """A store of torch.distributed, where its ranks find one another; None where they use shared memory."""
+    def meet(self, patience: float | None = None) -> Any:
+        """A store of torch.distributed, where its ranks find one another; None where they use shared memory. patience:
+        seconds that they wait here, if not the time-out."""
         if self.port is None:
             return None
         from weft.weave.distributed import meet
 
-        return meet(self.host, self.port, self.rank, self.ranks, timeout=self.timeout)
+        return meet(self.host, self.port, self.rank, self.ranks, timeout=patience or self.timeout)
 
 
 class Chooser:
-    """How to carry out a step: the mode of --weave, or the one that costs least. costs: None where it is given."""
+    """How to carry out a step: the mode of --weave, or the one that costs least. costs: None where it is given. wave:
+    rows that the kernels compute at a time."""
 
-    def __init__(self, weave: str, costs: Costs | None) -> None:
+    def __init__(self, weave: str, costs: Costs | None, wave: int = WAVE) -> None:
         self._weave = weave
         self._costs = costs
+        self._wave = wave
 
     def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, tuple[int, ...]]:
         """The mode, and the tokens of each strand. Depends on nothing but what is the same on all ranks."""
@@ -79,7 +83,7 @@ class Chooser:
         tokens = sum(lengths)
         if self._costs is None and self._weave != Mode.WOVEN.value:
             return Mode(self._weave), (tokens,)
-        cuts = [choose_strands(lengths, WAVE, count) for count in STRANDS]
+        cuts = [choose_strands(lengths, self._wave, count) for count in STRANDS]
         return (Mode.WOVEN, cuts[-1]) if self._costs is None else choose_mode(self._costs, tokens, cuts)
 
 

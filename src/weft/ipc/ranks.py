@@ -80,6 +80,7 @@ class Opened(msgspec.Struct, frozen=True, tag=True):
     lanes: tuple[Lane, ...]
     partition: Partition | None
     memory: tuple[tuple[str, int], ...]
+    device: str
     dtype: str
     kernels: str
     notes: tuple[str, ...]

@@ -10,9 +10,13 @@ Two ways to reach the others, behind one kernel:
                switch's, and the sum of bfloat16 is accumulated in float32 and rounded
 
 A block announces itself at its counterparts of all ranks, and waits for them, before the first read and after the last
-write. Each block counts the seams (epochs): they only grow, so no flag is ever cleared, and a graph can be replayed. A
-wait has an end, after which `failed` names the rank that did not come. All ranks must have the same number of blocks
-and make the same seams: the host's handshake sees to that.
+write. Each block counts the seams (epochs): no flag is ever cleared, and a graph can be replayed. A count goes on after
+its largest number with its smallest, so that only differences mean anything. A wait has an end, after which `failed`
+names the rank that did not come. All ranks must have the same number of blocks and make the same seams: the host's
+handshake sees to that.
+
+`gather_rows` is the same without a sum, for the logits of each rank's part of the vocabulary. `join_parts` is what an
+owner does alone, once a library has brought the others' partial sums.
 
 Importing this module needs triton.
 """
@@ -30,14 +34,17 @@ from weft.kernels.triton_numbers import KINDS, helper, rounded
 BLOCKS = 8  # thread blocks of a seam: TokenWeave's 2 to 8
 VECTOR = 8  # channels of a row that a thread holds: 16 bytes of bfloat16
 SPINS = 1 << 24  # of a wait: about ten seconds
+GATHERED = 4096  # numbers that a thread block takes at a time
+Joined = tuple[torch.Tensor, torch.Tensor]
 LOAD_SUM = tl.constexpr("multimem.ld_reduce.relaxed.sys.global.add.acc::f32.v4.bf16x2 {$0, $1, $2, $3}, [$4];")
 STORE_ALL = tl.constexpr("multimem.st.relaxed.sys.global.v4.bf16x2 [$1], {$2, $3, $4, $5}; mov.u32 $0, 0;")
 
 
 @helper
 def _meet(signals, failed, phase, epoch, rank, spins, RANKS: tl.constexpr):
-    """All blocks of this number have come here, or `failed` says which rank has not. Signals of a rank: int32
-    [2, RANKS, blocks], the epoch at which each of the others' blocks was seen."""
+    """All blocks of this number have come here, or `failed` says which rank has not, and then nobody waits any more.
+    Signals of a rank: int32 [2, RANKS, blocks], the epoch at which each of the others' blocks was seen."""
+    spins = tl.where(tl.load(failed, volatile=True) == 0, spins, 0)
     tl.debug_barrier()  # one thread speaks for all, and for what they have stored
     block, blocks = tl.program_id(0), tl.num_programs(0)
     for other in tl.static_range(RANKS):
@@ -48,10 +55,10 @@ def _meet(signals, failed, phase, epoch, rank, spins, RANKS: tl.constexpr):
         place = ours + (phase * RANKS + other) * blocks + block
         seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
         spun = 0
-        while (seen < epoch) & (spun < spins):
+        while (epoch - seen > 0) & (spun < spins):
             seen = tl.atomic_add(place, 0, sem="acquire", scope="sys")
             spun += 1
-        if seen < epoch:
+        if epoch - seen > 0:
             tl.atomic_xchg(failed, other + 1)
 
 
@@ -96,7 +103,19 @@ def _store_by_switch(outs, row, channels, hidden, SIZE: tl.constexpr):
     tl.inline_asm_elementwise(STORE_ALL, "=r,l,r,r,r,r", [address, a, b, c, d], dtype=tl.int32, is_pure=False, pack=1)
 
 
-@triton.jit
+@helper
+def _joined(total, kept, mask, gain, channels, eps, KIND: tl.constexpr, BEGIN: tl.constexpr):
+    """The normalised row of the model's type; the residual at `kept` is brought up to date."""
+    if not BEGIN:
+        total += tl.load(kept, mask=mask, other=0.0).to(tl.float32)
+    total = rounded(total, KIND)
+    tl.store(kept, total, mask=mask)
+    total = total.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(total * total, axis=0) / channels + eps)
+    return rounded(total * factor * gain, KIND)
+
+
+@triton.jit(do_not_specialize=["rank", "first", "end", "spins"])
 def seam_kernel(
     partials,  # int64 [RANKS]: the addresses of all ranks' [T, H]; [1], that of all at once, where MULTICAST
     outs,  # int64 [RANKS] or [1]: of all ranks' [T, H]
@@ -133,13 +152,7 @@ def seam_kernel(
         else:
             total = _summed(partials, row, column, mask, channels, RANKS, KIND)
         kept = residual + (row - first) * channels + column
-        if not BEGIN:
-            total += tl.load(kept, mask=mask, other=0.0).to(tl.float32)
-        total = rounded(total, KIND)
-        tl.store(kept, total, mask=mask)
-        total = total.to(tl.float32)
-        factor = tl.rsqrt(tl.sum(total * total, axis=0) / channels + eps)
-        hidden = rounded(total * factor * gain, KIND)
+        hidden = _joined(total, kept, mask, gain, channels, eps, KIND, BEGIN)
         if MULTICAST:
             _store_by_switch(outs, row, channels, hidden, SIZE)
         else:
@@ -148,6 +161,56 @@ def seam_kernel(
                 tl.store(theirs + row * channels + column, hidden, mask=mask)
     _meet(signals, failed, 1, epoch, rank, spins, RANKS)
     tl.store(epochs + tl.program_id(0), epoch)
+
+
+@triton.jit(do_not_specialize=["rank", "count", "spins"])
+def gather_kernel(
+    places,  # int64 [RANKS]: the addresses of all ranks' int32 [RANKS, room]
+    signals,  # as seam_kernel has them, and so are epochs and failed
+    epochs,
+    failed,
+    source,  # int32 [count], or more
+    rank,
+    count,
+    room,
+    spins,
+    RANKS: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    epoch = tl.load(epochs + tl.program_id(0)) + 1
+    _meet(signals, failed, 0, epoch, rank, spins, RANKS)
+    for start in range(tl.program_id(0) * SIZE, count, tl.num_programs(0) * SIZE):
+        at = start + tl.arange(0, SIZE)
+        values = tl.load(source + at, mask=at < count, other=0)
+        for other in tl.static_range(RANKS):
+            tl.store(_rows_of(places, other, tl.int32) + rank * room + at, values, mask=at < count)
+    _meet(signals, failed, 1, epoch, rank, spins, RANKS)
+    tl.store(epochs + tl.program_id(0), epoch)
+
+
+@triton.jit(do_not_specialize=["count"])
+def parts_kernel(
+    parts,  # [PARTS, count, H]
+    residual,  # [count, H]
+    weight,  # [H]
+    out,  # [count, H]
+    count,
+    channels,
+    eps,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    KIND: tl.constexpr,
+    BEGIN: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, SIZE)
+    mask = column < channels
+    total = tl.zeros((SIZE,), tl.float32)
+    for part in tl.static_range(PARTS):
+        total += tl.load(parts + (part * count + row) * channels + column, mask=mask, other=0.0).to(tl.float32)
+    gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    hidden = _joined(total, residual + row * channels + column, mask, gain, channels, eps, KIND, BEGIN)
+    tl.store(out + row * channels + column, hidden, mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +253,7 @@ def join_rows(
     place; begin: what is in it does not count; replicated: partials are the same on all ranks, and are not summed.
     Raises TypeError, ValueError."""
     size = len(weight)
-    if residual.dtype not in KINDS or weight.dtype is not residual.dtype:
-        raise TypeError(
-            f"the residual is {residual.dtype} and the norm's weight {weight.dtype}; they must be one float"
-        )
-    if residual.shape != (rows[1] - rows[0], size) or not residual.is_contiguous():
-        raise ValueError(f"the residual is {list(residual.shape)}; it must be contiguous {[rows[1] - rows[0], size]}")
+    _check(residual, weight, rows[1] - rows[0])
     # A switch adds whole vectors of bfloat16, and knows no row that is the same everywhere.
     switch = reach.multicast is not None and residual.dtype is torch.bfloat16 and size & size - 1 == 0 and size >= 8
     partials, outs = reach.partials, reach.outs
@@ -224,6 +282,68 @@ def join_rows(
         MULTICAST=switch,
         num_warps=warps(triton.next_power_of_2(size)),
     )
+
+
+def gather_rows(reach: Reach, places: torch.Tensor, source: torch.Tensor, room: int, *, spins: int = SPINS) -> None:
+    """Give this rank's int32 [n] to all ranks, launched on the current stream. places: int64 addresses of all ranks'
+    int32 [ranks, room], 16 bytes apart; rank r's numbers come to the first n of row r. Raises TypeError, ValueError."""
+    if source.dtype is not torch.int32 or source.dim() != 1 or not source.is_contiguous():
+        raise TypeError(f"what is gathered must be contiguous int32 [n], not {source.dtype} {list(source.shape)}")
+    if len(source) > room:
+        raise ValueError(f"{len(source)} numbers are to be gathered; there is room for {room} of each rank")
+    gather_kernel[(len(reach.epochs),)](
+        places,
+        reach.signals,
+        reach.epochs,
+        reach.failed,
+        source,
+        reach.rank,
+        len(source),
+        room,
+        spins,
+        RANKS=reach.ranks,
+        SIZE=GATHERED,
+        num_warps=8,
+    )
+
+
+def join_parts(parts: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Joined:
+    """The sum of parts [W, n, H] in float32 and in their order, the residual and the norm, launched on the current
+    stream: (hidden [n, H], residual [n, H]). residual: updated in place; None: the sum is the residual. The bits are
+    those of `join_rows` over peers. Raises TypeError, ValueError."""
+    count, size = parts.shape[1:]
+    begin = residual is None
+    residual = weight.new_empty((count, size)) if residual is None else residual
+    _check(residual, weight, count)
+    if parts.dtype not in KINDS or not parts.is_contiguous():
+        raise TypeError(f"parts are {parts.dtype} {list(parts.shape)} {parts.stride()}; they must be contiguous floats")
+    hidden = weight.new_empty((count, size))
+    if count:
+        wide = triton.next_power_of_2(size)
+        parts_kernel[(count,)](
+            parts,
+            residual,
+            weight,
+            hidden,
+            count,
+            size,
+            eps,
+            PARTS=len(parts),
+            SIZE=wide,
+            KIND=KINDS[residual.dtype],
+            BEGIN=begin,
+            num_warps=warps(wide),
+        )
+    return hidden, residual
+
+
+def _check(residual: torch.Tensor, weight: torch.Tensor, count: int) -> None:
+    if residual.dtype not in KINDS or weight.dtype is not residual.dtype:
+        raise TypeError(
+            f"the residual is {residual.dtype} and the norm's weight {weight.dtype}; they must be one float"
+        )
+    if residual.shape != (count, len(weight)) or not residual.is_contiguous():
+        raise ValueError(f"the residual is {list(residual.shape)}; it must be contiguous {[count, len(weight)]}")
 
 
 def warps(size: int) -> int:

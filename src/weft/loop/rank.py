@@ -113,9 +113,9 @@ def digest(result: Result) -> int:
 
 
 def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[int], int]) -> Device:
-    """A rank on the CPU. Raises ConfigError, CheckpointError or DeviceError."""
+    """A rank on its part of the CPU, or on a GPU of its own. Raises ConfigError, CheckpointError or DeviceError."""
     say("import torch")
-    from weft.devices.cpu import open_cpu
+    from weft.devices import rank_opener
     from weft.devices.group import Group
 
     group = Group(
@@ -130,7 +130,7 @@ def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
         crowded=orders.crowded,
         agree=agree,
     )
-    return open_cpu(orders.config, Path(orders.model), say, group)
+    return rank_opener(orders.config)(orders.config, Path(orders.model), say, group)
 
 
 def _agree(rank: int, blocks: int, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> int:
@@ -155,6 +155,7 @@ def _opened(rank: int, device: Device) -> Opened:
         device.lanes(),
         device.partition(),
         device.memory(),
+        description.device,
         description.dtype,
         description.kernels,
         description.notes,

@@ -39,13 +39,16 @@ def start_ranks(
     before: int = 0,
     neighbours: int | None = None,
 ) -> Ranks:
-    """Start these ranks on this host; all `neighbours` share its cores, of which so many come before these ranks, and
-    somebody else starts the others. Raises ConfigError or DeviceError."""
+    """Start these ranks on this host; all `neighbours` share its cores (of GPUs each has one), of which so many come
+    before these ranks, and somebody else starts the others. Raises ConfigError or DeviceError."""
     cores, folder = usable_cores(config.cores), make_folder()
     count = len(ranks) if neighbours is None else neighbours
+    on_cores = config.device != "cuda"
     orders = [
         RankOrders(
-            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, before + index, count)))),
+            config=replace(config, cores=",".join(map(str, cores_of_rank(cores, before + index, count))))
+            if on_cores
+            else config,
             rank=rank,
             ranks=config.tensor_parallel_size,
             neighbours=count,

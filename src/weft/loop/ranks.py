@@ -87,7 +87,7 @@ def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], comma
         return open_ray(config, model, say)
     if config.nnodes > 1:
         return open_nodes(config, model, say, command)
-    port = free_port(LOOPBACK) if collective_of(config) == "gloo" else None
+    port = free_port(LOOPBACK) if collective_of(config) != "shm" else None
     meeting = Meeting(f"weft-{secrets.token_hex(8)}", LOOPBACK, port)
     return start_ranks(config, model, range(config.tensor_parallel_size), meeting, LOOPBACK, command)
 
@@ -139,8 +139,11 @@ class RankedDevice:
         return self._first.capacity
 
     def describe(self) -> Description:
-        first, cores = self._first, f"{self._cores} core{'s' if self._cores > 1 else ''}"
-        device = f"cpu, {len(self._ranks)} ranks on {cores}"
+        first, count = self._first, len(self._ranks)
+        if first.device.startswith("cpu"):
+            device = f"cpu, {count} ranks on {self._cores} core{'s' if self._cores > 1 else ''}"
+        else:
+            device = f"{first.device}, {count} ranks"
         return Description(device, first.dtype, first.kernels, first.notes)
 
     def lanes(self) -> tuple[Lane, ...]:

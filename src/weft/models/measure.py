@@ -6,13 +6,14 @@ All ranks measure at the same time, each seam together, and go by the slowest of
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from weft.core.plan import Slice
+from weft.kernels.base import Batch
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.weave.choice import Costs, Curve, Mode, slowest
@@ -21,6 +22,19 @@ from weft.weave.seam import Seam
 from weft.weave.split import even_bounds
 
 REPEATS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where what is measured is computed. move: a batch of the host's to there. clock: seconds, once all that was
+    launched is done."""
+
+    device: torch.device
+    move: Callable[[Batch], Batch]
+    clock: Callable[[], float]
+
+
+HOST = Place(torch.device("cpu"), lambda batch: batch, time.perf_counter)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,21 +53,24 @@ def measure(
     block_size: int,
     collectives: Mapping[Mode, Collective],
     sizes: Sequence[int],
+    place: Place = HOST,
 ) -> Costs:
     """The costs by numbers of tokens in ascending order, the same on all ranks, which must call this together.
 
     Overwrites the keys and values in the first blocks of the first layer.
     """
+    meter = _Meter(decoder, kv, block_size, place)
     numbers: list[float] = []
     alone = [mode for mode in collectives if mode is not Mode.WOVEN]
     for tokens in sizes:
-        stages = _measure_stages(decoder, kv, block_size, tokens)
+        stages = meter.stages(tokens)
         numbers += [stages.attend, stages.feed]
-        numbers += [_measure_seam(collectives[mode], stages.seam) for mode in alone]
+        numbers += [meter.seam(collectives[mode], stages.seam) for mode in alone]
     drags = []
     if Mode.WOVEN in collectives:
-        drags = [_measure_drag(decoder, kv, block_size, collectives[Mode.WOVEN], sizes[-1])]
-    everywhere = collectives[Mode.FUSED].gather(torch.tensor([numbers + drags], dtype=torch.float64))
+        drags = [meter.drag(collectives[Mode.WOVEN], sizes[-1])]
+    given = torch.tensor([numbers + drags], dtype=torch.float64, device=place.device)
+    everywhere = collectives[Mode.FUSED].gather(given)
     agreed = slowest([values[0].tolist() for values in everywhere])
     width = len(numbers) // len(sizes)
     curves = [
@@ -70,67 +87,72 @@ def measure(
     )
 
 
-def _measure_stages(decoder: Decoder, kv: list[Any], block_size: int, tokens: int) -> _Stages:
-    """The best of some runs of the first layer."""
-    attend, feed = [], []
-    for _ in range(REPEATS):
-        strand = decoder.strand(_batch(tokens, block_size), kv)
-        seam = next(strand)
-        begun = time.perf_counter()
-        seam = strand.send(decoder.join(seam))
-        attended = time.perf_counter()
-        joined = decoder.join(seam)
-        again = time.perf_counter()
-        seam = strand.send(joined)
-        feed.append(time.perf_counter() - again)
-        attend.append(attended - begun)
-        strand.close()
-    return _Stages(min(attend), min(feed), seam)
+class _Meter:
+    """Times parts of a decoder's first layer, on keys and values that do not matter."""
 
+    def __init__(self, decoder: Decoder, kv: list[Any], block_size: int, place: Place) -> None:
+        self._decoder = decoder
+        self._kv = kv
+        self._block_size = block_size
+        self._place = place
 
-def _measure_seam(collective: Collective, seam: Seam) -> float:
-    """The best of some seams, each begun by all ranks together."""
-    took = []
-    for _ in range(REPEATS):
-        join = _join(collective, seam)
-        _meet(collective)
-        begun = time.perf_counter()
-        collective.finish(collective.start(join))
-        took.append(time.perf_counter() - begun)
-    return min(took)
+    def stages(self, tokens: int) -> _Stages:
+        """The best of some runs."""
+        attend, feed, clock, join = [], [], self._place.clock, self._decoder.join
+        for _ in range(REPEATS):
+            strand = self._decoder.strand(self._batch(tokens), self._kv)
+            seam = next(strand)
+            begun = clock()
+            seam = strand.send(join(seam))
+            attended = clock()
+            joined = join(seam)
+            again = clock()
+            seam = strand.send(joined)
+            feed.append(clock() - again)
+            attend.append(attended - begun)
+            strand.close()
+        return _Stages(min(attend), min(feed), seam)
 
+    def seam(self, collective: Collective, seam: Seam) -> float:
+        """The best of some seams, each begun by all ranks together."""
+        took = []
+        for _ in range(REPEATS):
+            join = _join(collective, seam)
+            self._meet(collective)
+            begun = self._place.clock()
+            collective.finish(collective.start(join))
+            took.append(self._place.clock() - begun)
+        return min(took)
 
-def _measure_drag(decoder: Decoder, kv: list[Any], block_size: int, collective: Collective, tokens: int) -> float:
-    """How much a seam beside a stage of half a step costs, of the shorter of the two (weave/choice.py)."""
-    stages = _measure_stages(decoder, kv, block_size, -(-tokens // 2))
-    alone = _measure_seam(collective, stages.seam)
-    took = []
-    for _ in range(REPEATS):
-        strand = decoder.strand(_batch(-(-tokens // 2), block_size), kv)
-        joined = decoder.join(next(strand))
-        join = _join(collective, stages.seam)
-        _meet(collective)
-        begun = time.perf_counter()
-        pending = collective.start(join)
-        strand.send(joined)
-        collective.finish(pending)
-        took.append(time.perf_counter() - begun)
-        strand.close()
-    both = sorted((stages.attend, alone))
-    return min(1.0, max(0.0, (min(took) - both[1]) / both[0]))
+    def drag(self, collective: Collective, tokens: int) -> float:
+        """How much a seam beside a stage of half a step costs, of the shorter of the two (weave/choice.py)."""
+        stages = self.stages(-(-tokens // 2))
+        alone = self.seam(collective, stages.seam)
+        took = []
+        for _ in range(REPEATS):
+            strand = self._decoder.strand(self._batch(-(-tokens // 2)), self._kv)
+            joined = self._decoder.join(next(strand))
+            join = _join(collective, stages.seam)
+            self._meet(collective)
+            begun = self._place.clock()
+            pending = collective.start(join)
+            strand.send(joined)
+            collective.finish(pending)
+            took.append(self._place.clock() - begun)
+            strand.close()
+        both = sorted((stages.attend, alone))
+        return min(1.0, max(0.0, (min(took) - both[1]) / both[0]))
 
+    def _batch(self, tokens: int) -> Batch:
+        blocks = tuple(range(-(-tokens // self._block_size)))
+        return self._place.move(make_batch([Slice(0, 0, (0,) * tokens, blocks)], self._block_size))
 
-def _batch(tokens: int, block_size: int) -> Any:
-    blocks = tuple(range(-(-tokens // block_size)))
-    return make_batch([Slice(0, 0, (0,) * tokens, blocks)], block_size)
+    def _meet(self, collective: Collective) -> None:
+        collective.gather(torch.zeros((1, 1), device=self._place.device))
 
 
 def _join(collective: Collective, seam: Seam) -> Join:
     bounds = even_bounds(len(seam.partial), collective.ranks)
     first, end = collective.owned(bounds)
-    residual = torch.zeros((end - first, seam.partial.shape[1]), dtype=seam.weight.dtype)
+    residual = seam.weight.new_zeros((end - first, seam.partial.shape[1]))
     return Join(seam.partial, residual, seam.weight, seam.eps, bounds)
-
-
-def _meet(collective: Collective) -> None:
-    collective.gather(torch.zeros((1, 1)))

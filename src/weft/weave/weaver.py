@@ -38,7 +38,8 @@ def no_format(_packed: Any) -> Quantise | None:
 class _Thread:
     """A strand: who owns its rows, what its last seam gave (None before the first stage), and its value at the end."""
 
-    def __init__(self, strand: Strand) -> None:
+    def __init__(self, strand: Strand, kept: Sequence[int] | None) -> None:
+        self.kept = kept
         self.bounds: tuple[int, ...] = ()
         self.joined: Joined | None = None
         self.value: torch.Tensor | None = None
@@ -82,12 +83,15 @@ class Weaver:
         self._formats = formats
         self._ahead = isinstance(collective, Background)
 
-    def weave(self, strands: Sequence[Strand]) -> list[torch.Tensor]:
+    def weave(self, strands: Sequence[Strand], kept: Sequence[Sequence[int]] | None = None) -> list[torch.Tensor]:
         """Drive these strands to the end. Returns their values.
+
+        kept: of each strand, the rows that its batch keeps, for batches on a device that nobody should wait for.
 
         Raises what a stage raises, once the seams in flight have ended: the other ranks wait for this one's part.
         """
-        threads = [_Thread(strand) for strand in strands]
+        known: Sequence[Sequence[int] | None] = [None] * len(strands) if kept is None else kept
+        threads = [_Thread(strand, rows) for strand, rows in zip(strands, known, strict=True)]
         flight = _Flight(self._collective)
         try:
             while any(thread.value is None for thread in threads):
@@ -117,11 +121,11 @@ class Weaver:
         if residual is None:
             thread.bounds = even_bounds(len(seam.partial), self._collective.ranks)
         elif seam.kept is not None and seam.kept.kept is not None:
-            kept = seam.kept.kept.tolist()
+            kept = seam.kept.kept.tolist() if thread.kept is None else thread.kept
             first, end = self._collective.owned(thread.bounds)
             thread.bounds = kept_bounds(thread.bounds, kept)
-            own = kept[bisect_left(kept, first) : bisect_left(kept, end)]
-            residual = residual[[row - first for row in own]]
+            own = seam.kept.kept[bisect_left(kept, first) : bisect_left(kept, end)]
+            residual = residual.index_select(0, own - first)
         return Join(
             partial=seam.partial,
             residual=residual,
