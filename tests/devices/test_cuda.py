@@ -262,6 +262,17 @@ def test_w4a16_leaves_activations_in_16_bits(opened: Open, fmpq: Path) -> None:
     assert far[0] < 0.003 < 0.01 < far[1]
 
 
+def test_batch_invariant_gives_a_prompt_in_chunks_the_bits_of_the_whole(opened: Open, folder: Path) -> None:
+    """The flag reaches the products; what it is good for is in test_cuda_invariant.py."""
+    device = opened(folder, dtype="bfloat16", batch_invariant=True)
+    assert device.describe().kernels.endswith("batch-invariant")
+    whole = one(device, piece(0, PROMPTS[0]))
+    one(device, piece(1, PROMPTS[0][:18], sample=None), piece(2, PROMPTS[1]))
+    parts = one(device, piece(1, PROMPTS[0][18:], 18), piece(3, PROMPTS[2]))
+    (expected,), (found, _) = whole.sampled, parts.sampled
+    assert found.score is not None and (found.token, found.score) == (expected.token, expected.score)
+
+
 # ---------------------------------------------------------------- what it draws
 
 
