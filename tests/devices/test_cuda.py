@@ -38,6 +38,7 @@ from weft.devices.cuda_forward import CudaForward, buckets
 from weft.devices.cuda_memory import Usage, check_weights, size_gpu_pool
 from weft.devices.cuda_streams import Immediate, Interpreted, Work, open_gpu
 from weft.errors import ConfigError
+from weft.kernels import triton_linear
 from weft.kernels.triton import TritonKernels
 from weft.kernels.triton_attention import slices_of
 from weft.kernels.triton_tiles import LINEAR
@@ -262,8 +263,13 @@ def test_w4a16_leaves_activations_in_16_bits(opened: Open, fmpq: Path) -> None:
     assert far[0] < 0.003 < 0.01 < far[1]
 
 
-def test_batch_invariant_gives_a_prompt_in_chunks_the_bits_of_the_whole(opened: Open, folder: Path) -> None:
-    """The flag reaches the products; what it is good for is in test_cuda_invariant.py."""
+def test_batch_invariant_gives_a_prompt_in_chunks_the_bits_of_the_whole(
+    opened: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flag reaches all products; what it is good for is in test_cuda_invariant.py."""
+    asked: list[int] = []
+    linear = triton_linear.linear
+    monkeypatch.setattr(triton_linear, "linear", lambda x, *more: (asked.append(len(x)), linear(x, *more))[1])
     device = opened(folder, dtype="bfloat16", batch_invariant=True)
     assert device.describe().kernels.endswith("batch-invariant")
     whole = one(device, piece(0, PROMPTS[0]))
@@ -271,6 +277,7 @@ def test_batch_invariant_gives_a_prompt_in_chunks_the_bits_of_the_whole(opened: 
     parts = one(device, piece(1, PROMPTS[0][18:], 18), piece(3, PROMPTS[2]))
     (expected,), (found, _) = whole.sampled, parts.sampled
     assert found.score is not None and (found.token, found.score) == (expected.token, expected.score)
+    assert len(asked) == 3 * (2 * 4 + 1) and set(asked) == {25, 21, 8, 1, 2}
 
 
 # ---------------------------------------------------------------- what it draws
