@@ -287,6 +287,11 @@ class EngineConfig:
                 f"--batch-invariant needs --attention-backend triton, and that is {self.attention_backend}, whose sums "
                 "depend on what is beside a row"
             )
+        if self.batch_invariant and self.tensor_parallel_size > 1 and self.weave in ("auto", "plain"):
+            found.append(
+                f"--batch-invariant with several ranks needs --weave fused, woven or one-shot; it is {self.weave}, and "
+                "plain, which auto may choose, leaves the order of a sum to a library that goes by its size"
+            )
         if self.attention_backend == "flashinfer" and self.tensor_parallel_size > 1:
             found.append(
                 "--attention-backend is flashinfer, which is told of one batch in a step, and "

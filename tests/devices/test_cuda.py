@@ -697,6 +697,7 @@ def test_a_pool_that_does_not_fit_names_the_flag_and_what_fits() -> None:
             {"batch_invariant": True, "attention_backend": "torch"},
             "--batch-invariant needs .*triton.* is torch",
         ),
+        ({"batch_invariant": True, "tensor_parallel_size": 2}, "several ranks needs --weave fused.*; it is auto"),
         ({"attention_backend": "flashinfer", "tensor_parallel_size": 2}, "told of one batch in a step.* triton works"),
         ({"attention_backend": "flashinfer"}, "flashinfer, whose kernels run on a GPU only.* work: triton, torch"),
         ({"attention_backend": "torch", "device": "cpu"}, "--attention-backend is torch, and --device cpu .* cuda"),
