@@ -98,6 +98,8 @@ class LazyStream:
 class LazyForward:
     """Computes on the executor's slots; `launched` has what was asked of it, and whether its tokens were fed."""
 
+    head: Any = None
+
     def __init__(self, stream: Any, executor: Executor) -> None:
         self.stream, self.executor = stream, executor
         self.drawn: list[int] = []
@@ -124,6 +126,9 @@ class LazyForward:
 
     def hidden(self) -> torch.Tensor:
         raise AssertionError("nobody asks for scores here")
+
+    def look(self) -> Callable[[Any], None]:
+        return lambda done: done.wait()
 
 
 def lazy_draw(gpu: Any, logits: list[int | str], samplings: Sequence[Sampling], drawn: Any) -> Any:
