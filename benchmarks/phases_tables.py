@@ -171,8 +171,8 @@ def draw(rows: Sequence[Row], path: Path, targets: Mapping[str, tuple[float, flo
             axes = panels[line, column]
             (_bars if one_rate else _lines)(axes, here, value)
             if line >= 2:
-                axes.set_yscale("log")
                 axes.axhline(targets[device][line - 2], color="black", linewidth=0.8, linestyle=":")
+                axes.set_yscale("log")  # has something to scale by now, even where no answer has two tokens
             axes.set(xlabel="" if one_rate else "rate, times the load's", ylabel=words if column == 0 else "")
         panels[0, column].set_title(f"{trace}\n({device})", fontsize=9)
     if not one_rate:

@@ -277,6 +277,29 @@ def test_the_controller_is_told_what_happened_and_where_the_engine_stands() -> N
     assert all(0 <= one.rival <= 1 and one.seconds > 0 for one in steps)
 
 
+def test_what_comes_between_the_steps_of_a_lane_that_has_work_is_a_part_of_them() -> None:
+    """So the steps add up to the time that it took: an engine that is slow itself is not taken for a fast device."""
+    policy = Watching(Sharing(Regime.MIXED, WHOLE))
+    device = VirtualDevice(CAPACITY, WHOLE, cost=COST)
+    late = itertools.count()
+
+    def clock() -> float:  # every look at it takes 0.1 ms
+        return device.clock() + 1e-4 * next(late)
+
+    scheduler = Scheduler(CAPACITY, device.lanes(), SchedulerSettings(8, 16, enable_prefix_caching=False))
+    engine = Engine(device, scheduler, clock, step_timeout=None, controller=Controller(policy, interval=0.0))
+    engine.submit(ask("a", range(30), 40))
+    heard = Heard(clock)
+    began = clock()
+    heard.drain(engine)
+    engine.submit(ask("end", [1], 1))
+    heard.drain(engine)
+    steps = [one for one in policy.seen if isinstance(one, Stepped)][:41]
+    assert [one.output for one in steps] == [0, 0] + [1] * 39
+    computed = sum(COST.fixed + COST.weights for _ in steps)
+    assert computed + 0.01 < sum(one.seconds for one in steps) == pytest.approx(steps[-1].at - began, abs=2e-3)
+
+
 def test_a_failed_step_and_an_aborted_request_teach_nothing() -> None:
     policy = Watching(Sharing(Regime.SPLIT, Partition(4, 4)))
     engine, device = virtual(policy, faults=Faults(failed=frozenset({1})))

@@ -16,8 +16,9 @@ from weft.core.planner import PROMPTS_LEAST
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Queue, Targets
 
-# How far around a prediction the truth lies, in logarithms: a target that is just met counts as half missed.
-SPREAD = 0.12
+# How far around a prediction the truth lies, in logarithms: a target that is just met counts as half missed. It is so
+# much at least, and so many times the error of the step law.
+SPREAD, SPREAD_ERRORS = 0.12, 1.5
 # Seconds over which misses are counted.
 HORIZON = 10.0
 # Moments within the horizon at which those who arrive are looked at, and sizes of prompts that stand for all.
@@ -110,10 +111,10 @@ def outlook(
         # Whoever decodes now will not for long, and who will is not there yet: the more of the two, to be safe.
         active = 1.0 - math.exp(-max(float(queue.decoding), settled))
         batch = max(1.0, 0.5 * (queue.decoding + settled))
-    used = min(1.0, incoming / speed)
-    pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed)
-    known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, now)
-    late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, device)
+    used, spread = min(1.0, incoming / speed), max(SPREAD, SPREAD_ERRORS * steps.error)
+    pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed, spread)
+    known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, spread, now)
+    late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, spread, device)
     coming = load.rate * HORIZON
     drain = min(HORIZON, backlog / max(speed - incoming, 1e-9)) if speed > incoming else HORIZON
     slow_known, slow_answers = _slow_known(queue, load, pace, drain, targets.tpot)
@@ -132,13 +133,14 @@ def outlook(
 @dataclass(frozen=True, slots=True)
 class Pace:
     """busy, idle: TPOT beside prefill, and without. used: the part of the time in which prompts are computed, in the
-    long run. settled: TPOT then. speed: tokens of prompts per second."""
+    long run. settled: TPOT then. speed: tokens of prompts per second. spread: of the truth around these."""
 
     busy: float
     idle: float
     used: float
     settled: float
     speed: float
+    spread: float
 
     def tpot(self, tokens: float, pressed: float) -> float:
         """Of so many tokens; in the first `pressed` seconds, prompts that wait are computed beside them."""
@@ -168,11 +170,12 @@ def _slow_known(queue: Queue, load: Load, pace: Pace, drain: float, target: floa
     tokens, ahead, found = max(load.output, 1.0), 0, []
     for _, left in queue.waiting:
         ahead += left
-        found.append(_over(pace.tpot(tokens, max(0.0, drain - ahead / pace.speed)), target))
+        found.append(_over(pace.tpot(tokens, max(0.0, drain - ahead / pace.speed)), target, pace.spread))
     if not queue.answers:
         return found, 0.0
     ahead_tpot = pace.tpot(tokens, drain)
-    slow = sum(_over((seconds + tokens * ahead_tpot) / (done + tokens), target) for seconds, done in queue.answers)
+    means = [(seconds + tokens * ahead_tpot) / (done + tokens) for seconds, done in queue.answers]
+    slow = sum(_over(mean, target, pace.spread) for mean in means)
     return found, slow * queue.decoding / len(queue.answers)
 
 
@@ -182,8 +185,8 @@ def _slow_arriving(load: Load, pace: Pace, target: float) -> float:
     life = load.output * pace.settled
     busy = load.prompt / pace.speed / max(1.0 - pace.used, 0.05)
     mean = life / (life + busy) if life + busy > 0 else 1.0
-    either = pace.used * _over(pace.busy, target) + (1.0 - pace.used) * _over(pace.idle, target)
-    return mean * _over(pace.settled, target) + (1.0 - mean) * either
+    settled, beside, alone = (_over(one, target, pace.spread) for one in (pace.settled, pace.busy, pace.idle))
+    return mean * settled + (1.0 - mean) * (pace.used * beside + (1.0 - pace.used) * alone)
 
 
 def _pace(
@@ -216,7 +219,9 @@ def _together(sharing: Sharing, device: Device) -> int:
     return min(device.chunk, sharing.chunk * (device.layers if sharing.regime is Regime.TURNS else 1))
 
 
-def _known(queue: Queue, speed: float, together: int, target: float, now: float) -> tuple[list[float], float]:
+def _known(
+    queue: Queue, speed: float, together: int, target: float, spread: float, now: float
+) -> tuple[list[float], float]:
     """(probability to be late of each that waits, mean seconds to their first token)."""
     found, total, ahead = [], 0.0, 0
     backlog = sum(tokens for _, tokens in queue.waiting)
@@ -224,7 +229,7 @@ def _known(queue: Queue, speed: float, together: int, target: float, now: float)
         ahead += tokens
         seconds = now - arrived + min(backlog, math.ceil(ahead / together) * together) / speed
         total += seconds
-        found.append(_over(seconds, target))
+        found.append(_over(seconds, target, spread))
     return found, total / len(found) if found else 0.0
 
 
@@ -236,6 +241,7 @@ def _arriving(
     known: Sequence[float],
     speed: float,
     target: float,
+    spread: float,
     device: Device,
 ) -> tuple[float, float]:
     """(part of those to come that will be late, their mean TTFT).
@@ -263,7 +269,8 @@ def _arriving(
     for moment in MOMENTS:
         left = max(0.0, backlog - (speed - incoming) * moment * HORIZON) / speed
         for tokens in load.sizes:
-            late += max(_over(left + tokens / speed, target), _waits_longer(target - left - tokens / speed, used, wait))
+            alone = left + tokens / speed
+            late += max(_over(alone, target, spread), _waits_longer(target - alone, used, wait))
     return late / (len(MOMENTS) * len(load.sizes)), mean
 
 
@@ -272,13 +279,13 @@ def _waits_longer(seconds: float, used: float, mean: float) -> float:
     return 1.0 if seconds <= 0 else used * math.exp(-used * seconds / mean)
 
 
-def _over(predicted: float, target: float) -> float:
+def _over(predicted: float, target: float, spread: float) -> float:
     """The probability that something predicted so comes out above the target."""
     if predicted <= 0:
         return 0.0
     if math.isinf(predicted):
         return 1.0
-    return 0.5 * (1.0 + math.erf(math.log(predicted / target) / (SPREAD * math.sqrt(2.0))))
+    return 0.5 * (1.0 + math.erf(math.log(predicted / target) / (spread * math.sqrt(2.0))))
 
 
 def candidates(
@@ -288,10 +295,11 @@ def candidates(
     of which the law says what it says of an even split."""
     whole = Partition(device.shares, device.shares)
     batch, slots = max(queue.decoding, 1), float(queue.context)
-    found = [
-        Sharing(Regime.MIXED, whole, chunk, weight) for chunk in _chunks(steps, targets, batch, slots, load, device)
-    ]
-    turn = max(1, device.chunk // (TURNS_A_STEP if device.layers > 1 else 2))
+    chunks = _chunks(steps, targets, batch, slots, load, device)
+    found = [Sharing(Regime.MIXED, whole, chunk, weight) for chunk in chunks]
+    # As with chunks: while prompts have a turn, a short answer must not lose the target of all its tokens.
+    turn = device.chunk // (TURNS_A_STEP if device.layers > 1 else 2)
+    turn = max(1, min(turn, max(chunks) - batch))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
     if device.shares > 1:
@@ -301,9 +309,10 @@ def candidates(
 
 
 def _chunks(steps: StepModel, targets: Targets, batch: float, slots: float, load: Load, device: Device) -> list[int]:
-    """Chunks with which a mixed step takes such a part of the TPOT target, and as much as fits."""
-    found = {device.chunk}
+    """Chunks with which a mixed step takes such a part of the TPOT target. No larger ones: they would make the mean
+    TPOT of a short answer depend on how many prompts happen to come beside it. Who is alone has whole steps anyway."""
     token = steps.predict(1.0, 0.0, 1.0) - steps.predict(0.0, 0.0, 1.0)
+    found = set() if token > 0 else {device.chunk}
     for part in FILLS:
         left = targets.tpot * part - steps.predict(0.0, slots + load.prompt, 1.0)
         if token > 0 and left > 0:
