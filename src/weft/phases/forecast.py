@@ -312,7 +312,7 @@ def _chunks(steps: StepModel, targets: Targets, batch: float, slots: float, load
     """Chunks with which a mixed step takes such a part of the TPOT target. No larger ones: they would make the mean
     TPOT of a short answer depend on how many prompts happen to come beside it. Who is alone has whole steps anyway."""
     token = steps.predict(1.0, 0.0, 1.0) - steps.predict(0.0, 0.0, 1.0)
-    found = set() if token > 0 else {device.chunk}
+    found: set[int] = set() if token > 0 else {device.chunk}
     for part in FILLS:
         left = targets.tpot * part - steps.predict(0.0, slots + load.prompt, 1.0)
         if token > 0 and left > 0:
