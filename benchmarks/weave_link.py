@@ -333,6 +333,7 @@ def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     for axis, precision in zip(axes[0], precisions, strict=True):
         for mbit in MBIT:
             some = [one for one in rows if (one["precision"], one["mbit"], one["latency"]) == (precision, mbit, 0.0)]
+            some.sort(key=lambda one: one["tokens"])
             axis.plot(
                 [one["tokens"] for one in some], [one["gain"].median for one in some], "o-", label=f"{mbit} Mbit/s"
             )
