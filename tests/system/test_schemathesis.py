@@ -18,8 +18,8 @@ Served = Callable[..., AbstractContextManager[str]]
 def test_the_server_keeps_to_its_description(served: Served, tmp_path: Path) -> None:
     """No 5xx, no answer that is not described, nothing taken that the description forbids.
 
-    What the description allows may still be refused, for it knows neither the vocabulary nor the context of a model, nor
-    which fields exclude each other: schemathesis may warn of that, and of nothing else.
+    What the description allows may still be refused, for it knows neither the vocabulary nor the context of a model,
+    nor which fields exclude each other: schemathesis may warn of that, and of nothing else.
     """
     command = [sys.executable, "-m", "schemathesis.cli", "run", "--no-color", "--generation-deterministic"]
     flags = ["--max-examples", "10", "--exclude-checks", "positive_data_acceptance", "--request-timeout", "60"]
