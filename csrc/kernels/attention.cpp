@@ -287,7 +287,7 @@ template <class T>
 void finish_codes(const KvView& kv, const float* values, float sum_of_weights, T* out) {
   alignas(64) float floats[MAX_HEAD_DIM];
   for (int64_t c = 0; c < kv.head_dim; c += lanes)
-    store(floats + c, load<f32v>(values + c) / splat(sum_of_weights) + splat(0.0f));
+    store(floats + c, load<f32v>(values + c) * splat(1 / sum_of_weights) + splat(0.0f));
   if (kv.spread()) gather(floats, kv.head_dim);
   for (int64_t c = 0; c < kv.head_dim; c += lanes) store_some(out + c, load<f32v>(floats + c), kv.head_dim - c);
 }

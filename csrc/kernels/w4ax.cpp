@@ -45,9 +45,9 @@ struct Columns<true> {
   i32v zero(int64_t column) const { return __builtin_convertvector(load<i8v>(zeros + column), i32v); }
 };
 
-// Adds a block's products to the sums [HEIGHT][PANEL] in float, and fetches what is ahead.
+// Adds a block's products to the sums [HEIGHT][PANEL] in float, which the first block makes, and fetches what is ahead.
 template <int HEIGHT, int BITS, bool GENERAL>
-void tile(const char* block, const Rows& rows, float* sums, const Ahead& ahead) {
+void tile(const char* block, const Rows& rows, bool first_block, float* sums, const Ahead& ahead) {
   const Columns<GENERAL> columns(block + W4AxWeights::integer_bytes(BITS == 8));
   for (int first = 0; first < PANEL / lanes; first += TILE_VECTORS) {
     i32v products[HEIGHT][TILE_VECTORS];
@@ -62,30 +62,31 @@ void tile(const char* block, const Rows& rows, float* sums, const Ahead& ahead) 
       const f32v scale = splat(rows.scales[r]);
       WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
         float* sum = sums + r * PANEL + (first + v) * lanes;
-        store(sum, load<f32v>(sum) + __builtin_convertvector(products[r][v], f32v) * (scale * scales[v]));
+        const f32v before = first_block ? f32v{} : load<f32v>(sum);
+        store(sum, before + __builtin_convertvector(products[r][v], f32v) * (scale * scales[v]));
       }
     }
   }
 }
 
 template <int BITS, bool GENERAL>
-void tile(const char* block, const Rows& rows, int64_t height, float* sums, const Ahead& ahead) {
+void tile(const char* block, const Rows& rows, int64_t height, bool first_block, float* sums, const Ahead& ahead) {
   switch (height) {
-    case 1: return tile<1, BITS, GENERAL>(block, rows, sums, ahead);
-    case 2: return tile<2, BITS, GENERAL>(block, rows, sums, ahead);
-    case 3: return tile<3, BITS, GENERAL>(block, rows, sums, ahead);
-    case 4: return tile<4, BITS, GENERAL>(block, rows, sums, ahead);
+    case 1: return tile<1, BITS, GENERAL>(block, rows, first_block, sums, ahead);
+    case 2: return tile<2, BITS, GENERAL>(block, rows, first_block, sums, ahead);
+    case 3: return tile<3, BITS, GENERAL>(block, rows, first_block, sums, ahead);
+    case 4: return tile<4, BITS, GENERAL>(block, rows, first_block, sums, ahead);
 #if defined(WEFT_LEVEL_avx512)
-    case 5: return tile<5, BITS, GENERAL>(block, rows, sums, ahead);
-    case 6: return tile<6, BITS, GENERAL>(block, rows, sums, ahead);
+    case 5: return tile<5, BITS, GENERAL>(block, rows, first_block, sums, ahead);
+    case 6: return tile<6, BITS, GENERAL>(block, rows, first_block, sums, ahead);
 #endif
   }
 }
 
-// A block of weights with `count` rows of a group, starting at x. The tiles fetch the next block meanwhile, evenly; but
-// one or two rows are bound by memory, and there the hardware's prefetcher is the better one.
-template <int BITS, bool GENERAL>
-void multiply_rows(const char* block, const Rows& x, int64_t count, float* sums) {
+// A block of weights with `count` rows of a group, starting at x; done(row, end) after each tile. The tiles fetch the next
+// block meanwhile, evenly; but one or two rows are bound by memory, and there the hardware's prefetcher is the better one.
+template <int BITS, bool GENERAL, class Done>
+void multiply_rows(const char* block, const Rows& x, int64_t count, bool first_block, float* sums, Done done) {
   constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8, GENERAL);
   const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
   const int64_t lines = count < 3 ? 0 : (BYTES / 64 + tiles - 1) / tiles;
@@ -93,7 +94,9 @@ void multiply_rows(const char* block, const Rows& x, int64_t count, float* sums)
     // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
     end = count * (t + 1) / tiles;
     const Rows rows{x.values + row * BLOCK, x.scales + row, x.totals + row};
-    tile<BITS, GENERAL>(block, rows, end - row, sums + row * PANEL, {block + BYTES + t * lines * 64, lines});
+    tile<BITS, GENERAL>(block, rows, end - row, first_block, sums + row * PANEL,
+                        {block + BYTES + t * lines * 64, lines});
+    done(row, end);
   }
 }
 
@@ -118,21 +121,25 @@ template <bool GENERAL, class Out>
 void multiply_panel(const W4AxWeights& weights, const QuantisedRows& x, int64_t panel, int64_t row, int64_t count,
                     Out* y) {
   alignas(64) float sums[GROUP * PANEL];
-  memset(sums, 0, size_t(count * PANEL) * sizeof *sums);
   const char* block = weights.panels + panel * weights.panel_bytes();
-  for (int64_t b = 0; b < weights.blocks(); b++) {
+  const float* bias = weights.bias == nullptr ? nullptr : weights.bias + panel * PANEL;
+  const int64_t blocks = weights.blocks();
+  for (int64_t b = 0; b < blocks; b++) {
     const int64_t at = b * x.stride + row;
     const Rows rows{x.values + at * BLOCK, x.scales + at, x.totals + at};
+    // Totals leave when their last block is done, while they are in L1.
+    const auto done = [&](int64_t first, int64_t end) {
+      if (b == blocks - 1)
+        for (int64_t r = first; r < end; r++)
+          finish(sums + r * PANEL, bias, y + (row + r) * weights.out + panel * PANEL, weights.out - panel * PANEL);
+    };
     const bool wide = b < weights.wide_blocks;
     if (wide)
-      multiply_rows<8, GENERAL>(block, rows, count, sums);
+      multiply_rows<8, GENERAL>(block, rows, count, b == 0, sums, done);
     else
-      multiply_rows<4, GENERAL>(block, rows, count, sums);
+      multiply_rows<4, GENERAL>(block, rows, count, b == 0, sums, done);
     block += W4AxWeights::block_bytes(wide, GENERAL);
   }
-  const float* bias = weights.bias == nullptr ? nullptr : weights.bias + panel * PANEL;
-  for (int64_t r = 0; r < count; r++)
-    finish(sums + r * PANEL, bias, y + (row + r) * weights.out + panel * PANEL, weights.out - panel * PANEL);
 }
 
 template <bool GENERAL, class Out>
