@@ -13,7 +13,8 @@
 // finite is computed again alone, with zeros in the place of such values. Codes are finite always; the scales of positions
 // that a row does not see are kept from it.
 //
-// A KV of codes (kernels/kv.py): with scale s and zero z of a position, q . k = s (q . code - z sum(q)). A value's scale
+// A KV of codes (kernels/kv.py): with scale s and zero z of a position, q . k = s (q . code - z sum(q)); with AVX-512 and
+// activations of bfloat16 q is rounded to 8 bits for it, row by row, and the products are integers. A value's scale
 // goes into its weight, w s, and what its zero takes off, sum(w s z), is the same for all channels.
 #include "kernels/attention_tiles.h"
 #include "kernels/kv_codes.h"
@@ -37,12 +38,14 @@ struct Work {
   using Factor = typename X::Factor;
   alignas(64) float scores[UNIT_ROWS][PARTITION];
   alignas(64) Factor weights[UNIT_ROWS][PARTITION];
-  alignas(64) Factor queries[UNIT_ROWS * MAX_HEAD_DIM];  // [rows][head_dim]
+  alignas(64) typename X::QueryFactor queries[UNIT_ROWS * MAX_HEAD_DIM];  // [rows][head_dim]
   alignas(64) float totals[UNIT_ROWS * (VALUES + MAX_HEAD_DIM)];
   alignas(64) float keep[PADDED_ROWS], add[PADDED_ROWS];  // factors of the old totals and of a partition's
   int64_t from[UNIT_ROWS], until[UNIT_ROWS];  // the positions that each row sees
   const char* keys[VECTORS + TILE_VECTORS];   // of each vector of positions, and of the next ones: see look_ahead
   const char* values[VECTORS];
+
+  float steps[UNIT_ROWS];  // what each row's query, and so its scores, are counted in
 
   // Where they are codes: what belongs to the positions (zeros in steps of a code), and for each row minus the sum of
   // its query, and the sum of its weights with the zeros of the values.
@@ -106,7 +109,7 @@ void find_vectors(const AttentionCall& call, const Unit& unit, int64_t start, in
       const KvNumbers& from = *slots.numbers();
       const int64_t i = slots.offset() % NUMBERS, at = v * lanes;
       store(work.key_scales + at, load_bf16(from.key_scales + i));
-      store(work.key_zeros + at, load_zeros<X>(from.key_zeros + i) + X::EXCESS);
+      store(work.key_zeros + at, load_zeros<X>(from.key_zeros + i) + (X::INTEGERS ? 0 : X::EXCESS));
       store(work.value_scales + at, load_bf16(from.value_scales + i));
       X::put_factors(work.value_zeros + at, load_zeros<X>(from.value_zeros + i));
     }
@@ -197,7 +200,8 @@ void weigh_rows(const AttentionCall& call, const Unit& unit, int64_t start, int6
   float sums[UNIT_ROWS];
   for (int64_t row = 0; row < unit.rows; row++) {
     float top;
-    weigh(work, row, first, end, {work.from[row] - start, work.until[row] - start}, call.scale * LOG2_E, top, sums[row]);
+    weigh(work, row, first, end, {work.from[row] - start, work.until[row] - start}, call.scale * LOG2_E * work.steps[row], top,
+          sums[row]);
     float& total = totals[row * size + TOP];
     const float greater = top > total ? top : total;
     work.keep[row] = total - greater;
@@ -258,24 +262,32 @@ void attend_partition(const AttentionCall& call, const Unit& unit, int64_t parti
   add_values(call, unit, first, end, work, totals);
 }
 
+// Where a row of the unit is in queries and outputs, which are [tokens][heads][head_dim].
+int64_t place_of(const AttentionCall& call, const Unit& unit, int64_t row) {
+  const int64_t group = call.group(), number = unit.first_row + row;
+  const int64_t token = call.batch.starts[unit.slice] + number / group;
+  return (token * call.heads + unit.kv_head * group + number % group) * call.kv.head_dim;
+}
+
 // The rows' queries, and the positions that each row sees.
 template <class X>
 void prepare(const AttentionCall& call, const Unit& unit, Work<X>& work) {
+  using Query = typename X::Query;
   const BatchView& batch = call.batch;
-  const int64_t depth = call.kv.head_dim, group = call.group();
+  const int64_t depth = call.kv.head_dim;
+  const auto* queries = static_cast<const Query*>(call.q);
+  for (int64_t row = 0; row < unit.rows; row++)  // they are no longer in L1
+    for (int64_t d = 0; d < depth; d += 64 / int64_t(sizeof(Query)))
+      __builtin_prefetch(queries + place_of(call, unit, row) + d);
   for (int64_t row = 0; row < unit.rows; row++) {
-    const int64_t token = (unit.first_row + row) / group, head = unit.kv_head * group + (unit.first_row + row) % group;
+    const int64_t token = (unit.first_row + row) / call.group();
     const int64_t end = batch.starts[unit.slice + 1];
     work.until[row] = batch.contexts[unit.slice] - (end - batch.starts[unit.slice]) + token + 1;
     const bool all = call.window == 0 || call.window >= work.until[row];
     work.from[row] = all ? 0 : work.until[row] - call.window;
-    const auto* q = static_cast<const typename X::Query*>(call.q);
-    q += ((batch.starts[unit.slice] + token) * call.heads + head) * depth;
-    for (int64_t d = 0; d < depth; d++) X::factor(&work.queries[row * depth + d], q[d]);
-    if (!CODES<X>) continue;
-    f32v total{};
-    for (int64_t d = 0; d < depth; d += lanes) total = total + load_some(q + d, depth - d);
-    work.minus[row] = -sum(total);
+    const QueryNumbers numbers = X::take(queries + place_of(call, unit, row), depth, work.queries + row * depth);
+    work.steps[row] = numbers.step;
+    work.minus[row] = numbers.minus;
   }
 }
 
@@ -295,11 +307,9 @@ void finish_codes(const KvView& kv, const float* values, float sum_of_weights, T
 // Writes the rows out. A row that is not finite is done again, if `retry`: see the invariant above.
 template <class X>
 void finish(const AttentionCall& call, const Unit& unit, const float* totals, bool retry) {
-  const int64_t depth = call.kv.head_dim, group = call.group(), size = call.kv.totals();
+  const int64_t depth = call.kv.head_dim, size = call.kv.totals();
   for (int64_t row = 0; row < unit.rows; row++) {
-    const int64_t token = (unit.first_row + row) / group, head = unit.kv_head * group + (unit.first_row + row) % group;
-    auto* out = static_cast<typename X::Query*>(call.out);
-    out += ((call.batch.starts[unit.slice] + token) * call.heads + head) * depth;
+    auto* out = static_cast<typename X::Query*>(call.out) + place_of(call, unit, row);
     const float* values = totals + row * size + VALUES;
     if constexpr (CODES<X>) {
       finish_codes(call.kv, values, totals[row * size + SUM], out);
