@@ -34,20 +34,21 @@ WEFT_INLINE void prefetch(const Element* row, int64_t count) {
   for (int64_t i = 0; i < count; i += 64 / sizeof *row) __builtin_prefetch(row + i);
 }
 
-// Sums and differences of elements that are STRIDE apart.
+// Sums and differences of elements that are STRIDE apart. Within a vector by a multiply-add with 1 or -1: such a product is
+// exact, so there is one rounding.
 template <int STRIDE>
 WEFT_INLINE void butterfly(Block& x) {
   if constexpr (STRIDE < lanes) {
-    u32v minus;
-    WEFT_UNROLL for (int i = 0; i < lanes; i++) minus[i] = i & STRIDE ? 1u << 31 : 0;
-    for (int v = 0; v < VECTORS; v++) {
+    f32v signs;
+    WEFT_UNROLL for (int i = 0; i < lanes; i++) signs[i] = i & STRIDE ? -1.0f : 1.0f;
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
       f32v other;
       WEFT_UNROLL for (int i = 0; i < lanes; i++) other[i] = x[v][i ^ STRIDE];
-      x[v] = other + (f32v)((u32v)x[v] ^ minus);
+      x[v] = fma(x[v], signs, other);
     }
   } else {
     constexpr int APART = STRIDE / lanes;
-    for (int v = 0; v < VECTORS; v++) {
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
       if (v & APART) continue;
       const f32v first = x[v], second = x[v + APART];
       x[v] = first + second;
@@ -97,6 +98,15 @@ WEFT_INLINE float highest(const Block& x) {
   return greatest(most);
 }
 
+// To integers, halves to even.
+WEFT_INLINE i32v nearest(f32v x) {
+#if defined(WEFT_LEVEL_avx512)
+  return (i32v)_mm512_maskz_cvtps_epi32(ALL_LANES, (__m512)x);
+#else
+  return (i32v)(x + splat(WHOLE)) - (i32v)splat(WHOLE);
+#endif
+}
+
 // What belongs to one block of one row.
 struct Result {
   int8_t* values;
@@ -109,7 +119,7 @@ template <bool CLIP>
 WEFT_INLINE void round_block(const Block& x, float inverse, const Result& to) {
   i32v total = {};
   WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
-    i32v value = (i32v)(x[v] * splat(inverse) + splat(WHOLE)) - (i32v)splat(WHOLE);
+    i32v value = nearest(x[v] * splat(inverse));
     if (CLIP) {
       value = value < -8 ? splat(-8) : value;
       value = value > 7 ? splat(7) : value;
@@ -120,8 +130,7 @@ WEFT_INLINE void round_block(const Block& x, float inverse, const Result& to) {
   *to.total = fold(total, [](i32v a, i32v b) { return a + b; });
 }
 
-WEFT_INLINE void quantise_block(const Block& x, bool four, const Result& to) {
-  const float most = largest(x);
+WEFT_INLINE void quantise_block(const Block& x, float most, bool four, const Result& to) {
   const bool finite = most < __builtin_inff();
   if (!finite || most < TINY) {
     memset(to.values, 0, BLOCK);
@@ -137,25 +146,31 @@ WEFT_INLINE void quantise_block(const Block& x, bool four, const Result& to) {
   }
 }
 
-// Blocks [first, end) of a row; x: the first of them. place(b): where block b goes.
-template <class Element, class F>
-WEFT_INLINE void quantise_blocks(const W4AxWeights& form, const Element* x, int64_t first, int64_t end, F place) {
-  for (int64_t b = first; b < end; b++, x += BLOCK) {
+// At most PIECE blocks of a row, [first, end). at(channel): a vector of it. place(b): where block b goes. Two passes, for
+// the largest of a block is long in coming: meanwhile other blocks are transformed.
+template <class At, class F>
+WEFT_INLINE void quantise_blocks(const W4AxWeights& form, int64_t first, int64_t end, At at, F place) {
+  Block blocks[PIECE];
+  float most[PIECE];
+  for (int64_t b = first; b < end; b++) {
     Block block;
-    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) block[v] = load_as_float(x + v * lanes);
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) block[v] = at(b * BLOCK + v * lanes);
     if (form.hadamard && b >= form.outlier_blocks) hadamard(block);
-    quantise_block(block, form.four(b), place(b));
+    most[b - first] = largest(block);
+    WEFT_UNROLL for (int v = 0; v < VECTORS; v++) blocks[b - first][v] = block[v];
   }
+  for (int64_t b = first; b < end; b++) quantise_block(blocks[b - first], most[b - first], form.four(b), place(b));
 }
 
 // At most PIECE blocks from `first` on of a row, x.
 template <class Element, class F>
 WEFT_INLINE void quantise_piece(const W4AxWeights& form, const Element* x, int64_t first, F place) {
   const int64_t end = first + PIECE < form.blocks() ? first + PIECE : form.blocks();
-  if (form.permutation == nullptr) return quantise_blocks(form, x + first * BLOCK, first, end, place);
+  if (form.permutation == nullptr)
+    return quantise_blocks(form, first, end, [=](int64_t i) { return load_as_float(x + i); }, place);
   alignas(64) Element picked[PIECE * BLOCK];
   pick(x, form.permutation + first * BLOCK, (end - first) * BLOCK, picked);
-  quantise_blocks(form, picked, first, end, place);
+  quantise_blocks(form, first, end, [&](int64_t i) { return load_as_float(picked + i - first * BLOCK); }, place);
 }
 
 // Rough nanoseconds of one thread, for for_rows().
