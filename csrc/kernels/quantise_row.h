@@ -67,21 +67,32 @@ WEFT_INLINE void hadamard(Block& x) {
   butterfly<64>(x);
 }
 
-// All lanes of x in one: by halves.
-template <class F>
-WEFT_INLINE int32_t fold(i32v x, F join) {
-  if constexpr (lanes > 8) x = join(x, (i32v)turned<8>((f32v)x));
-  if constexpr (lanes > 4) x = join(x, (i32v)turned<4>((f32v)x));
-  x = join(x, (i32v)turned<2>((f32v)x));
-  return join(x, (i32v)turned<1>((f32v)x))[0];
+// All lanes of x in one, by halves: narrower vectors cost less.
+template <int COUNT>
+struct Integers {
+  typedef int32_t Vector __attribute__((vector_size(COUNT * 4)));
+};
+template <class V, class F>
+WEFT_INLINE int32_t fold(V x, F join) {
+  constexpr int HALF = sizeof(V) / 8;
+  if constexpr (HALF == 1) {
+    return join(int32_t(x[0]), int32_t(x[1]));
+  } else {
+    using Half = typename Integers<HALF>::Vector;
+    const Half low = load<Half>(&x), high = load<Half>(reinterpret_cast<const char*>(&x) + sizeof(Half));
+    return fold(join(low, high), join);
+  }
 }
-WEFT_INLINE i32v larger(i32v a, i32v b) { return a > b ? a : b; }
+template <class V>
+WEFT_INLINE V larger(V a, V b) {
+  return a > b ? a : b;
+}
 
 // The largest magnitude. Of a block with an infinity or a NaN, it is that.
 WEFT_INLINE float largest(const Block& x) {
   i32v most = {};  // bits of floats without a sign are in the order of the floats
   WEFT_UNROLL for (int v = 0; v < VECTORS; v++) most = larger(most, (i32v)x[v] & 0x7fffffff);
-  const int32_t all = fold(most, [](i32v a, i32v b) { return larger(a, b); });
+  const int32_t all = fold(most, [](auto a, auto b) { return larger(a, b); });
   float f;
   memcpy(&f, &all, sizeof f);
   return f;
@@ -114,20 +125,39 @@ struct Result {
   int32_t* total;
 };
 
+// Values from -128 to 127 as bytes; returns their sum.
+WEFT_INLINE int32_t store_bytes(int8_t* to, const i32v (&x)[VECTORS]) {
+  i32v total = {};
+#if defined(WEFT_LEVEL_avx512)
+  const i32v order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // of fours, after two packings by lanes of 128 bits
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v += 4) {
+    const __m512i low = _mm512_maskz_packs_epi32(~__mmask32{}, (__m512i)x[v], (__m512i)x[v + 1]);
+    const __m512i high = _mm512_maskz_packs_epi32(~__mmask32{}, (__m512i)x[v + 2], (__m512i)x[v + 3]);
+    const __m512i bytes = _mm512_maskz_packs_epi16(~__mmask64{}, low, high);
+    store(to + v * lanes, _mm512_maskz_permutexvar_epi32(ALL_LANES, (__m512i)order, bytes));
+    total = dot(total, splat(0x01010101u), (u32v)bytes);
+  }
+#else
+  WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
+    store(to + v * lanes, __builtin_convertvector(x[v], i8v));
+    total += x[v];
+  }
+#endif
+  return fold(total, [](auto a, auto b) { return a + b; });
+}
+
 // CLIP: to -8..7. Otherwise x * inverse is known to be within -127.00001 and 127.00001.
 template <bool CLIP>
 WEFT_INLINE void round_block(const Block& x, float inverse, const Result& to) {
-  i32v total = {};
+  i32v values[VECTORS];
   WEFT_UNROLL for (int v = 0; v < VECTORS; v++) {
-    i32v value = nearest(x[v] * splat(inverse));
+    values[v] = nearest(x[v] * splat(inverse));
     if (CLIP) {
-      value = value < -8 ? splat(-8) : value;
-      value = value > 7 ? splat(7) : value;
+      values[v] = values[v] < -8 ? splat(-8) : values[v];
+      values[v] = values[v] > 7 ? splat(7) : values[v];
     }
-    store(to.values + v * lanes, __builtin_convertvector(value, i8v));
-    total += value;
   }
-  *to.total = fold(total, [](i32v a, i32v b) { return a + b; });
+  *to.total = store_bytes(to.values, values);
 }
 
 WEFT_INLINE void quantise_block(const Block& x, float most, bool four, const Result& to) {
