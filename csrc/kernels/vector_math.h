@@ -13,19 +13,28 @@ WEFT_INLINE f32v lanes_or(f32v x, int first, int end, f32v other) {
   return lane >= first && lane < end ? x : other;
 }
 
-// 2^x to 2e-7 of itself. Exactly 1 at 0, exactly 0 from -127 down, infinity from 128 up, NaN of NaN.
+// 2^x to 2e-7 of itself. Exactly 1 at 0, 0 at -infinity and below the range of floats, infinity from 128 up, NaN of NaN.
 WEFT_INLINE f32v exp2(f32v x) {
+#if defined(WEFT_LEVEL_avx512)
+  const f32v rest = (f32v)_mm512_maskz_reduce_ps(ALL_LANES, (__m512)x, 0);  // x - (nearest integer), 0 of an infinity
+#else
   constexpr float shift = 12583039;  // 1.5 * 2^23 + 127: the sum with it ends in the bits of the nearest integer + 127
-  const f32v t = min(splat(128.0f), max(splat(-127.0f), x));  // a NaN passes both
+  const f32v t = min(splat(128.0f), max(splat(-127.0f), x));  // a NaN passes both; 2^-127 is taken for 0
   const f32v shifted = t + shift;
   const f32v rest = t - (shifted - shift);
+#endif
   f32v p = splat(0x1.5bba14p-10f);  // minimax polynomial of 2^rest on [-1/2, 1/2]
   p = fma(p, rest, splat(0x1.3cea88p-7f));
   p = fma(p, rest, splat(0x1.c6b752p-5f));
   p = fma(p, rest, splat(0x1.ebf9bcp-3f));
   p = fma(p, rest, splat(0x1.62e42ap-1f));
   p = fma(p, rest, splat(1.0f));
+#if defined(WEFT_LEVEL_avx512)
+  const __m512 whole = _mm512_maskz_roundscale_ps(ALL_LANES, (__m512)x, 0);
+  return (f32v)_mm512_maskz_scalef_ps(ALL_LANES, (__m512)p, whole);
+#else
   return p * (f32v)((u32v)shifted << 23);
+#endif
 }
 
 // The first `count` of up to `lanes` values, and zeros.
