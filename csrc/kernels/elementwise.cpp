@@ -10,14 +10,14 @@ namespace {
 template <class T>
 void norm_of(Pool& pool, const NormCall& call) {
   for_rows(pool, call.rows, double(call.size) * NORM_COST, [&](int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; row++) norm_row<T>(call, row);
+    for (int64_t row = first; row < end; row++) norm_row(call, row, static_cast<T*>(call.out) + row * call.size);
   });
 }
 
 template <class T>
 void silu_mul_of(Pool& pool, const GateCall& call) {
   for_rows(pool, call.rows, double(call.size) * GATE_COST, [&](int64_t first, int64_t end) {
-    for (int64_t row = first; row < end; row++) silu_mul_row<T>(call, row);
+    for (int64_t row = first; row < end; row++) silu_mul_row(call, row, static_cast<T*>(call.out) + row * call.size);
   });
 }
 

@@ -183,6 +183,8 @@ WEFT_INLINE void quantise_blocks(const W4AxWeights& form, int64_t first, int64_t
   Block blocks[PIECE];
   float most[PIECE];
   for (int64_t b = first; b < end; b++) {
+    const int8_t* values = place(b).values;
+    WEFT_UNROLL for (int line = 0; line < BLOCK; line += 64) __builtin_prefetch(values + line, 1);
     Block block;
     WEFT_UNROLL for (int v = 0; v < VECTORS; v++) block[v] = at(b * BLOCK + v * lanes);
     if (form.hadamard && b >= form.outlier_blocks) hadamard(block);

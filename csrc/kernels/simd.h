@@ -117,11 +117,19 @@ WEFT_INLINE u16v narrow(f32v x) { return narrow_by_bits(x); }
 #endif
 WEFT_INLINE void store_bf16(bf16* to, f32v x) { store(to, narrow(x)); }
 
+// The bits of x rounded to bfloat16, as narrow() rounds. A NaN must be bfloat16's or the CPU's own: its lower half is zero.
+WEFT_INLINE u32v rounded_bits(f32v x) {
+  const u32v bits = (u32v)x;
+  return (bits + (0x7fff + (bits >> 16 & 1))) & 0xffff0000;
+}
+
 // By T (float or bf16): what a kernel for both types loads and stores.
 WEFT_INLINE f32v load_as_float(const float* from) { return load<f32v>(from); }
 WEFT_INLINE f32v load_as_float(const bf16* from) { return load_bf16(from); }
 WEFT_INLINE void store_from_float(float* to, f32v x) { store(to, x); }
 WEFT_INLINE void store_from_float(bf16* to, f32v x) { store_bf16(to, x); }
+WEFT_INLINE f32v rounded_to(f32v x, const float*) { return x; }
+WEFT_INLINE f32v rounded_to(f32v x, const bf16*) { return (f32v)rounded_bits(x); }
 WEFT_INLINE float to_float(float x) { return x; }
 WEFT_INLINE float to_float(bf16 x) { return widen(x); }
 WEFT_INLINE void from_float(float* to, float x) { *to = x; }
