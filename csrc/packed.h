@@ -58,7 +58,7 @@ class PackedW4Ax {
   PackedW4Ax(Backend& backend, uintptr_t values, uintptr_t scales, uintptr_t zeros, uintptr_t bias,
              uintptr_t permutation, int64_t out, int64_t in, int64_t outlier_blocks, int64_t wide_blocks, bool hadamard,
              bool exact_a4, bool general)
-      : weights_{in, out, outlier_blocks, wide_blocks, hadamard, exact_a4, general, nullptr, nullptr, nullptr} {
+      : weights_{in, out, outlier_blocks, wide_blocks, hadamard, exact_a4, general, nullptr, BLOCK, nullptr, nullptr} {
     Pool& pool = backend.pool();
     panels_ = Memory(size_t(weights_.panel_count() * weights_.panel_bytes()));
     backend.kernels().pack_w4ax(
@@ -69,6 +69,8 @@ class PackedW4Ax {
     if (in > 65536)
       throw std::invalid_argument("a permutation of " + std::to_string(in) + " channels; numbers of 16 bits reach 65536");
     weights_.permutation = copy<uint16_t>(permutation_, at<const int32_t>(permutation), in, in);
+    for (int64_t i = 1; i < in; i++)
+      while (i % weights_.run != 0 && weights_.permutation[i] != weights_.permutation[i - 1] + 1) weights_.run /= 2;
   }
 
   const W4AxWeights& weights() const {

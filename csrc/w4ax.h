@@ -21,6 +21,7 @@ struct W4AxWeights {
   bool exact_a4;           // these have 4-bit activations, too
   bool general;            // scales of 32 bits, and zero points
   const uint16_t* permutation;  // [in], or null
+  int64_t run;                  // its channels come in whole runs of so many neighbours (a power of two up to BLOCK)
   const char* panels;
   const float* bias;  // [panels * PANEL], or null
 

@@ -74,7 +74,7 @@ void norm_quantise_of(Pool& pool, const NormCall& call, const W4AxWeights& form,
     T* room = static_cast<T*>(call.out) + first * call.size;  // the same for all rows: it stays in the L1 cache
     int64_t row = first;
     if constexpr (sizeof(T) == sizeof(bf16))
-      for (; form.permutation != nullptr && row + TOGETHER <= end; row += TOGETHER)
+      for (; form.run < lanes && row + TOGETHER <= end; row += TOGETHER)
         norm_quantise_together(call, form, to, row, reinterpret_cast<uint32_t*>(room));
     for (; row < end; row++) {
       norm_row(call, row, room);

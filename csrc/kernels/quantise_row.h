@@ -200,6 +200,8 @@ WEFT_INLINE void quantise_piece(const W4AxWeights& form, const Element* x, int64
   const int64_t end = first + PIECE < form.blocks() ? first + PIECE : form.blocks();
   if (form.permutation == nullptr)
     return quantise_blocks(form, first, end, [=](int64_t i) { return load_as_float(x + i); }, place);
+  if (form.run >= lanes)
+    return quantise_blocks(form, first, end, [&](int64_t i) { return load_as_float(x + form.permutation[i]); }, place);
   alignas(64) Element picked[PIECE * BLOCK];
   pick(x, form.permutation + first * BLOCK, (end - first) * BLOCK, picked);
   quantise_blocks(form, first, end, [&](int64_t i) { return load_as_float(picked + i - first * BLOCK); }, place);
