@@ -53,7 +53,7 @@ struct Kernels {
   void (*pack_w4ax)(Pool& pool, const W4AxWeights& shape, const W4AxSource& from, char* panels);
   // x [to.rows, in] -> integers, as the weights want them.
   void (*quantise_w4ax)(Pool& pool, const W4AxWeights& form, const void* x, Type type, const QuantisedRows& to);
-  // The same of the rows that a norm or a gated activation gives; these are written to call.out, too.
+  // The same of the rows that a norm or a gated activation gives. call.out is room for them, and not kept.
   void (*norm_quantise)(Pool& pool, const NormCall& call, const W4AxWeights& form, const QuantisedRows& to);
   void (*silu_mul_quantise)(Pool& pool, const GateCall& call, const W4AxWeights& form, const QuantisedRows& to);
   // Their product y [x.rows, out].

@@ -70,7 +70,7 @@ class Program {
   void norm(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out);
   void linear(const PackedLinear& packed, Domain domain, int64_t x, int64_t y, Type type);
   void quantise(const PackedW4Ax& packed, Domain domain, int64_t x, Type type, int64_t out);
-  // A norm, or a gated activation, and quantise() of what it gives, in one pass. They write `between` as well.
+  // A norm, or a gated activation, and quantise() of what it gives, in one pass. `between`: room for that, and not kept.
   void norm_quantise(const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t between,
                      const PackedW4Ax& packed, int64_t out);
   void silu_mul_quantise(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t between,

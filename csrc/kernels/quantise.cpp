@@ -56,8 +56,7 @@ void norm_quantise_together(const NormCall& call, const W4AxWeights& form, const
   alignas(64) uint32_t picked[PAIRS][PIECE * BLOCK];
   for (int64_t first = 0; first < form.blocks(); first += PIECE) {
     const int64_t end = first + PIECE < form.blocks() ? first + PIECE : form.blocks();
-    for (int p = 0; p < PAIRS; p++)
-      pick(pairs + p * size, form.permutation + first * BLOCK, (end - first) * BLOCK, picked[p]);
+    pick<PAIRS>(pairs, size, form.permutation + first * BLOCK, (end - first) * BLOCK, picked[0], PIECE * BLOCK);
     for (int p = 0; p < PAIRS; p++) {
       const uint32_t* from = picked[p] - first * BLOCK;
       quantise_blocks(form, first, end, [=](int64_t i) { return (f32v)(load<u32v>(from + i) << 16); },

@@ -17,14 +17,20 @@ typedef f32v Block[VECTORS];
 
 // Channels of a row by their numbers, put together one by one: AMD's gather instruction takes 1.7 times as long. They are
 // picked for several blocks before the first is read: a load waits until the stores that it overlaps are in the cache.
-template <class Element>
-WEFT_INLINE void pick(const Element* row, const uint16_t* numbers, int64_t count, Element* to) {
+// rows: [ROWS][size], to: [ROWS][stride].
+template <int ROWS, class Element>
+WEFT_INLINE void pick(const Element* rows, int64_t size, const uint16_t* numbers, int64_t count, Element* to,
+                      int64_t stride) {
   typedef Element Part __attribute__((vector_size(16)));
   constexpr int EACH = 16 / sizeof(Element);
   for (int64_t i = 0; i < count; i += EACH) {
-    Part part;
-    WEFT_UNROLL for (int j = 0; j < EACH; j++) part[j] = row[numbers[i + j]];
-    store(to + i, part);
+    uint16_t here[EACH];
+    memcpy(here, numbers + i, sizeof here);
+    WEFT_UNROLL for (int r = 0; r < ROWS; r++) {
+      Part part;
+      WEFT_UNROLL for (int j = 0; j < EACH; j++) part[j] = rows[r * size + here[j]];
+      store(to + r * stride + i, part);
+    }
   }
 }
 
@@ -67,11 +73,12 @@ WEFT_INLINE void hadamard(Block& x) {
   butterfly<64>(x);
 }
 
-// All lanes of x in one, by halves: narrower vectors cost less.
 template <int COUNT>
 struct Integers {
   typedef int32_t Vector __attribute__((vector_size(COUNT * 4)));
 };
+
+// All lanes of x in one, by halves: narrower vectors cost less.
 template <class V, class F>
 WEFT_INLINE int32_t fold(V x, F join) {
   constexpr int HALF = sizeof(V) / 8;
@@ -129,7 +136,8 @@ struct Result {
 WEFT_INLINE int32_t store_bytes(int8_t* to, const i32v (&x)[VECTORS]) {
   i32v total = {};
 #if defined(WEFT_LEVEL_avx512)
-  const i32v order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};  // of fours, after two packings by lanes of 128 bits
+  // Packing joins two vectors within each 128 bits. So after two of them, these are the fours in order.
+  const i32v order = {0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15};
   WEFT_UNROLL for (int v = 0; v < VECTORS; v += 4) {
     const __m512i low = _mm512_maskz_packs_epi32(~__mmask32{}, (__m512i)x[v], (__m512i)x[v + 1]);
     const __m512i high = _mm512_maskz_packs_epi32(~__mmask32{}, (__m512i)x[v + 2], (__m512i)x[v + 3]);
@@ -183,7 +191,7 @@ WEFT_INLINE void quantise_blocks(const W4AxWeights& form, int64_t first, int64_t
   Block blocks[PIECE];
   float most[PIECE];
   for (int64_t b = first; b < end; b++) {
-    const int8_t* values = place(b).values;
+    const int8_t* values = place(b).values;  // written when all blocks are here: bursts of stores would wait
     WEFT_UNROLL for (int line = 0; line < BLOCK; line += 64) __builtin_prefetch(values + line, 1);
     Block block;
     WEFT_UNROLL for (int v = 0; v < VECTORS; v++) block[v] = at(b * BLOCK + v * lanes);
@@ -203,7 +211,7 @@ WEFT_INLINE void quantise_piece(const W4AxWeights& form, const Element* x, int64
   if (form.run >= lanes)
     return quantise_blocks(form, first, end, [&](int64_t i) { return load_as_float(x + form.permutation[i]); }, place);
   alignas(64) Element picked[PIECE * BLOCK];
-  pick(x, form.permutation + first * BLOCK, (end - first) * BLOCK, picked);
+  pick<1>(x, form.in, form.permutation + first * BLOCK, (end - first) * BLOCK, picked, PIECE * BLOCK);
   quantise_blocks(form, first, end, [&](int64_t i) { return load_as_float(picked + i - first * BLOCK); }, place);
 }
 

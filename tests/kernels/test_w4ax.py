@@ -39,9 +39,12 @@ def made_weight(seed: int, n: int, blocks: int, wide_blocks: int, *, extreme: bo
     return QuantisedLinear(values, scales, torch.randn(n, generator=random(seed + 2)) if bias else None)
 
 
-def made_form(seed: int, blocks: int, outlier_blocks: int, *, permuted: bool, hadamard: bool) -> InputForm:
-    channels = blocks * BLOCK
-    order = torch.randperm(channels, generator=random(seed + 3)) if permuted else None
+def made_form(seed: int, blocks: int, outlier_blocks: int, *, run: int, hadamard: bool) -> InputForm:
+    """run: so many channels stay together when they are permuted; 0: they are not."""
+    channels, order = blocks * BLOCK, None
+    if run:
+        starts = torch.randperm(channels // run, generator=random(seed + 3)) * run
+        order = (starts[:, None] + torch.arange(run)).flatten()
     return InputForm(channels, order, outlier_blocks, hadamard)
 
 
@@ -93,7 +96,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         "outliers": outliers,
         "wide": draw(st.sampled_from([0, outliers])),
         "n": draw(outputs),
-        "permuted": draw(st.booleans()),
+        "run": draw(st.sampled_from([0, 1, 4, 8, 16, 64, 128])),  # around the lanes of a vector, and heads
         "hadamard": draw(st.booleans()),
         "exact_a4": draw(st.booleans()),
         "extreme": draw(st.booleans()),
@@ -104,7 +107,7 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
 
 def make(layer: dict[str, Any]) -> tuple[InputForm, QuantisedLinear]:
     seed, blocks = layer["seed"], layer["blocks"]
-    form = made_form(seed, blocks, layer["outliers"], permuted=layer["permuted"], hadamard=layer["hadamard"])
+    form = made_form(seed, blocks, layer["outliers"], run=layer["run"], hadamard=layer["hadamard"])
     weight = made_weight(seed, layer["n"], blocks, layer["wide"], extreme=layer["extreme"], bias=layer["bias"])
     return form, weight
 

@@ -6,6 +6,7 @@ that one program serves every number of rows.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -99,11 +100,18 @@ class Program:
 
 
 def fuse(operations: Sequence[Operation]) -> list[Operation]:
-    """The same with each norm or gated activation joined to the quantisation that follows it at once."""
+    """The same with each norm or gated activation joined to the quantisation that follows it at once, if nothing else
+    reads it: what is between them is not kept."""
+    uses = Counter(value for operation in operations for value in operation.uses())
     joined: list[Operation] = []
     for operation in operations:
         before = joined[-1] if joined else None
-        if isinstance(operation, Quantise) and isinstance(before, Norm | SiluMul) and operation.x is before.out:
+        if (
+            isinstance(operation, Quantise)
+            and isinstance(before, Norm | SiluMul)
+            and operation.x is before.out
+            and uses[before.out] == 2
+        ):
             joined[-1] = MakeAndQuantise(before, operation)
         else:
             joined.append(operation)
