@@ -33,6 +33,7 @@ from weft.weave.background import Background
 from weft.weave.choice import Mode, choose_mode
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.distributed import AllReduceCollective, connect, meet
+from weft.weave.native import NativeBackground
 from weft.weave.rows import JoinRows
 from weft.weave.sockets import open_sockets
 from weft.weave.split import choose_strands
@@ -153,22 +154,24 @@ class Rank:
         reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
         self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
         self.fused = Delayed(open_sockets(*group(FUSED), self.kernels, **reach))
-        self.behind = Delayed(open_sockets(*group(WOVEN), own, **reach))
-        self.woven = Background(self.behind, (core,))
+        self.woven = NativeBackground(open_sockets(*group(WOVEN), own, **reach), (core,))
+        self.behind = Delayed(open_sockets(*group("late"), own, **reach))
+        self.late = Background(self.behind, (core,))
         self.silent = Silent(self.rank, FusedRows(self.kernels))
 
     def modes(self, model: Model) -> dict[str, tuple[Collective, int, bool]]:
         """(collective, strands, quantised gather) by name."""
         most = max(STRANDS)
+        woven = self.late if self.behind.seconds else self.woven
         found: dict[str, tuple[Collective, int, bool]] = {
             PLAIN: (self.plain, 1, False),
             FUSED: (self.fused, 1, False),
-            TWO: (self.woven, 2, False),
-            WOVEN: (self.woven, most, False),
+            TWO: (woven, 2, False),
+            WOVEN: (woven, most, False),
             NOTHING: (self.silent, 1, False),
             SPLIT: (self.silent, most, False),
         }
-        return found | ({QUANTISED: (self.woven, most, True)} if model.quantised else {})
+        return found | ({QUANTISED: (woven, most, True)} if model.quantised else {})
 
     @torch.inference_mode()
     def step(self, model: Model, tokens: int, collective: Collective, count: int, quantised: bool) -> torch.Tensor:
@@ -200,7 +203,8 @@ class Rank:
         return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, tokens)}
 
     def _chosen(self, model: Model, tokens: int) -> str:
-        collectives: dict[Mode, Collective] = {Mode.PLAIN: self.plain, Mode.FUSED: self.fused, Mode.WOVEN: self.woven}
+        woven = self.modes(model)[WOVEN][0]
+        collectives: dict[Mode, Collective] = {Mode.PLAIN: self.plain, Mode.FUSED: self.fused, Mode.WOVEN: woven}
         sizes = sorted({64, tokens // 2, tokens})
         costs = measure(model.decoder, model.kv, KV_BLOCK, collectives, sizes)
         mode, strands = choose_mode(costs, tokens, [choose_strands([tokens], WAVE, count) for count in STRANDS])

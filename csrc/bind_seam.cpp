@@ -6,6 +6,7 @@
 #include "links.h"
 #include "packed.h"
 #include "seam.h"
+#include "seam_thread.h"
 
 namespace weft {
 
@@ -53,6 +54,8 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
            arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked());
   nb::class_<Links, Seams>(module, "Links")
       .def(nb::init<int, std::vector<int>, double>(), arg("rank"), arg("files"), arg("timeout"));
+  nb::class_<SeamThread, Seams>(module, "SeamThread")
+      .def(nb::init<Seams&, const std::vector<int>&>(), arg("seams"), arg("cores"), nb::keep_alive<1, 2>());
 
   backend.def(
       "join_rows",

@@ -1,7 +1,6 @@
 #include "threads.h"
 
 #include <pthread.h>
-#include <signal.h>
 
 #include <chrono>
 #include <stdexcept>
@@ -36,19 +35,6 @@ bool spin_until(F&& done) {
   return false;
 }
 
-// Returns false when the system refuses.
-bool pin(std::thread& thread, int core) {
-#ifdef __linux__
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  CPU_SET(core, &set);
-  return pthread_setaffinity_np(thread.native_handle(), sizeof set, &set) == 0;
-#else
-  (void)thread, (void)core;  // no pinning on this system: the scheduler places the threads
-  return true;
-#endif
-}
-
 void name_thread(int member) {
 #ifdef __linux__
   pthread_setname_np(pthread_self(), ("weft-" + std::to_string(member)).c_str());
@@ -57,21 +43,27 @@ void name_thread(int member) {
 #endif
 }
 
-// Python's signal handlers belong to its main thread: a worker must not be the one that a signal interrupts.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
-
 }  // namespace
+
+bool pin(std::thread& thread, const std::vector<int>& cores) {
+#ifdef __linux__
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  for (int core : cores) CPU_SET(core, &set);
+  return pthread_setaffinity_np(thread.native_handle(), sizeof set, &set) == 0;
+#else
+  (void)thread, (void)cores;  // no pinning on this system: the scheduler places the threads
+  return true;
+#endif
+}
+
+SignalsBlocked::SignalsBlocked() {
+  sigset_t all;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before_);
+}
+
+SignalsBlocked::~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
 
 Pool::Pool(const std::vector<int>& cores) {
   try {
@@ -97,7 +89,7 @@ void Pool::set_cores(const std::vector<int>& cores) {
   std::lock_guard<std::mutex> guard(mutex_);
   resize(int(cores.size()));
   for (size_t i = 0; i < workers_.size(); i++)
-    if (!pin(workers_[i], cores[i + 1]))
+    if (!pin(workers_[i], {cores[i + 1]}))
       throw std::invalid_argument("this process may not run on core " + std::to_string(cores[i + 1]));
 }
 

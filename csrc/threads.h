@@ -7,6 +7,8 @@
 // Invariant: what an item computes must not depend on the member that runs it or on the number of members.
 #pragma once
 
+#include <signal.h>
+
 #include <atomic>
 #include <cstdint>
 #include <mutex>
@@ -15,6 +17,22 @@
 #include <vector>
 
 namespace weft {
+
+// Lets a thread run on these cores only. Returns false when the system refuses.
+bool pin(std::thread& thread, const std::vector<int>& cores);
+
+// For threads that are started meanwhile: Python's signal handlers belong to its main thread, and no other must be the one
+// that a signal interrupts.
+class SignalsBlocked {
+ public:
+  SignalsBlocked();
+  ~SignalsBlocked();
+  SignalsBlocked(const SignalsBlocked&) = delete;
+  SignalsBlocked& operator=(const SignalsBlocked&) = delete;
+
+ private:
+  sigset_t before_;
+};
 
 class Pool {
  public:

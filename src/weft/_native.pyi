@@ -249,6 +249,12 @@ class Links(Seams):
 
     def __init__(self, rank: int, files: list[int], timeout: float) -> None: ...
 
+class SeamThread(Seams):
+    """Other seams, carried out by a thread of its own on these cores (none: where its maker may run), in the order in
+    which they were started: any number before the first is finished (csrc/seam_thread.h). `finish` is of the first."""
+
+    def __init__(self, seams: Seams, cores: Sequence[int]) -> None: ...
+
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].
 

@@ -24,6 +24,7 @@ from weft.weave import rows
 from weft.weave.background import Background
 from weft.weave.collective import Join
 from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect
+from weft.weave.native import NativeBackground, NativeCollective
 from weft.weave.shm import ShmCollective
 from weft.weave.sockets import open_sockets
 
@@ -108,7 +109,9 @@ class Rank:
                 self.collective = AllReduceCollective(messages, join_rows)
             else:
                 self.collective = DistributedCollective(messages, join_rows, capacity=1 << 20, **options)
-        if background:
+        if background and isinstance(self.collective, NativeCollective):
+            self.collective = NativeBackground(self.collective)
+        elif background:
             self.collective = Background(self.collective)
         return [torch.tensor(os.getpid())]
 

@@ -110,7 +110,7 @@ def open_ranked(
                 own = open_kernels(kernels.name, cores[-1:], exact_a4=config.exact_a4)
                 stack.callback(own.close)
             collective = _connect(config, group, store, f"{lane}-{mode.value}", mode, own, decoder)
-            collectives[mode] = Background(collective, cores[-1:]) if mode is Mode.WOVEN else collective
+            collectives[mode] = _in_background(collective, own, cores[-1:]) if mode is Mode.WOVEN else collective
             stack.callback(collectives[mode].close)
         costs = None
         if config.weave == "auto":
@@ -182,6 +182,16 @@ def _connect(
     capacity = config.max_num_batched_tokens * decoder.config.hidden_size * torch.float32.itemsize
     one_round = mode is Mode.ONE_SHOT
     return DistributedCollective(messages, _join_rows(kernels), capacity=capacity, one_round=one_round)
+
+
+def _in_background(collective: Collective, kernels: Kernels, cores: tuple[int, ...]) -> Collective:
+    """With a communication thread on these cores."""
+    if kernels.name in LEVELS:
+        from weft.weave.native import NativeBackground, NativeCollective
+
+        if isinstance(collective, NativeCollective):
+            return NativeBackground(collective, cores)
+    return Background(collective, cores)
 
 
 def _join_rows(kernels: Kernels) -> JoinRows:

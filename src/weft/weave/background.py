@@ -10,10 +10,15 @@ import torch
 from weft.weave.collective import Collective, Join, Joined
 
 
-class Background:
-    """Any collective, carried out by one thread of its own, in the order of the calls: a seam may be started before
-    those ahead of it have ended. The thread sleeps while there is nothing to do. Give the collective kernels of its
-    own: a call on those that compute waits for what they compute.
+class Queue:
+    """A collective whose seams may be started before those ahead of them have ended. They are carried out one at a time,
+    in the order of the calls, and are to be finished in this order."""
+
+
+class Background(Queue):
+    """Any collective, carried out by one thread of its own, which sleeps while there is nothing to do. Give the
+    collective kernels of its own: a call on those that compute waits for what they compute. (Of collectives in C++,
+    weave/native.py has one without Python in the thread.)
 
     cores: where the thread runs (None: where its maker may). What `start` of the collective raises comes from `finish`.
     """

@@ -5,6 +5,7 @@ Sum, residual, norm and quantisation are one pass over the owner's rows, and a s
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from weft import _native
 from weft.errors import RankLost
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import w4ax_format
+from weft.weave.background import Queue
 from weft.weave.collective import Join, Joined, check, fingerprint, plan_of
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -34,7 +36,7 @@ class NativeCollective:
     def __init__(self, group: _native.Seams, kernels: CpuKernels) -> None:
         self.group = group
         self.rank, self.ranks = group.rank, group.ranks
-        self._kernels = kernels
+        self.kernels = kernels
 
     def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
         return bounds[self.rank], bounds[self.rank + 1]
@@ -55,8 +57,8 @@ class NativeCollective:
             out = hidden.data.data_ptr()
         try:
             self.group.start(
-                self._kernels.native,
-                fingerprint((self._kernels.name, plan_of(join))),
+                self.kernels.native,
+                fingerprint((self.kernels.name, plan_of(join))),
                 _TYPES[weight.dtype],
                 _TYPES[partial.dtype],
                 partial.data_ptr(),
@@ -76,7 +78,7 @@ class NativeCollective:
 
     def finish(self, pending: _Pending) -> Joined:
         try:
-            self.group.finish(self._kernels.native)
+            self.group.finish(self.kernels.native)
         except RuntimeError as error:
             raise RankLost(str(error)) from error
         return Joined(pending.hidden, pending.residual)
@@ -86,10 +88,34 @@ class NativeCollective:
         out = rows.new_empty((self.ranks, *rows.shape))
         plan = fingerprint(("gather", tuple(rows.shape), str(rows.dtype)))
         try:
-            self.group.gather(self._kernels.native, plan, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
+            self.group.gather(self.kernels.native, plan, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
         except RuntimeError as error:
             raise RankLost(str(error)) from error
         return list(out)
 
     def close(self) -> None:
         self.group.leave()
+
+
+class NativeBackground(NativeCollective, Queue):
+    """What weave/background.py is for any collective, without Python in the thread."""
+
+    def __init__(self, collective: NativeCollective, cores: tuple[int, ...] | None = None) -> None:
+        """collective: used by nobody else from now on; with kernels of its own. cores: where the thread runs (None:
+        where its maker may)."""
+        super().__init__(_native.SeamThread(collective.group, cores or ()), collective.kernels)
+        self._begun: deque[_Pending] = deque()  # what the thread reads and writes stays, whatever becomes of the caller
+
+    def start(self, join: Join) -> _Pending:
+        pending = super().start(join)
+        self._begun.append(pending)
+        return pending
+
+    def finish(self, pending: _Pending) -> Joined:
+        """Of the first that was started and is not finished yet."""
+        if not self._begun or pending is not self._begun[0]:
+            raise ValueError("seams are finished in the order in which they were started")
+        try:
+            return super().finish(pending)
+        finally:
+            self._begun.popleft()

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from weft.weave.background import Background
+from weft.weave.background import Queue
 from weft.weave.collective import Collective, Join, Quantise
 from weft.weave.seam import Joined, Seam, Strand
 from weft.weave.split import even_bounds, kept_bounds
@@ -81,7 +81,7 @@ class Weaver:
     def __init__(self, collective: Collective, formats: Callable[[Any], Quantise | None] = no_format) -> None:
         self._collective = collective
         self._formats = formats
-        self._ahead = isinstance(collective, Background)
+        self._ahead = isinstance(collective, Queue)
 
     def weave(self, strands: Sequence[Strand], kept: Sequence[Sequence[int]] | None = None) -> list[torch.Tensor]:
         """Drive these strands to the end. Returns their values.
