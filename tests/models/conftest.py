@@ -1,4 +1,4 @@
-"""An fmpq checkpoint of random integers, for tests of several ranks."""
+"""Models for tests of several ranks: the shape of a small one, and an fmpq checkpoint of random integers."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ from weft.comet.outer import embedding_shapes, head_shapes
 from weft.models import quantised
 from weft.models.families import parse_config
 
+SMALL: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 150,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 12,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+}
 FMPQ: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "vocab_size": 131,
@@ -76,3 +89,14 @@ def shuffled(*blocks: int) -> torch.Tensor:
 @pytest.fixture(name="write_fmpq", scope="session")
 def fmpq_writer() -> Callable[..., None]:
     return write_fmpq
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Callable[..., Path]:
+    """Makes a folder with the shape of a small model, with these changes to it."""
+
+    def make(**changes: Any) -> Path:
+        (tmp_path / "config.json").write_text(json.dumps(SMALL | changes))
+        return tmp_path
+
+    return make

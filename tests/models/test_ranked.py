@@ -5,7 +5,6 @@ Here the ranks are threads of one process, each with kernels, weights and KV of 
 
 from __future__ import annotations
 
-import json
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -31,19 +30,6 @@ from weft.weave.collective import Collective, Join, Joined, Quantise
 from weft.weave.local import Threads
 from weft.weave.rows import plain
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 150,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
 BEST = available()[0]
 pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is not built")
 
@@ -176,11 +162,6 @@ def poison() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def folder_of(tmp_path: Path, **changes: Any) -> Path:
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE | changes))
-    return tmp_path
-
-
 def tokens(count: int, seed: int) -> tuple[int, ...]:
     draw = random.Random(seed)
     return tuple(draw.randrange(131) for _ in range(count))
@@ -207,8 +188,10 @@ def late(rank: int, seam: int, stage: str) -> None:
 
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_every_cut_gives_the_same_bits_on_every_rank(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
-    folder = folder_of(tmp_path)
+def test_every_cut_gives_the_same_bits_on_every_rank(
+    small: Callable[..., Path], ranks: int, dtype: torch.dtype
+) -> None:
+    folder = small()
     with open_alone(folder, BEST, dtype, seed=3) as alone:
         wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
     with open_group(folder, BEST, ranks, dtype, seed=3, pause=late) as group:
@@ -240,8 +223,8 @@ def test_every_cut_gives_the_same_bits_on_every_rank(tmp_path: Path, ranks: int,
     ids=["tied, grouped heads", "biases", "windows, norms of q and k"],
 )
 @pytest.mark.parametrize("kernels", sorted({BEST, "reference"}))
-def test_models_of_every_kind(tmp_path: Path, changes: dict[str, Any], kernels: str) -> None:
-    folder = folder_of(tmp_path, **changes)
+def test_models_of_every_kind(small: Callable[..., Path], changes: dict[str, Any], kernels: str) -> None:
+    folder = small(**changes)
     with (
         open_alone(folder, kernels, torch.float32, seed=5) as alone,
         open_group(folder, kernels, 2, torch.float32, seed=5) as group,
@@ -252,8 +235,8 @@ def test_models_of_every_kind(tmp_path: Path, changes: dict[str, Any], kernels: 
             torch.testing.assert_close(result[0], alone(step), atol=1e-4, rtol=1e-4)
 
 
-def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(tmp_path: Path) -> None:
-    folder = folder_of(tmp_path)
+def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(small: Callable[..., Path]) -> None:
+    folder = small()
     with open_group(folder, BEST, 2, torch.float32, seed=3) as group:
         first, (slices, rows, _, _) = steps(Mode.WOVEN, 7, 7)
         group.run(first)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,19 +22,6 @@ from weft.models.ranked import Ranked
 from weft.models.shard import Part, shard_config
 from weft.weave.choice import Mode
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 150,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 12,
-    "num_key_value_heads": 12,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-}
 BEST = available()[0]
 BLOCK = 16
 pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is not built")
@@ -110,10 +96,9 @@ STEPS: tuple[Step, ...] = (
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_program_gives_the_bits_of_its_calls(tmp_path: Path, ranks: int, dtype: torch.dtype) -> None:
+def test_a_program_gives_the_bits_of_its_calls(small: Callable[..., Path], ranks: int, dtype: torch.dtype) -> None:
     """Steps with fewer rows than ranks, with none that is wanted, and with too many tokens, one after the other."""
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    with open_ranks(tmp_path, ranks, dtype, seed=3) as (run, _):
+    with open_ranks(small(), ranks, dtype, seed=3) as (run, _):
         for step in STEPS:
             found = run(step)
             for plain, recorded in found:
@@ -127,9 +112,8 @@ def test_four_bit_weights(tmp_path: Path, write_fmpq: Callable[..., None]) -> No
             assert all(torch.equal(*pair) for pair in run(step))
 
 
-def test_a_rank_that_does_not_come_is_named(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps(SHAPE))
-    with open_ranks(tmp_path, 2, torch.float32, seed=3, timeout=0.5) as (_, opened):
+def test_a_rank_that_does_not_come_is_named(small: Callable[..., Path]) -> None:
+    with open_ranks(small(), 2, torch.float32, seed=3, timeout=0.5) as (_, opened):
         program = opened[0][1]
         with pytest.raises(RankLost, match=r"rank 1 .*did not come within 0\.5 s"):
             program.run([Slice(1, 0, tokens(5, 1), (3,))], [4])

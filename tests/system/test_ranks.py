@@ -6,122 +6,56 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from weft.config import EngineConfig
-from weft.core.request import PromptScores, Request, TokenOutput
-from weft.core.sampling import SamplingParams
-from weft.loop.build import open_engine
-
-READY_SECONDS = 120.0
-PROMPTS = [tuple(range(5 + number, 60 + 40 * number)) for number in range(3)]
-POOL = ("--num-blocks", "200", "--max-model-len", "512", "--max-num-batched-tokens", "128")
-SETTINGS = {"num_blocks": 200, "max_model_len": 512, "max_num_batched_tokens": 128, "dtype": "float32"}
-LENGTH = 20
+Post = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass
-class Server:
-    """A server with ranks, its address and what it has written."""
+class Ranked:
+    """A server of the built-in model on two ranks. lost: descriptors of ranks that were sent a signal."""
 
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
+    server: Any
+    lost: list[int] = field(default_factory=list)
 
-    def rank(self, number: int) -> int:
-        """The process of a rank: they are started in order, below the engine process."""
-        (engine,) = children(self.process.pid)
-        return sorted(children(engine))[number]
+    def lose(self, number: int, sent: signal.Signals) -> None:
+        """Send a signal to a rank. They are started in order, below the engine process."""
+        (engine,) = children(self.server.process.pid)
+        self.lost.append(os.pidfd_open(sorted(children(engine))[number]))
+        signal.pidfd_send_signal(self.lost[-1], sent)
+
+    def close(self) -> None:
+        """Whatever has become of the server, no rank that was stopped may stay."""
+        for descriptor in self.lost:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
 
 
 def children(parent: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
 
 
-@contextmanager
-def ranked(log: Path, *flags: str) -> Iterator[Server]:
-    """A server of the built-in model on two ranks."""
-    with socket.socket() as chosen:
-        chosen.bind(("127.0.0.1", 0))
-        port = chosen.getsockname()[1]
-    command = [sys.executable, "-m", "weft", "serve", "-tp", "2", *POOL, *flags, "--port", str(port)]
-    with log.open("w") as words:
-        process = subprocess.Popen(command, stdout=words, stderr=words)
-    server = Server(process, f"http://127.0.0.1:{port}", log)
-    try:
-        end = time.monotonic() + READY_SECONDS
-        while not ready(server.url):
-            assert process.poll() is None and time.monotonic() < end, log.read_text()
-            time.sleep(0.05)
-        yield server
-    finally:
-        process.kill()
-        process.wait()
-
-
-def ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/health/ready", timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
-
-
-@dataclass
-class Alone:
-    """What one rank answers: greedy to PROMPTS, and drawn with a seed to the last of them, whose tokens it scores."""
-
-    greedy: list[list[int]]
-    drawn: list[int]
-    scores: list[float]
-
-
-def alone() -> Alone:
-    engine, _ = open_engine(EngineConfig(**SETTINGS), lambda phase: None)  # type: ignore[arg-type]
-    try:
-        for number, prompt in enumerate(PROMPTS):
-            engine.submit(Request(str(number), prompt, SamplingParams(LENGTH, temperature=0.0, ignore_eos=True)))
-        draw = SamplingParams(LENGTH, temperature=0.8, top_p=0.9, seed=7, ignore_eos=True, prompt_logprobs=1)
-        engine.submit(Request("drawn", PROMPTS[-1], draw))
-        tokens: dict[str, list[int]] = {}
-        scores: list[float] = []
-        while not engine.idle:
-            for event in engine.step(10.0):
-                if isinstance(event, TokenOutput) and event.token is not None:
-                    tokens.setdefault(event.request, []).append(event.token)
-                elif isinstance(event, PromptScores):
-                    scores = [score.logprob for score in event.scores]
-        return Alone([tokens[str(number)] for number in range(len(PROMPTS))], tokens["drawn"], scores)
-    finally:
-        engine.close()
-
-
-def compare(post: Callable[[dict[str, object]], dict[str, Any]]) -> None:
+def compare(post: Post, alone: Any) -> None:
     """With what one rank answers. post: a body to /v1/completions, and its answer."""
-    wanted = alone()
     for _ in range(2):  # the second time from the prefix cache
-        assert [one["token_ids"] for one in post(body(PROMPTS, LENGTH, stream=False))["choices"]] == wanted.greedy
-    settings = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "prompt_logprobs": 1}
-    (choice,) = post(body(PROMPTS[-1], LENGTH, stream=False) | settings)["choices"]
-    assert choice["token_ids"] == wanted.drawn
-    rows = zip(PROMPTS[-1][1:], choice["prompt_logprobs"][1:], strict=True)
-    assert [row[str(token)]["logprob"] for token, row in rows] == pytest.approx(wanted.scores, abs=1e-3)
-
-
-def body(prompts: object, length: int, *, stream: bool) -> dict[str, object]:
-    settings = {"max_tokens": length, "temperature": 0, "ignore_eos": True, "stream": stream}
-    return {"prompt": prompts, "return_token_ids": True, **settings}
+        assert [one["token_ids"] for one in post(alone.body())["choices"]] == alone.greedy
+    prompt, settings = alone.prompts[-1], {"temperature": 0.8, "top_p": 0.9, "seed": 7, "prompt_logprobs": 1}
+    (choice,) = post(alone.body() | settings | {"prompt": prompt})["choices"]
+    assert choice["token_ids"] == alone.drawn
+    rows = zip(prompt[1:], choice["prompt_logprobs"][1:], strict=True)
+    assert [row[str(token)]["logprob"] for token, row in rows] == pytest.approx(alone.scores, abs=1e-3)
 
 
 @dataclass
@@ -132,27 +66,28 @@ class Answer:
     ended: float = 0.0
 
 
-def ask(server: Server, number: int, answers: list[Answer]) -> None:
+def ask(url: str, content: dict[str, Any], answers: list[Answer], number: int) -> None:
     """A request that goes on for as long as it may, as a stream or not."""
-    prompt = list(range(10 + number, 40 + number))
+    changed = {"prompt": list(range(10 + number, 40 + number)), "max_tokens": 400, "stream": number % 2 == 0}
     with (
         httpx.Client(timeout=60) as client,
-        client.stream("POST", f"{server.url}/v1/completions", json=body(prompt, 400, stream=number % 2 == 0)) as reply,
+        client.stream("POST", f"{url}/v1/completions", json=content | changed) as reply,
     ):
         for part in reply.iter_text():
             answers[number].text += part
     answers[number].ended = time.monotonic()
 
 
-def lose(server: Server, rank: int, number: signal.Signals) -> tuple[float, list[Answer]]:
-    """Send a signal to a rank under load: when, and how the requests ended. The signal is taken back at the end."""
+def lose(ranked: Ranked, rank: int, number: signal.Signals, content: dict[str, Any]) -> tuple[float, list[Answer]]:
+    """Send a signal to a rank under load: when, and how the requests ended."""
     answers = [Answer() for _ in range(4)]
-    threads = [threading.Thread(target=ask, args=(server, each, answers)) for each in range(4)]
+    asked = [(ranked.server.url, content, answers, each) for each in range(4)]
+    threads = [threading.Thread(target=ask, args=each) for each in asked]
     for thread in threads:
         thread.start()
     while not all(answers[each].text for each in (0, 2)):  # the streams run
         time.sleep(0.01)
-    os.kill(server.rank(rank), number)
+    ranked.lose(rank, number)
     when = time.monotonic()
     for thread in threads:
         thread.join(60)
@@ -160,21 +95,23 @@ def lose(server: Server, rank: int, number: signal.Signals) -> tuple[float, list
 
 
 @pytest.mark.parametrize(("number", "rank"), [(signal.SIGKILL, 0), (signal.SIGSTOP, 1)])
-def test_two_ranks_answer_like_one_until_one_is_lost(tmp_path: Path, number: signal.Signals, rank: int) -> None:
-    """Shared memory for the one that is killed; gloo, woven steps and two lanes for the one that hangs. Prompts come in
+def test_two_ranks_answer_like_one_until_one_is_lost(
+    started: Any, alone: Any, tmp_path: Path, number: signal.Signals, rank: int
+) -> None:
+    """Shared memory for the one that is killed; TCP, woven steps and two lanes for the one that hangs. Prompts come in
     chunks."""
     stops = number is signal.SIGSTOP
-    flags = ["--dtype", "float32", "--rank-timeout", "2"]
+    flags = ["-tp", "2", *alone.flags, "--rank-timeout", "2"]
     flags += ["--collective", "gloo", "--weave", "woven", "--partition", "100%:100%"] if stops else []
-    with ranked(tmp_path / "log", *flags) as server:
+    with started(tmp_path / "log", *flags) as server, closing(Ranked(server)) as ranked:
 
-        def post(content: dict[str, object]) -> dict[str, Any]:
+        def post(content: dict[str, Any]) -> dict[str, Any]:
             reply = httpx.post(f"{server.url}/v1/completions", json=content, timeout=60)
             assert reply.status_code == 200, reply.text
             return dict(reply.json())
 
-        compare(post)
-        when, answers = lose(server, rank, number)
+        compare(post, alone)
+        when, answers = lose(ranked, rank, number, alone.body())
         for answer in answers:
             assert answer.text.count('"error"') == 1 and f"rank {rank}" in answer.text, answer.text[-500:]
             assert answer.ended - when < (2 + 1 if stops else 0) + 5
@@ -224,8 +161,8 @@ def namespaces() -> Iterator[tuple[str, str]]:
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or shutil.which("ip") is None, reason="network namespaces need root and ip")
-def test_two_hosts_answer_like_one(tmp_path: Path) -> None:
-    flags = ["--dtype", "float32", "--rank-timeout", "20", "-tp", "2", "--nnodes", "2", *POOL]
+def test_two_hosts_answer_like_one(alone: Any, tmp_path: Path) -> None:
+    flags = [*alone.flags, "--rank-timeout", "20", "-tp", "2", "--nnodes", "2"]
     flags += ["--dist-init-addr", "10.78.0.1:29500", "--port", "8000"]
     with namespaces() as names, ExitStack() as stack:
         logs = [tmp_path / "0", tmp_path / "1"]
@@ -237,9 +174,9 @@ def test_two_hosts_answer_like_one(tmp_path: Path) -> None:
             stack.callback(nodes[-1].wait)
             stack.callback(nodes[-1].kill)
         asking = ["ip", "netns", "exec", names[0], sys.executable, "-c", CLIENT, "http://127.0.0.1:8000"]
-        content = json.dumps(body(PROMPTS, LENGTH, stream=False))
+        content = json.dumps(alone.body())
         reply = subprocess.run([*asking, content], capture_output=True, text=True, timeout=180, check=False)
         assert reply.returncode == 0, (reply.stderr, [log.read_text() for log in logs])
-        assert [choice["token_ids"] for choice in json.loads(reply.stdout)["choices"]] == alone().greedy
+        assert [choice["token_ids"] for choice in json.loads(reply.stdout)["choices"]] == alone.greedy
         nodes[0].send_signal(signal.SIGTERM)
         assert [node.wait(30) for node in nodes] == [0, 0], [log.read_text() for log in logs]
