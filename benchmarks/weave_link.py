@@ -4,12 +4,14 @@
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
-a 1.1B model, in BF16 and in W4A8, random weights; `--layers` of its 22, for time, and all ratios are per layer. Modes
-take turns, and every ratio is of one round; those that must give the same bits are compared first.
+a 1.1B model, in BF16 and in W4A8, random weights; `--layers` of its 22, for time, and all ratios are per layer. Ranks
+begin it together, and it takes as long as the slower one does, with or without communication (tax_of_rank_0 is by rank
+0's clock alone). Modes take turns, and every ratio is of one round; those that must give the same bits are compared
+first.
 
     plain                     all-reduce over gloo, then every rank normalises all rows: the baseline
     fused                     reduce-scatter, norm of own rows, all-gather; one strand
-    woven, two strands        the seams in a thread of their own
+    woven, two strands        the seams in a thread of their own (where latency is added, in one in Python)
     woven                     three strands
     woven, quantised gather   rows travel as the next linear takes them (W4A8)
     no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten
@@ -123,12 +125,19 @@ def grid(*, quick: bool = False, short: bool = False) -> Iterator[Cell]:
                     yield Cell(mbit, latency, precision, tokens)
 
 
+def merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The answers of all ranks in one: the seconds of the slower rank in each step, and of_rank_0, its own."""
+    own = answers[0]["seconds"]
+    slower = {name: list(map(max, *(answer["seconds"][name] for answer in answers))) for name in own}
+    return answers[0] | {"seconds": slower, "of_rank_0": own}
+
+
 def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
-    """Figures of one cell; ratios are of one round each."""
+    """Figures of one cell, of what `merged` gives; ratios are of one round each."""
     seconds = answer["seconds"]
 
-    def ratio(over: str, under: str) -> common.Figure:
-        return common.Figure.of([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
+    def ratio(over: str, under: str, whose: str = "seconds") -> common.Figure:
+        return common.Figure.of([a / b for a, b in zip(answer[whose][over], answer[whose][under], strict=True)])
 
     found: dict[str, Any] = {
         "mbit": cell.mbit,
@@ -140,6 +149,7 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         "link_load": ratio(FUSED, NOTHING).median - 1,
         "gain": ratio(PLAIN, WOVEN),
         "tax": ratio(WOVEN, NOTHING).median - 1,
+        "tax_of_rank_0": ratio(WOVEN, NOTHING, "of_rank_0").median - 1,
         "chosen": answer["chosen"],
         "chosen_vs_plain": ratio(PLAIN, answer["chosen"]).median,
     }
@@ -254,7 +264,7 @@ class Ranks:
             self._answer(process)
 
     def job(self, cell: Cell, rounds: int) -> dict[str, Any]:
-        """Rank 0's answer."""
+        """As `merged`."""
         for process in self._processes:
             self._tell(
                 process,
@@ -265,8 +275,7 @@ class Ranks:
                     "rounds": rounds,
                 },
             )
-        answer, _ = [self._answer(process) for process in self._processes]
-        return dict(answer)
+        return merged([self._answer(process) for process in self._processes])
 
     def close(self) -> None:
         """Ends them: by the end of their input, or, where this was interrupted, at once."""

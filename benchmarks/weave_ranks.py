@@ -1,7 +1,7 @@
 """One rank of benchmarks/weave_link.py: a process that is given jobs on its standard input, one JSON line each.
 
-A job is a step of one prompt, in every mode, in turns. Rank 0 answers with seconds, bytes sent, and what the cost model
-of weft would have chosen.
+A job is a step of one prompt, in every mode, in turns. The answer: seconds, bytes sent, and what the cost model of weft
+would have chosen.
 """
 
 from __future__ import annotations

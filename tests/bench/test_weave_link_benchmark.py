@@ -24,7 +24,8 @@ def weave_link(monkeypatch: pytest.MonkeyPatch) -> Any:
 def answer(chosen: str = "woven", **seconds: list[float]) -> dict[str, Any]:
     names = {"quantised": "woven, quantised gather", "nothing": "no communication", "split": "split, no communication"}
     sent = {"woven": 4000, "woven, quantised gather": 3000}
-    return {"seconds": {names.get(name, name): took for name, took in seconds.items()}, "sent": sent, "chosen": chosen}
+    took = {names.get(name, name): rounds for name, rounds in seconds.items()}
+    return {"seconds": took, "of_rank_0": took, "sent": sent, "chosen": chosen}
 
 
 def test_claims_follow_from_rows(weave_link: Any) -> None:
@@ -56,6 +57,17 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
     assert found["gather_bytes_saved_int8"] == 0.25 and "gather_bytes_saved_int4" not in found
     assert found["worst_case_vs_plain"] == 1.0
     assert weave_link.claims([]) == {}
+
+
+def test_a_step_takes_as_long_as_the_slower_rank(weave_link: Any) -> None:
+    times = {"plain": [9.0, 9.0], "fused": [9.0, 9.0]}
+    answers = [
+        answer(**times, woven=[3.0, 6.0], nothing=[2.0, 5.0]),
+        answer(**times, woven=[3.0, 6.0], nothing=[3.0, 4.0]),
+    ]
+    made = weave_link.row(weave_link.Cell(1000, 0.0, "bf16", 1024), weave_link.merged(answers))
+    assert made["tax"] == pytest.approx((3 / 3 + 6 / 5) / 2 - 1)
+    assert made["tax_of_rank_0"] == pytest.approx((3 / 2 + 6 / 5) / 2 - 1)
 
 
 def test_the_grid_has_a_cell_for_every_claim(weave_link: Any) -> None:
@@ -94,8 +106,10 @@ def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPat
     try:
         cell = weave_link.Cell(None, 1e-3, "w4a8", 96)
         found = weave_link.row(cell, ranks.job(cell, 2))
+        without = ranks.job(weave_link.Cell(None, 0.0, "w4a8", 96), 1)  # its seams are in a thread in C++
     finally:
         ranks.close()
     assert found["woven"].count == 2 and found["plain"].median > 2 * 4 * 1.0  # milliseconds: two for each seam
     assert found["no communication"].median < found["plain"].median
     assert 0.1 < found["bytes_saved"] < 0.4
+    assert without["seconds"].keys() == set(weave_link.MODES)
