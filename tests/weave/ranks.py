@@ -131,6 +131,17 @@ class Rank:
             found += [*flat(joined.hidden), joined.residual]
         return found
 
+    def ahead(self, cases: list[dict[str, Any]]) -> list[torch.Tensor]:
+        """As `join`, but all seams are started before the first is finished."""
+        collective, found, pending = self.collective, [], []
+        for case in cases:
+            join = make_join(case, collective.rank, collective.owned(tuple(case["bounds"])), self.kernels)
+            pending.append(collective.start(join))
+        for one in pending:
+            joined = collective.finish(one)
+            found += [*flat(joined.hidden), joined.residual]
+        return found
+
     def gather(self, seed: int, shape: list[int]) -> list[torch.Tensor]:
         return self.collective.gather(random(seed + self.collective.rank, *shape))
 

@@ -251,6 +251,35 @@ def test_a_communication_thread_changes_nothing(backend: str, rank_processes: An
     run(processes, cases, rank_processes.script, kernels)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_seams_wait_for_their_turn_in_a_communication_thread(backend: str, rank_processes: Any, kernels: Any) -> None:
+    """A gather may follow once all are finished."""
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, backend, background=True)
+    cases = [
+        {"seed": seed, "size": 384, "bounds": [0, 2 * seed, 5 * seed], "dtype": "bfloat16", "format": form}
+        for seed, form in enumerate([None, [1, True, True, True], None, None, [1, True, False, False], None])
+    ]
+    for process in processes:
+        process.send("ahead", cases=cases)
+    check(cases, [process.receive() for process in processes], rank_processes.script, kernels)
+    for process in processes:
+        process.send("gather", seed=1, shape=[2, 3])
+    assert all(len(process.receive()) == 2 for process in processes)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_who_waits_for_a_communication_thread_is_told_of_a_lost_rank(backend: str, rank_processes: Any) -> None:
+    processes = rank_processes.fork(2)
+    rank_processes.open(processes, backend, background=True, timeout=1.0)
+    processes[1].signal(signal.SIGKILL)
+    processes[0].send("ahead", cases=[{**SMALL, "bounds": [0, 3, 9]}] * 3)
+    message = failure(processes[0])
+    assert message.startswith("RankLost: seam 1: rank 1 ") and processes[0].seconds < 4, message
+    processes[0].send("close")
+    processes[0].receive()
+
+
 def test_plain_torch_gives_the_same_bits(rank_processes: Any, kernels: Any) -> None:
     processes = rank_processes.fork(2)
     rank_processes.open(processes, "gloo", fused=False)
@@ -474,3 +503,52 @@ def test_a_communication_thread_stays_on_its_cores(kernels: Any) -> None:
     background.finish(background.start(Join(torch.zeros(2, 8), None, torch.ones(8), 1e-5, (0, 2))))
     background.close()
     assert seen == [{core}]
+
+
+@pytest.fixture
+def lonely(kernels: Any) -> Iterator[Any]:
+    """A group of one rank, with a communication thread in C++ on the last core."""
+    if available() == (REFERENCE,):
+        pytest.skip("the C++ extension is not built")
+    from weft import _native
+    from weft.weave.native import NativeBackground, NativeCollective
+
+    collective = NativeBackground(
+        NativeCollective(_native.Links(0, [-1], 1.0), kernels), (max(os.sched_getaffinity(0)),)
+    )
+    yield collective
+    collective.close()
+
+
+def test_a_communication_thread_in_cpp_stays_on_its_cores(lonely: Any) -> None:
+    names = {int(task.name): (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
+    (thread,) = (task for task, name in names.items() if name == "weft-seams-0")
+    assert os.sched_getaffinity(thread) == {max(os.sched_getaffinity(0))}
+    lonely.close()
+    assert not Path(f"/proc/self/task/{thread}").exists()
+
+
+def test_seams_are_finished_in_the_order_in_which_they_were_started(lonely: Any) -> None:
+    joins = [Join(torch.full((2, 8), float(each)), None, torch.ones(8), 1e-5, (0, 2)) for each in range(1, 4)]
+    first, second, third = (lonely.start(join) for join in joins)
+    with pytest.raises(ValueError, match="in the order"):
+        lonely.finish(second)
+    with pytest.raises(ValueError, match="a seam is in flight"):
+        lonely.gather(torch.zeros(1))
+    assert [lonely.finish(each).residual[0, 0].item() for each in (first, second, third)] == [1, 2, 3]
+    with pytest.raises(ValueError, match="in the order"):
+        lonely.finish(third)
+    assert lonely.gather(torch.ones(2))[0].tolist() == [1, 1]
+    lonely.close()
+    with pytest.raises(RankLost, match="rank 0 has left its group"):
+        lonely.start(joins[0])
+
+
+def test_a_core_that_is_not_there_is_refused(kernels: Any) -> None:
+    if available() == (REFERENCE,):
+        pytest.skip("the C++ extension is not built")
+    from weft import _native
+    from weft.weave.native import NativeBackground, NativeCollective
+
+    with pytest.raises(ValueError, match="core 1000"):
+        NativeBackground(NativeCollective(_native.Links(0, [-1], 1.0), kernels), (1000,))

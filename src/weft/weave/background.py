@@ -11,8 +11,8 @@ from weft.weave.collective import Collective, Join, Joined
 
 
 class Queue:
-    """A collective whose seams may be started before those ahead of them have ended. They are carried out one at a time,
-    in the order of the calls, and are to be finished in this order."""
+    """A collective whose seams may be started before those ahead of them have ended. They are carried out one at a
+    time, in the order of the calls, and are to be finished in this order."""
 
 
 class Background(Queue):
