@@ -188,14 +188,15 @@ class EngineConfig:
         "auto",
         help="how ranks are joined between two stages of a layer: plain (all-reduce, then every rank normalises "
         "everything), one-shot (likewise, with all partial sums sent to all), fused (each rank sums and normalises its "
-        "part), woven (fused, in two halves of which one computes while the other is joined); auto: what was fastest "
-        "at start-up, step by step",
+        "part), woven (fused, in two or three strands of which one computes while others are joined); auto: what was "
+        "fastest at start-up, step by step",
         choices=("auto", "plain", "one-shot", "fused", "woven"),
     )
     collective: str = setting(
         "auto",
         help="what ranks exchange rows through; on CPUs shm (shared memory, auto's choice where the C++ extension is "
-        "there) or gloo, on GPUs nccl (auto's choice) or symmetric (kernels that reach every GPU of this host)",
+        "there) or gloo (TCP: by the C++ extension for fused and woven steps, else by the library of that name), on "
+        "GPUs nccl (auto's choice) or symmetric (kernels that reach every GPU of this host)",
         choices=("auto", "shm", "gloo", "nccl", "symmetric"),
     )
     nnodes: int = setting(1, help="hosts that the ranks are divided among; weft serve is started on each of them")

@@ -6,7 +6,7 @@ others connect to it, are told where the ranks meet, start theirs, and pass mess
     engine on node 0 ──▶ its own ranks (rank_processes.py)
            └──── TCP ──▶ node 1 ──▶ its ranks
 
-The connections carry plans and results, not rows; those go from rank to rank over gloo. Nobody asks who connects: the
+The connections carry plans and results, not rows; those go from rank to rank over TCP. Nobody asks who connects: the
 addresses must be ones that only the nodes can reach.
 """
 

@@ -8,7 +8,8 @@ norm, all-gather: tokenweave.md §4). So all ranks get the same bits, and a row'
 nor on where the rows are cut, nor on timing. One rank gives what `Kernels.add_rms_norm` gives.
 
 Backends: weave/local.py (one rank; several in one process, for tests), weave/shm.py (processes of one host),
-weave/distributed.py (torch.distributed). weave/background.py gives any of them a communication thread.
+weave/sockets.py (of any hosts), weave/distributed.py (torch.distributed). weave/background.py and weave/native.py give
+them a communication thread.
 """
 
 from __future__ import annotations
