@@ -15,16 +15,51 @@ void append(nb::handle integers, std::vector<T>& to) {
   for (nb::handle item : items) to.push_back(nb::cast<T>(item));
 }
 
+// Places in a weft.core.plan.Slice, a named tuple: to look a field up by its name takes several times as long.
+enum SliceField : Py_ssize_t { START = 1, TOKENS = 2, BLOCKS = 3 };
+
+nb::handle field(nb::handle slice, SliceField place) { return PyTuple_GET_ITEM(slice.ptr(), place); }
+
+// The block tables of the last step. A sequence that goes on brings the same tuple with every step until it grows, and
+// the kernels have driven its integers out of all caches by then: to read each out of its object would take longer than
+// all else here.
+class Tables {
+ public:
+  // The blocks of the slice of this number in its step; valid until the next call.
+  const std::vector<int32_t>& of(size_t slice, nb::handle table) {
+    if (slice >= seen_.size()) seen_.resize(slice + 1);
+    Seen& seen = seen_[slice];
+    if (!seen.table.is(table)) {
+      seen.table = nb::object();  // should an integer be out of range
+      seen.blocks.clear();
+      append(table, seen.blocks);
+      seen.table = nb::borrow(table);
+    }
+    return seen.blocks;
+  }
+
+ private:
+  struct Seen {
+    nb::object table;  // kept alive, so that no other tuple has its address
+    std::vector<int32_t> blocks;
+  };
+  std::vector<Seen> seen_;
+};
+
 // slices: a sequence of weft.core.plan.Slice. Returns (number, value) of the greatest logit of each sampled row.
 template <auto RUN>
-nb::list run(Program& self, Backend& backend, nb::sequence slices, int64_t block_size,
+nb::list run(Program& self, Backend& backend, nb::sequence slices, Tables& tables, int64_t block_size,
              const std::vector<int64_t>& sampled, size_t first, size_t last) {
   StepBatch& batch = self.batch();
   batch.clear();
+  size_t number = 0;
   for (nb::handle slice : slices) {
-    append(slice.attr("tokens"), batch.tokens);
-    append(slice.attr("blocks"), batch.blocks());
-    batch.add_slice(nb::cast<int64_t>(slice.attr("start")), block_size);
+    if (!PyTuple_Check(slice.ptr()) || PyTuple_GET_SIZE(slice.ptr()) <= BLOCKS)
+      throw nb::type_error("slices must be of weft.core.plan.Slice");
+    append(field(slice, TOKENS), batch.tokens);
+    const std::vector<int32_t>& blocks = tables.of(number++, field(slice, BLOCKS));
+    batch.blocks().insert(batch.blocks().end(), blocks.begin(), blocks.end());
+    batch.add_slice(nb::cast<int64_t>(field(slice, START)), block_size);
   }
   {
     nb::gil_scoped_release unlocked;
@@ -126,6 +161,7 @@ void bind_recording(nb::class_<Program>& program) {
 
 void bind_program(nb::module_& module) {
   using nb::arg;
+  nb::class_<Tables>(module, "Tables").def(nb::init<>());
   nb::class_<Program> program(module, "Program");
   program
       .def(
@@ -134,10 +170,10 @@ void bind_program(nb::module_& module) {
             new (self) Program(at<char>(arena), max_rows, at<char>(sampled_arena), max_sampled);
           },
           arg("arena"), arg("max_rows"), arg("sampled_arena"), arg("max_sampled"))
-      .def("run", &run<&Program::run>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"), arg("first"),
-           arg("last"))
-      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("slices"), arg("block_size"), arg("sampled"),
+      .def("run", &run<&Program::run>, arg("backend"), arg("slices"), arg("tables"), arg("block_size"), arg("sampled"),
            arg("first"), arg("last"))
+      .def("run_timed", &run<&Program::run_timed>, arg("backend"), arg("slices"), arg("tables"), arg("block_size"),
+           arg("sampled"), arg("first"), arg("last"))
       .def_prop_ro("seconds", &Program::seconds);
   bind_recording(program);
 }

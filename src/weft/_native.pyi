@@ -106,6 +106,11 @@ class BatchView:
         tables: int,
     ) -> None: ...
 
+class Tables:
+    """The block tables of a lane's last step, so that those that are still the same tuples are not read again."""
+
+    def __init__(self) -> None: ...
+
 class Program:
     """The calls of a step, recorded and replayed: see csrc/program.h. Places are bytes per row; `domain`: 0 rows of
     tokens, 1 rows that are sampled after. What is recorded must be kept alive."""
@@ -178,18 +183,20 @@ class Program:
         self,
         backend: Backend,
         slices: Sequence[Slice],
+        tables: Tables,
         block_size: int,
         sampled: Sequence[int],
         first: int,
         last: int,
     ) -> list[tuple[int, float]]:
-        """Calls [first, last). sampled: rows of the step. ValueError: a step that does not fit into KV, tables or
-        arenas; nothing was touched then."""
+        """Calls [first, last). sampled: rows of the step. tables: the same one for all steps. ValueError: a step that
+        does not fit into KV, tables or arenas; nothing was touched then."""
 
     def run_timed(
         self,
         backend: Backend,
         slices: Sequence[Slice],
+        tables: Tables,
         block_size: int,
         sampled: Sequence[int],
         first: int,

@@ -58,6 +58,7 @@ class Program:
         starts = [-arena.ctypes.data % LINE for arena in self._arenas]
         self._arenas = [arena[start:] for arena, start in zip(self._arenas, starts, strict=True)]
         tokens, sampled = (arena.ctypes.data for arena in self._arenas)
+        self._tables = _native.Tables()
         self._native = _native.Program(tokens, max_tokens, sampled, max_slices)
         for operation in operations:
             operation.emit(self._native, places.__getitem__)
@@ -81,7 +82,7 @@ class Program:
         self._sampled = len(rows)
         count = len(self._operations)
         first, last = count * part // parts, count * (part + 1) // parts
-        return run(self._kernels.native, slices, self._block_size, rows, first, last)
+        return run(self._kernels.native, slices, self._tables, self._block_size, rows, first, last)
 
     def logits(self) -> Logits:
         """Of the last run, after the rows that it was asked for, float32 [R, V]: valid until the next run."""
