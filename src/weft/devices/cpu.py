@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +96,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
         for own in kernels.values():
             own.close()
         raise
+    copied = kv if apart else ()
     capacity = Capacity(
         blocks=pool.blocks,
         block_size=config.block_size,
@@ -108,7 +110,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
     )
     return CpuDevice(
         capacity,
-        {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane], kv) for lane in shares},
+        {lane: CpuLane(kernels[lane], decoders[lane], forwards[lane], shares[lane], copied) for lane in shares},
         description=Description(
             device=f"cpu, {len(cores)} core{'s' if len(cores) > 1 else ''}",
             dtype=str(dtype).removeprefix("torch.") + kv_words(config),
@@ -140,7 +142,7 @@ def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
 
 class CpuLane:
     """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any.
-    kv: each layer's keys and values, the forward's."""
+    kv: each layer's keys and values, the forward's, where blocks are copied from one pool to another."""
 
     def __init__(
         self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores, kv: Sequence[Any] = ()
@@ -170,9 +172,8 @@ class CpuLane:
         """Carry out a plan. An exception fails the step, not the lane."""
         ticket, begun = Ticket(plan.step, plan.lane), time.perf_counter()
         try:
-            for piece in plan.slices:
-                if piece.source:
-                    self._copy(piece)
+            if self.kv:
+                self._copy(plan.slices)
             done = compute(plan, self.head, self.forward)
         except RankLost:  # that is more than this step
             raise
@@ -180,9 +181,11 @@ class CpuLane:
             return Result(ticket, error=_words(error), seconds=time.perf_counter() - begun)
         return Result(ticket, done.sampled, done.prompt_scores, done.failed, seconds=time.perf_counter() - begun)
 
-    def _copy(self, piece: Slice) -> None:
-        for layer in self.kv:
-            layer.copy(piece.source, piece.blocks[: len(piece.source)])
+    def _copy(self, slices: Sequence[Slice]) -> None:
+        for piece in slices:
+            if piece.source:
+                for layer in self.kv:
+                    layer.copy(piece.source, piece.blocks[: len(piece.source)])
 
     def close(self) -> None:
         if isinstance(self.forward, Ranked):
@@ -267,7 +270,7 @@ class CpuDevice:
     def _work(self, name: Lane, lane: CpuLane) -> None:
         """A lane's thread: its plans in order, until close(). Everything it uses goes with it."""
         try:
-            self._queues.serve(name, lambda plan: self._step(name, lane, plan))
+            self._queues.serve(name, partial(self._step, name, lane))
         finally:
             lane.close()
 

@@ -74,15 +74,13 @@ class Queues:
         """As Device.poll."""
         if self.closing:
             timeout = 0.0  # the lanes have ended, so what is there is all
-        found: list[Result] = []
         try:
-            result = self._results.get(timeout=timeout)
-            while True:
-                if result is not None:
-                    found.append(result)
-                result = self._results.get_nowait()
+            found = [self._results.get(timeout=timeout)]
         except Empty:
-            return found
+            return []
+        while not self._results.empty():  # no other thread takes any
+            found.append(self._results.get_nowait())
+        return [result for result in found if result is not None]
 
     def wake(self) -> None:
         self._results.put(None)

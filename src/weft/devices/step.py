@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from itertools import accumulate
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 
 from weft.core.plan import Plan, Sampled, Slice, TokenScore
+from weft.core.slices import made
 from weft.models.families import ModelConfig
 from weft.models.forward import Forward
 from weft.models.sampler import draw, score_prompt
@@ -33,8 +33,7 @@ class Head(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Computed:
+class Computed(NamedTuple):
     """The fields of a Result that come from the model."""
 
     sampled: tuple[Sampled, ...]
@@ -47,15 +46,19 @@ def compute(plan: Plan, head: Head, forward: Forward) -> Computed:
 
     There is nothing to tell of a part of a step before the last one.
     """
-    slices = plan.slices
-    ends = list(accumulate([len(piece.tokens) for piece in slices]))
-    drawing = [(piece, end - 1) for piece, end in zip(slices, ends, strict=True) if piece.sample is not None]
-    whole = any(piece.prompt_logprobs is not None for piece in slices)
-    best = forward.run(slices, [row for _, row in drawing], whole=whole, part=plan.part, parts=plan.parts)
+    drawing, rows, end, whole = [], [], 0, False
+    for piece in plan.slices:
+        end += len(piece.tokens)
+        if piece.sample is not None:
+            drawing.append(piece)
+            rows.append(end - 1)
+        if piece.prompt_logprobs is not None:
+            whole = True
+    best = forward.run(plan.slices, rows, whole=whole, part=plan.part, parts=plan.parts)
     if not plan.last:
         return Computed((), (), ())
-    scored, failed = score_prompts(slices, head, forward.hidden)
-    sampled = _sample(forward, best, [piece for piece, _ in drawing], failed)
+    scored, failed = score_prompts(plan.slices, head, forward.hidden) if whole else ((), {})
+    sampled = _sample(forward, best, drawing, failed)
     return Computed(sampled, scored, tuple(failed.items()))
 
 
@@ -81,15 +84,16 @@ def _sample(
     forward: Forward, best: Sequence[tuple[int, float]], slices: Sequence[Slice], failed: dict[int, str]
 ) -> tuple[Sampled, ...]:
     """Draw after each slice, unless it has failed; what cannot be drawn goes to `failed`."""
-    samplings = [piece.sample for piece in slices if piece.sample is not None]
+    outcomes = draw(best, forward.logits, [piece.sample for piece in slices if piece.sample is not None])
     sampled = []
-    for piece, outcome in zip(slices, draw(best, forward.logits, samplings), strict=True):
-        if piece.sequence in failed:
+    for piece, outcome in zip(slices, outcomes, strict=True):
+        sequence = piece.sequence
+        if sequence in failed:
             continue
         if isinstance(outcome, str):
-            failed[piece.sequence] = outcome
+            failed[sequence] = outcome
         else:
-            sampled.append(Sampled(piece.sequence, *outcome))
+            sampled.append(made(Sampled, (sequence, *outcome)))
     return tuple(sampled)
 
 

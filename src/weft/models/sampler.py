@@ -156,7 +156,8 @@ def flaw(peak: float) -> str:
 def plain(sampling: Sampling) -> bool:
     """Whether the most probable token of the raw logits is the answer."""
     params = sampling.params
-    return params.greedy and not (params.penalised or params.logit_bias or sampling.forbidden)
+    # Asked for every token: not `params.greedy`, which is a call more.
+    return params.temperature == 0.0 and not (sampling.forbidden or params.logit_bias or params.penalised)
 
 
 def _choose(row: Row, sampling: Sampling) -> int | str:
