@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.sim.attention import ROWS, Heads, Work, attention_seconds, work_of
+from weft.sim.attention import ROWS, Heads, Work, attention_seconds, decoding_seconds, work_of
 from weft.sim.hardware import AttentionFit, find_gpu, gpu_names
 from weft.sim.profiles import Attentions, heads_of, works
 
@@ -89,6 +89,21 @@ def test_latent_attention_reads_one_head_for_all() -> None:
     latent, full = Heads(128, 1, 192, 128, 576, latent=True), Heads(128, 128, 128, 128, 256)
     slices = [(1, 8000)] * 64
     assert seconds("h100", slices, latent) < seconds("h100", slices, full) / 20
+
+
+@settings(deadline=None)
+@given(
+    GPUS,
+    st.sampled_from([LLAMA, Heads(8, 1, 128, 128, 256, 4.25), Heads(4, 4, 64, 64, 128), Heads(16, 1, 192, 128, 576)]),
+    st.lists(LENGTHS, min_size=1, max_size=20),
+    st.floats(0.05, 1),
+)
+def test_steps_that_only_decode_take_what_they_take_to_the_last_bit(
+    name: str, heads: Heads, before: list[int], share: float
+) -> None:
+    quick = decoding_seconds(find_gpu(name).attention, find_gpu(name).part(share), heads)
+    expected = seconds(name, [(1, known) for known in before], heads, share)
+    assert quick(len(before), sum(before) + len(before), max(before) + 1) == expected
 
 
 def test_no_work_takes_a_launch() -> None:

@@ -72,10 +72,12 @@ class Admission:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
         vocabulary = self._capacity.vocabulary
         try:
-            array("q", prompt)
-        except (TypeError, OverflowError) as error:
+            fits = max(array("Q", prompt)) < vocabulary  # unsigned: a negative one overflows
+        except OverflowError:
+            fits = False
+        except TypeError as error:
             raise InvalidRequest(f"the prompt is not a list of token ids: {error}", param="prompt") from error
-        if min(prompt) < 0 or max(prompt) >= vocabulary:
+        if not fits:
             at, token = next((i, token) for i, token in enumerate(prompt) if not 0 <= token < vocabulary)
             raise InvalidRequest(
                 f"prompt token {at} is {token}; token ids must be between 0 and {vocabulary - 1}", param="prompt"

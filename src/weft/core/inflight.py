@@ -36,8 +36,7 @@ class Flight:
     @property
     def wanted(self) -> list[tuple[Slice, Sequence]]:
         """The slices whose sequences wait for them. Others were aborted or preempted, and may be in a later flight."""
-        pairs = zip(self.plan.slices, self.members, strict=True)
-        return [(piece, sequence) for piece, sequence in pairs if sequence.flight is self]
+        return [pair for pair in zip(self.plan.slices, self.members, strict=True) if pair[1].flight is self]
 
 
 class InFlight:

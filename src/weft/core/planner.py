@@ -134,10 +134,9 @@ class Planner:
         apart, grow = running.apart, running.grow
         size, ahead = running.block_size, running.ahead
         for sequence in list(running.decoding):
-            if sequence.flight is not None:  # in the other lane's ticket, of the time when that one decoded
-                continue
-            # A more urgent one may have taken its blocks a moment ago.
-            if sequence.state is not DECODE:
+            # It may be in the other lane's ticket, of the time when that one decoded; and a more urgent one may have
+            # taken its blocks a moment ago.
+            if sequence.flight is not None or sequence.state is not DECODE:
                 continue
             source: tuple[int, ...] = ()
             if apart and not running.pool.in_decode(sequence.table):

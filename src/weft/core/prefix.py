@@ -43,7 +43,7 @@ class PrefixCache:
             first = salt.encode(errors="surrogatepass")  # JSON can carry half of a surrogate pair
             digests.append(blake2b(first, digest_size=DIGEST_BYTES, key=self._key).digest())
         for i in range(len(digests) - 1, len(tokens) // size):
-            words = array("q", tokens[i * size : (i + 1) * size]).tobytes()
+            words = array("Q", tokens[i * size : (i + 1) * size]).tobytes()
             digests.append(blake2b(digests[i] + words, digest_size=DIGEST_BYTES, key=self._key).digest())
 
     def match(self, digests: list[bytes], tokens: Tokens[int]) -> list[int]:

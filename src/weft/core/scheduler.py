@@ -51,6 +51,7 @@ class Scheduler:
         self.planner = Planner(lanes, self.running, budget, capacity.layers, self._started)
         self.prompt_tokens = 0
         self.generation_tokens = 0
+        self._slots = capacity.blocks * capacity.block_size
         self._live: dict[str, Live] = {}
         self._numbers = itertools.count()
         self._sequence_ids = itertools.count()
@@ -185,9 +186,9 @@ class Scheduler:
         for piece, sequence in wanted:
             if sequence.state is ENDED:  # with its request, a slice ago
                 continue
-            name = piece.sequence
-            one, its_scores = drawn.get(name), scores.get(name, ())
-            problem = error if error is not None else failed.get(name)
+            one = drawn.get(piece.sequence)
+            its_scores = scores.get(piece.sequence, ()) if scores else ()
+            problem = failed.get(piece.sequence) if failed and error is None else error
             if problem is None:
                 problem = shortfall(piece, one, its_scores, vocabulary)
             if problem is None:
@@ -230,10 +231,8 @@ class Scheduler:
         events.append(made(TokenOutput, (live.request.id, sequence.index, token, drawn.score, finish, stop_token)))
         if finish is not None:
             self._end_sequence(sequence, finish, now, events)
-        elif len(sequence.table) == self.capacity.blocks:
-            reason = outgrown(length, self.capacity)
-            if reason is not None:
-                self._end_request(live, Finish.ERROR, now, events, reason, NeverFits.code)
+        elif length > self._slots:
+            self._end_request(live, Finish.ERROR, now, events, outgrown(length, self.capacity), NeverFits.code)
 
     def _prefilled(self, sequence: Sequence, events: list[Event]) -> None:
         live = sequence.live

@@ -7,7 +7,7 @@ operations for each slice. The formulas use plain operators only: they work on n
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,9 @@ def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -
     group = heads.together(fit.packed)
     bandwidth = fit.dram * part.bandwidth
     slot = heads.kv_heads * heads.slot * (heads.kv_bits / 8)
-    # Most steps of a run only decode.
-    alone = isinstance(work.rows, float) and work.rows == 0.0
-    prompts = 0.0 if alone else _prompts_seconds(fit, part, heads, work, slot)
+    prompts = _prompts_seconds(fit, part, heads, work, slot)
 
-    beside = 0 if alone else (work.rows > 0) * (work.sequences > 0) * (not heads.latent)
+    beside = (work.rows > 0) * (work.sequences > 0) * (not heads.latent)
     memory = work.slots * slot / bandwidth * (1.0 + beside * (fit.beside - 1.0))
     # Beside prompts, decoding sequences go through the prompts' kernel: blocks of single heads, as many as the tallest.
     taken = heads.kv_heads + beside * (heads.heads / group - heads.kv_heads)
@@ -112,6 +110,25 @@ def attention_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work) -
     extra = extra + beside * work.sequences * (work.tallest - 1) * heads.heads / group / part.sms * fit.empty
     extra = extra + (work.sequences > 1) * grouped * (heads.kv_heads > 1) * fit.regroup
     return fit.launch + prompts + decode + extra
+
+
+def decoding_seconds(fit: AttentionFit, part: Part, heads: Heads) -> Callable[[int, int, int], float]:
+    """`attention_seconds` for steps that only decode, as most steps of a run do: what is the same for all of them is
+    computed once, what is left gives the same to the last bit. The function takes `sequences`, `slots` and
+    `longest_decode` of a Work."""
+    slot = heads.kv_heads * heads.slot * (heads.kv_bits / 8)
+    bandwidth = fit.dram * part.bandwidth
+    position = fit.alone + (heads.group > 1) * (fit.position - fit.alone)
+    regroup = (heads.group > 1) * (heads.kv_heads > 1) * fit.regroup
+
+    def seconds(sequences: int, slots: int, longest: int) -> float:
+        started = sequences * heads.kv_heads / part.sms * fit.block
+        decode = _norm(slots * slot / bandwidth, started, fit.decode_overlap)
+        decode = _norm(decode, position * longest, BALANCE)
+        extra = fit.combine if longest > COMBINED else 0.0
+        return float(fit.launch + decode + (extra + regroup if sequences > 1 else extra))
+
+    return seconds
 
 
 def _prompts_seconds(fit: AttentionFit, part: Part, heads: Heads, work: Work, slot: Any) -> Any:

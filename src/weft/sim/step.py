@@ -6,6 +6,7 @@ number and kept; what is left are a few sums over the slices.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 
 from weft.core.plan import Plan
 from weft.errors import ConfigError
-from weft.sim.attention import Heads, attention_seconds, work_of
+from weft.sim.attention import Heads, attention_seconds, decoding_seconds, work_of
 from weft.sim.collectives import all_reduce_seconds, check_ranks, gather_seconds
 from weft.sim.gemm import gemm_seconds
 from weft.sim.hardware import Gpu, Link, Part, PointwiseFit
@@ -64,6 +65,20 @@ class Stages(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class Kept:
+    """What was computed for one share and rival. decoding: see decoding_seconds. tokens, outputs: by number of tokens
+    and of samples."""
+
+    share: float
+    rival: float
+    part: Part
+    heads: Heads
+    decoding: Callable[[int, int, int], float]
+    tokens: dict[int, Tokens] = field(default_factory=dict)
+    outputs: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class StepCost:
     """As devices.cost.CostModel, from shapes and hardware.
 
@@ -81,9 +96,7 @@ class StepCost:
     link: Link | None = None
     weave: bool = False
     fused: bool = False
-    _kept: dict[tuple[int, float, float], Tokens] = field(default_factory=dict, compare=False, repr=False)
-    _outputs: dict[tuple[int, float, float], float] = field(default_factory=dict, compare=False, repr=False)
-    _parts: dict[tuple[float, float], tuple[Part, Heads]] = field(default_factory=dict, compare=False, repr=False)
+    _kept: dict[tuple[float, float], Kept] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         self.precision.part(self.gpu, 1.0, 0.0)
@@ -140,57 +153,62 @@ class StepCost:
 
     def whole(self, rows: list[int], before: list[int], samples: int, share: float = 1.0, rival: float = 0.0) -> float:
         """Of a step that computes so many tokens of each of some sequences, after those before, and draws `samples`."""
-        tokens = sum(rows)
-        part, heads = self._part(share, rival)
-        if self.model.window is not None:
-            before = [min(known, self.model.window) for known in before]
-        fit, host = self.gpu.attention, self.gpu.host
-        work = work_of(rows, before, heads.together(fit.packed))
-        attention = self.model.layers * attention_seconds(fit, part, heads, work)
-        layers = self._layers(tokens, attention, share, rival)
-        return host.step + host.sequence * samples + layers + self._output(samples, share, rival)
+        tokens, count = sum(rows), len(rows)
+        kept, model, host = self._of(share, rival), self.model, self.gpu.host
+        if model.window is not None:
+            before = [min(known, model.window) for known in before]
+        if tokens == count > 0:
+            attention = model.layers * kept.decoding(count, sum(before) + count, max(before) + 1)
+        else:
+            fit = self.gpu.attention
+            work = work_of(rows, before, kept.heads.together(fit.packed))
+            attention = model.layers * attention_seconds(fit, kept.part, kept.heads, work)
+        layers = self._layers(tokens, attention, kept)
+        return host.step + host.sequence * samples + layers + self._output(samples, kept)
 
     def ways(self, tokens: int) -> Ways:
         """Of a step with one prompt of at least two tokens, whatever `fused` and `weave` say; but gathers carry what
         they do with these."""
-        attention = self._attention(tokens)
-        whole = self._tokens(tokens, 1.0, 0.0)
+        alone = self._of(1.0, 0.0)
+        attention = self._attention(tokens, alone)
+        whole = self._tokens(tokens, alone)
         computed = whole.attention + whole.mlp + whole.rest + attention
-        rest = self.gpu.host.step + self.gpu.host.sequence + self._output(1, 1.0, 0.0)
+        rest = self.gpu.host.step + self.gpu.host.sequence + self._output(1, alone)
         fused = computed + whole.joins + whole.norms / self.ranks
-        woven = self._woven(tokens, attention, 1.0, 0.0)
+        woven = self._woven(tokens, attention, alone)
         silent = computed + whole.norms
         return Ways(rest + silent + whole.joins, rest + fused, rest + woven, rest + silent)
 
     def stages(self, tokens: int) -> Stages:
         """Of a prompt, as weft.models.measure has them of a real layer."""
-        whole, layers = self._tokens(tokens, 1.0, 0.0), self.model.layers
-        attend = whole.attention + whole.rest + self._attention(tokens)
+        alone, layers = self._of(1.0, 0.0), self.model.layers
+        whole = self._tokens(tokens, alone)
+        attend = whole.attention + whole.rest + self._attention(tokens, alone)
         return Stages(*(one / layers for one in (attend, whole.mlp, whole.joins / 2, whole.norms / 2)))
 
     def woven_pair(self, stage: float, seam: float) -> float:
         """Seconds of a stage of one half and a seam of the other, side by side, given those of each alone."""
         return max(self._slower(1.0) * stage, seam) + WEAVE_START
 
-    def _attention(self, tokens: int) -> float:
-        part, heads = self._part(1.0, 0.0)
-        work = work_of([tokens], [0], heads.together(self.gpu.attention.packed))
-        return float(self.model.layers * attention_seconds(self.gpu.attention, part, heads, work))
+    def _attention(self, tokens: int, kept: Kept) -> float:
+        """Of one prompt, in all layers."""
+        work = work_of([tokens], [0], kept.heads.together(self.gpu.attention.packed))
+        return float(self.model.layers * attention_seconds(self.gpu.attention, kept.part, kept.heads, work))
 
-    def _layers(self, tokens: int, attention: float, share: float, rival: float) -> float:
-        whole = self._tokens(tokens, share, rival)
+    def _layers(self, tokens: int, attention: float, kept: Kept) -> float:
+        whole = self._tokens(tokens, kept)
         computed = whole.attention + whole.mlp + whole.rest + attention
         if self.ranks == 1 or not (self.fused or self.weave):
             return computed + whole.norms + whole.joins
         fused = computed + whole.joins + whole.norms / self.ranks
         if not self.weave or tokens < 2:
             return fused
-        return min(fused, self._woven(tokens, attention, share, rival))
+        return min(fused, self._woven(tokens, attention, kept))
 
-    def _woven(self, tokens: int, attention: float, share: float, rival: float) -> float:
+    def _woven(self, tokens: int, attention: float, kept: Kept) -> float:
         """Of both halves; each join lies under the products of the other half. Half of the joins go with each block."""
-        half = self._tokens(-(-tokens // 2), share, rival)
-        slower = self._slower(share)
+        half = self._tokens(-(-tokens // 2), kept)
+        slower = self._slower(kept.share)
         joins = half.joins + half.norms / self.ranks
         first = slower * (2 * (half.attention + half.rest) + attention)
         started = 4 * self.model.layers * WEAVE_START
@@ -200,22 +218,23 @@ class StepCost:
         """How much longer a stage takes beside a seam."""
         return WEAVE_SLOWER / (1.0 - min(0.5, WEAVE_SMS / (self.gpu.sms * share)))
 
-    def _part(self, share: float, rival: float) -> tuple[Part, Heads]:
-        found = self._parts.get((share, rival))
+    def _of(self, share: float, rival: float) -> Kept:
+        found = self._kept.get((share, rival))
         if found is None:
-            found = self.gpu.part(share, rival), self.model.prompt_heads(self.ranks, self.precision.kv)
-            self._parts[share, rival] = found
+            part, heads = self.gpu.part(share, rival), self.model.prompt_heads(self.ranks, self.precision.kv)
+            found = Kept(share, rival, part, heads, decoding_seconds(self.gpu.attention, part, heads))
+            self._kept[share, rival] = found
         return found
 
-    def _tokens(self, tokens: int, share: float, rival: float) -> Tokens:
-        found = self._kept.get((tokens, share, rival))
+    def _tokens(self, tokens: int, kept: Kept) -> Tokens:
+        found = kept.tokens.get(tokens)
         if found is None:
-            found = self._kept[tokens, share, rival] = self._compute(tokens, share, rival)
+            found = kept.tokens[tokens] = self._compute(tokens, kept)
         return found
 
-    def _compute(self, tokens: int, share: float, rival: float) -> Tokens:
-        model, ranks = self.model, self.ranks
-        plain, part = self.gpu.part(share, rival), self.precision.part(self.gpu, share, rival)
+    def _compute(self, tokens: int, kept: Kept) -> Tokens:
+        model, ranks, plain, heads = self.model, self.ranks, kept.part, kept.heads
+        part = self.precision.part(self.gpu, kept.share, kept.rival)
         linears = [each for each in model.linears() if not each.sampled and each.layers and each.n and each.k]
         taken = self._products(linears, tokens, part)
         attention = sum(seconds for each, seconds in zip(linears, taken, strict=True) if each.name in ATTENTION)
@@ -227,7 +246,6 @@ class StepCost:
         hidden = 2.0 * tokens * model.hidden  # bytes
         fit = self.gpu.pointwise
         norms = 2 * model.layers * pointwise_seconds(fit, plain, 4 * hidden)
-        heads = self._part(share, rival)[1]
         rotated = 4.0 * tokens * (heads.heads + heads.kv_heads) * heads.key
         rest = 2 * model.layers * fit.launch + (model.layers * rotated + 6.0 * tokens * wide / ranks) / (
             fit.dram * plain.bandwidth
@@ -250,18 +268,18 @@ class StepCost:
         one = moe_seconds(self.gpu.moe, part, tokens, *shape, self.precision.operands)
         return float(one) * (self.model.layers - experts.dense_layers)
 
-    def _output(self, samples: int, share: float, rival: float) -> float:
+    def _output(self, samples: int, kept: Kept) -> float:
         """The last product, in 16 bits, and the gathering of its results."""
         if not samples:
             return 0.0
-        found = self._outputs.get((samples, share, rival))
+        found = kept.outputs.get(samples)
         if found is None:
             (linear,) = [each for each in self.model.linears() if each.sampled]
             n, k = linear.on(self.ranks)
-            found = gemm_seconds(self.gpu.gemm, self.gpu.part(share, rival), samples, n, k).item()
+            found = gemm_seconds(self.gpu.gemm, kept.part, samples, n, k).item()
             if self.link is not None:
                 found += float(gather_seconds(self.link, self.ranks, 2.0 * samples * linear.n))
-            self._outputs[samples, share, rival] = found
+            kept.outputs[samples] = found
         return found
 
 
