@@ -97,6 +97,16 @@ class Scheduler:
             self._end_request(live, Finish.ABORT, now, events)
         return events
 
+    def put_back(self, sequence: Sequence, seconds: float) -> None:
+        """One that has not begun goes behind those that arrive within so many seconds. Its place changes once at most,
+        so that it gets its turn."""
+        line, live = self.running.waiting, sequence.live
+        line.remove(sequence)
+        live.back = seconds
+        place, *rest = sequence.rank
+        sequence.rank = (place + seconds, *rest)
+        line.add(sequence)
+
     def preempt(self, request_id: str) -> int:
         """Send the running sequences of a request back to waiting, in flight or not. How many there were."""
         live = self._live.get(request_id)

@@ -81,7 +81,7 @@ class Sequence:
 
     tokens: prompt and output. computed: how many of them have their KV in the blocks of `table`, by complete tickets.
     digests: the prefix cache's, for the full blocks. published: full blocks that were offered to the prefix cache.
-    rank: its place in every line, for life. flight: the ticket that computes a slice of it now.
+    rank: its place in every line; see `Scheduler.put_back`. flight: the ticket that computes a slice of it now.
     """
 
     id: int

@@ -46,8 +46,8 @@ class Flying:
 
 class Control:
     """switches: changes of how the device is shared. switch_seconds: what the device took to be told of shares.
-    decide_seconds: what the policy took. decision: the one in force. put_back, refused: requests that could not make
-    the TTFT target when they came."""
+    decide_seconds: what the policy took. decision: the one in force. put_back: requests that could
+    not make the TTFT target any more. refused: when they came."""
 
     def __init__(self, controller: Controller, device: Device, scheduler: Scheduler, now: float) -> None:
         self.switches = 0
@@ -67,18 +67,19 @@ class Control:
     # -- what happens ----------------------------------------------------------------------------------------------
 
     def admit(self, request: Request, now: float) -> float:
-        """Seconds by which a request that would get its first token too late goes behind others; 0 for any other.
+        """Seconds by which a request goes behind others at once, since its prompt alone takes too long; 0 for any other.
 
-        Raises QueueFull instead, where the policy says so.
+        Raises QueueFull for one that would get its first token too late, where the policy says so.
         """
         decision = self.decision
         if decision.hold is None:
             return 0.0
-        place, new = self._scheduler.place(request, now), self._new
-        running = self._scheduler.running
-        ahead = sum(self._left(one) for one in running.prefilling)
-        ahead += sum(self._left(one) for one in running.waiting if one.rank[0] <= place)
-        if ahead + new * len(request.prompt) <= decision.hold:
+        own, ahead = self._new * len(request.prompt), 0.0
+        if decision.shed:
+            place, running = self._scheduler.place(request, now), self._scheduler.running
+            ahead = sum(self._left(one) for one in running.prefilling)
+            ahead += sum(self._left(one) for one in running.waiting if one.rank[0] <= place)
+        if ahead + own <= decision.hold:
             return 0.0
         if not decision.shed:
             self.put_back += 1
@@ -89,6 +90,19 @@ class Control:
             "--slo-ttft",
             retry_after=self._scheduler.admission.retry_after(now),
         )
+
+    def _pass(self, now: float) -> None:
+        """Those first in the queue that are too late by now let others pass: they would make these late, too."""
+        decision, line = self.decision, self._scheduler.running.waiting
+        while decision.hold is not None and (head := line.first) is not None:
+            live = head.live
+            if live.back or live.first_token is not None:
+                return
+            left = decision.within * (1.0 - self._left(head) / decision.hold)
+            if now - live.arrived <= left:
+                return
+            self.put_back += 1
+            self._scheduler.put_back(head, decision.back)
 
     @property
     def _new(self) -> float:
@@ -147,6 +161,7 @@ class Control:
         flying.seconds, flying.since = flying.seconds + seconds, None
         flying.parts += now - flying.begun
         flying.ready = None if self._idle(lane) else now
+        self._pass(now)
         if result.error is None and plan.last:
             output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
             context = sum(piece.end for piece in plan.slices)

@@ -18,18 +18,25 @@ from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
 from weft.phases.forecast import Device, Load, Outlook, candidates, outlook
-from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one_share, fit_steps, fit_ttft
+from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
-# Kept of each kind: steps of one share, and in all; arrivals, and for so many seconds.
-STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 40, 240, 200, 48, 24
+# Kept of each kind: steps of one share and size, and in all; arrivals, and for so many seconds.
+STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 12, 240, 200, 48, 24
 RATE_SECONDS = 20.0
+# Steps of one kind that are kept are so far apart: a thousand of a moment would tell of that moment only.
+SPACING = 0.05
+# Steps of so many seconds tell how fast the device is just now.
+NOW = 1.0
 # Tokens of an answer, before there was one.
 UNKNOWN_OUTPUT = 100.0
 # After so many seconds without a step the device has rested: what is known of it is no older than before.
 REST = 1.0
-# A change has to save so many misses within the horizon, and such a part of them.
-SAVES, SAVES_PART = 0.5, 0.1
+# A change has to save so many misses within the horizon, and such a part of them. Forecasts of one regime err alike, so
+# that they can be compared closely; those of two regimes do not.
+SAVES, SAVES_PART, SAVES_REGIME = 0.5, 0.1, 0.3
+# A regime in which no more than this part of the last requests has missed a target is left alone.
+WELL = 0.05
 # Shares of the prefill lane for trying out. One trial shows two shares, for the law is one for both lanes.
 TRIALS = (1 / 4, 1 / 3, 2 / 3, 3 / 4)
 # So many misses within the horizon are worth a trial, and so many trials are made at most.
@@ -38,8 +45,8 @@ TRIAL_WORTH, TRIALS_MOST = 2.0, 12
 TRIAL_ARRIVALS = 8
 # Seconds that a second of a prompt's own computing time puts it back in the queue, under overload.
 ORDER = 4.0
-# A prompt that finds more before it than this part of the TTFT target takes lets others pass, for so many targets.
-HOLD, BACK = 1.1, 30.0
+# A prompt that would have its first token after this part of the TTFT target lets others pass, for so many targets.
+HOLD, BACK = 0.9, 30.0
 # What is told anew when it has changed by such a part.
 HOLD_CHANGES = 0.15
 # A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
@@ -57,7 +64,8 @@ EMPTY = Queue()
 @dataclass(frozen=True, slots=True)
 class AutoState:
     """sharing: in force since `since`. overload: whether the declared policy holds. tried: trials so far.
-    hold: what the last decision said of it."""
+    hold: what the last decision said of it. ended: the last requests that did. fit: the step law of the last minute;
+    model: as fast as the device is now."""
 
     sharing: Sharing
     since: float = 0.0
@@ -69,7 +77,8 @@ class AutoState:
     steps: tuple[Stepped, ...] = ()
     arrivals: tuple[Arrived, ...] = ()
     firsts: tuple[TtftSample, ...] = ()
-    outputs: tuple[int, ...] = ()
+    ended: tuple[Finished, ...] = ()
+    fit: StepModel | None = None
     model: StepModel | None = None
     ttft: TtftModel | None = None
 
@@ -116,15 +125,21 @@ class AutoPolicy:
         here = self._outlook(state.sharing, state, load, queue, now)
         if here.score < SAVES and not (state.trial or state.overload):
             return state, None  # nothing that could be saved is worth a change
-        options = [self._outlook(one, state, load, queue, now) for one in self._options(state, model, load, queue)]
+        well = not state.trial and self._well(state, queue, now)
+        options = [
+            self._outlook(one, state, load, queue, now)
+            for one in self._options(state, model, load, queue)
+            if not well or one.regime is state.sharing.regime
+        ]
         known = min(one.score for one in options)
-        trial = self._trial(state, model, here, known, load, queue, now)
+        trial = None if well else self._trial(state, model, here, known, load, queue, now)
         if trial is not None:
             return trial
         overload = min(one.part for one in options) > HOPELESS
         best = self._best(options, overload)
         saved = here.score - best.score
-        better = saved > max(SAVES, SAVES_PART * here.score) or (overload and self._protects(here, best))
+        part = SAVES_PART if best.sharing.regime is state.sharing.regime else SAVES_REGIME
+        better = saved > max(SAVES, part * here.score) or (overload and self._protects(here, best))
         if not (better or state.trial or overload is not state.overload):
             return state, None
         if not better and not state.trial:
@@ -153,10 +168,15 @@ class AutoPolicy:
             arrivals=tuple(arrivals),
             firsts=tuple(firsts[-FIRSTS_MOST:]),
             steps=kept(state.steps, steps),
-            outputs=(state.outputs + tuple(one.output for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
+            ended=(state.ended + tuple(one for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
         )
         tried = state.trial and now - state.since >= self.trial  # what a trial has shown is wanted at once
-        return self._fit(state, now) if tried or state.model is None or now - state.fitted >= self.refit else state
+        if tried or state.fit is None or now - state.fitted >= self.refit:
+            state = self._fit(state, now)
+        if state.fit is None or not steps:
+            return state
+        newest = [one for one in state.steps if one.at > state.steps[-1].at - NOW]
+        return replace(state, model=state.fit.scaled(drift(state.fit, newest)))
 
     def _fit(self, state: AutoState, now: float) -> AutoState:
         found = fit_steps(state.steps, now)
@@ -165,13 +185,21 @@ class AutoPolicy:
         if isinstance(found, Unfit):
             return state
         ttft = fit_ttft(state.firsts, now)
-        return replace(state, model=found, ttft=ttft if isinstance(ttft, TtftModel) else None, fitted=now)
+        return replace(state, fit=found, model=found, ttft=ttft if isinstance(ttft, TtftModel) else None, fitted=now)
+
+    def _well(self, state: AutoState, queue: Queue, now: float) -> bool:
+        """Whether those who ended lately met their targets, and those who wait have not missed theirs yet."""
+        late = sum(now - arrived > self.targets.ttft for arrived, _ in queue.waiting)
+        missed = late + sum(
+            one.ttft > self.targets.ttft or (one.tpot or 0.0) > self.targets.tpot for one in state.ended
+        )
+        return bool(state.ended) and missed <= WELL * (len(state.ended) + len(queue.waiting))
 
     def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
         arrivals = state.arrivals
         rate = (len(arrivals) - 1) / max(now - arrivals[0].at, 1.0) if arrivals else 0.0
-        output = likely_output(state.outputs, [done for _, done in queue.answers])
+        output = likely_output([one.output for one in state.ended], [done for _, done in queue.answers])
         return Load(rate, tuple(one.tokens for one in arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
@@ -247,7 +275,9 @@ class AutoPolicy:
         if state.model is None:
             return state, decision
         if state.trial:  # over before a prompt that comes now has its turn
-            return state, decision if decision is None else replace(decision, hold=state.hold, back=self._back)
+            if decision is not None:
+                decision = replace(decision, hold=state.hold, within=HOLD * self.targets.ttft, back=self._back)
+            return state, decision
         speed = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now).speed
         hold = max(1, int(HOLD * self.targets.ttft * speed))
         if decision is None:
@@ -255,7 +285,8 @@ class AutoPolicy:
                 return state, None
             reason = f"{words(state.sharing, self.device.shares)} goes on, at {speed:.0f} tokens of prompts/s"
             decision = Decision(now, state.sharing, reason)
-        decision = replace(decision, hold=hold, back=self._back, shed=self.shed and state.overload)
+        within = HOLD * self.targets.ttft
+        decision = replace(decision, hold=hold, within=within, back=self._back, shed=self.shed and state.overload)
         return replace(state, hold=hold), decision
 
     def _change(
@@ -324,10 +355,20 @@ def rested(state: AutoState, new: list[Stepped]) -> AutoState:
 
 
 def kept(before: Iterable[Stepped], new: Iterable[Stepped]) -> tuple[Stepped, ...]:
-    """The newest steps of each share and kind, so that what is known of one share outlives a long stay at another."""
-    groups: dict[tuple[float, bool, bool], list[Stepped]] = {}
-    for one in (*before, *new):
-        groups.setdefault((round(one.share, 2), one.prompt > 0, one.output > 0), []).append(one)
+    """Steps of each share and size, so that what is known of one share outlives a long stay at another, and that what
+    is known of small steps and of large ones is of some time, not of one moment."""
+    groups: dict[tuple[float, int, int], list[Stepped]] = {}
+    for one in before:
+        groups.setdefault(_kind(one), []).append(one)
+    for one in new:
+        group = groups.setdefault(_kind(one), [])
+        if not group or one.at >= group[-1].at + SPACING:
+            group.append(one)
     newest = [one for group in groups.values() for one in group[-STEPS_EACH:]]
     newest.sort(key=lambda one: one.at)
     return tuple(newest[-STEPS_MOST:])
+
+
+def _kind(one: Stepped) -> tuple[float, int, int]:
+    """The share, and the sizes of both parts to a factor of two."""
+    return round(one.share, 2), one.prompt.bit_length(), one.output.bit_length()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,8 @@ Array = NDArray[np.float64]
 HALF_LIFE = 60.0
 # A share counts as seen when its samples weigh as much as so many new ones.
 SEEN = 2.0
+# Steps that tell how fast the device is just now.
+LEVEL_SAMPLES = 8
 # Shares closer than this are the same.
 SAME_SHARE = 0.015
 # Never predict for a queue that is closer to instability than this: x > load * (1 + MARGIN).
@@ -102,6 +104,11 @@ class StepModel:
         alone = self.fixed * parts + self.token * tokens / share + memory
         return alone * (1.0 + (self.contention or 0.0) * rival)
 
+    def scaled(self, factor: float) -> StepModel:
+        """The law of a device on which everything takes `factor` times as long."""
+        costs = {name: factor * getattr(self, name) for name in ("fixed", "base", "token", "slot")}
+        return replace(self, **costs)
+
 
 def fit_ttft(samples: Sequence[TtftSample], now: float, *, half_life: float = HALF_LIFE) -> TtftModel | Unfit:
     """The hyperbola through the samples; those of an unstable queue (x <= load) tell nothing of it."""
@@ -137,6 +144,16 @@ def fit_one_share(samples: Sequence[Stepped], now: float, *, half_life: float = 
         return Unfit(f"{len(good)} steps were seen; three are needed")
     weights = _ages([one.at for one in good], now, half_life)
     return _fit(good, weights, seen_shares([one.share for one in good], weights), fixed=False)
+
+
+def drift(model: StepModel, samples: Sequence[Stepped]) -> float:
+    """How many times as long as by the law these steps took: a device shared with others is now faster, now slower, in
+    everything alike, long before a fit can follow. The median by time; 1 where there are too few to tell."""
+    if len(samples) < LEVEL_SAMPLES:
+        return 1.0
+    rows = [(one.prompt + one.output, one.context, one.share, one.rival, one.parts) for one in samples]
+    predicted = np.array([model.predict(*row) for row in rows])
+    return _median(np.array([one.seconds for one in samples]) / np.maximum(predicted, 1e-12), predicted)
 
 
 def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: bool = True) -> StepModel:

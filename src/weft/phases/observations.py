@@ -87,15 +87,16 @@ class Queue:
 class Decision:
     """From now on the device is shared so. reason: one sentence, for the log.
 
-    hold: tokens of prompts that a new request may have to wait for, its own included. One that would wait for more
-    cannot make the TTFT target, so it lets those pass that come in the next `back` seconds; or it is refused, if that
-    is what `shed` says. None: any number.
+    hold: tokens of prompts that are computed within `within` seconds, those that a first token may take; None: not
+    known. A prompt that has waited for so long that nothing is left to compute it in lets those pass that come in the
+    next `back` seconds. shed: one that finds so many before it that this is bound to happen is refused.
     """
 
     at: float
     sharing: Sharing
     reason: str
     hold: int | None = None
+    within: float = 0.0
     back: float = 0.0
     shed: bool = False
 

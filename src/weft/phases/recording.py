@@ -24,7 +24,7 @@ from weft.phases.paper import PaperPolicy
 
 logger = logging.getLogger("weft.partition")
 
-VERSION = 1
+VERSION = 2
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
@@ -146,6 +146,7 @@ def _decision_row(decision: Decision) -> dict[str, Any]:
         "sharing": [sharing.regime.value, shares, sharing.chunk, sharing.size_weight],
         "reason": decision.reason,
         "hold": decision.hold,
+        "within": decision.within,
         "back": decision.back,
         "shed": decision.shed,
     }
@@ -158,7 +159,8 @@ def _asked(row: dict[str, Any]) -> Asked:
     if decision is not None:
         regime, shares, chunk, weight = decision["sharing"]
         sharing = Sharing(Regime(regime), Partition(*shares), chunk, weight)
-        found = Decision(row["now"], sharing, decision["reason"], decision["hold"], decision["back"], decision["shed"])
+        told = (decision[name] for name in ("reason", "hold", "within", "back", "shed"))
+        found = Decision(row["now"], sharing, *told)
     seen = tuple(_observation(one) for one in row["seen"])
     return Asked(seen, Queue(waiting, queue["decoding"], queue["context"], answers), row["now"], found)
 
