@@ -28,8 +28,8 @@ SIZES = 8
 TURNS_A_STEP = 8
 # Parts of the TPOT target that a mixed step may take.
 FILLS = (0.6, 0.8, 0.95)
-# The part of a lane's speed that serves those in time, when more comes in than it can do and the rest is put back.
-FITS = 0.9
+# A queue closer to this has no mean wait to speak of.
+FULL = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,13 +223,13 @@ def _known(
     queue: Queue, speed: float, together: int, target: float, spread: float, now: float
 ) -> tuple[list[float], float]:
     """(probability to be late of each that waits, mean seconds to their first token)."""
-    found, total, ahead = [], 0.0, 0
+    found, total, ahead = [], 0.0, 0.0
     backlog = sum(tokens for _, tokens in queue.waiting)
     for arrived, tokens in queue.waiting:
-        ahead += tokens
-        seconds = now - arrived + min(backlog, math.ceil(ahead / together) * together) / speed
+        seconds = now - arrived + min(backlog, math.ceil((ahead + tokens) / together) * together) / speed
         total += seconds
         found.append(_over(seconds, target, spread))
+        ahead += tokens * (1.0 - found[-1])  # those who are too late let others pass
     return found, total / len(found) if found else 0.0
 
 
@@ -252,31 +252,38 @@ def _arriving(
     if not load.prompts or load.rate <= 0:
         return 0.0, 0.0
     incoming = load.rate * load.prompt
-    used = incoming / speed
-    if used >= 0.98:
-        return 1.0 - FITS / used, math.inf
-    service = load.prompt / speed
+    used, service = incoming / speed, load.prompt / speed
     # Pollaczek and Khinchine's mean wait, with the spread of the prompts that were seen.
-    spread = sum(tokens * tokens for tokens in load.prompts) / len(load.prompts) / load.prompt**2
-    mean = service * (1.0 + 0.5 * spread * used / (1.0 - used))
-    if ttft is not None:
-        whole = device.chunk / steps.predict(device.chunk, load.prompt, 1.0)
-        # However it is shared, what counts is the part of the whole device's speed that prompts get.
-        mean = min(max(ttft.predict(min(1.0, speed / whole), incoming / whole), service), 1e6)
-    wait = max(mean - service, 1e-6)
+    burst = 0.5 * service * sum(tokens * tokens for tokens in load.prompts) / len(load.prompts) / load.prompt**2
+    mean = math.inf
+    if used < FULL:
+        mean = service + burst * used / (1.0 - used)
+        if ttft is not None:
+            whole = device.chunk / steps.predict(device.chunk, load.prompt, 1.0)
+            # However it is shared, what counts is the part of the whole device's speed that prompts get.
+            mean = min(max(ttft.predict(min(1.0, speed / whole), incoming / whole), service), 1e6)
+            burst = max(mean - service, 1e-6) * (1.0 - used) / used
     backlog = sum(tokens * (1.0 - late) for (_, tokens), late in zip(queue.waiting, known, strict=True))
     late = 0.0
     for moment in MOMENTS:
         left = max(0.0, backlog - (speed - incoming) * moment * HORIZON) / speed
         for tokens in load.sizes:
             alone = left + tokens / speed
-            late += max(_over(alone, target, spread), _waits_longer(target - alone, used, wait))
+            late += max(_over(alone, target, spread), _waits_longer(target - alone, used, burst))
     return late / (len(MOMENTS) * len(load.sizes)), mean
 
 
-def _waits_longer(seconds: float, used: float, mean: float) -> float:
-    """As in the M/M/1 queue: nobody waits with probability 1 - used; those who do wait an exponential time."""
-    return 1.0 if seconds <= 0 else used * math.exp(-used * seconds / mean)
+def _waits_longer(seconds: float, used: float, burst: float) -> float:
+    """The part of those who come that would wait longer, and so let others pass: the M/M/1 queue whose customers do not
+    join when their wait would be longer than `seconds`. burst: seconds of work that arrive at once, so to speak; used:
+    the work that arrives, also more than can be done."""
+    if seconds <= 0:
+        return 1.0
+    free = 1.0 - used
+    if abs(free) < 1e-6:
+        return used / (1.0 + used * seconds / burst + used)
+    tail = math.exp(min(-free * seconds / burst, 500.0))
+    return used * tail / (1.0 + used * (1.0 - tail) / free + used * tail)
 
 
 def _over(predicted: float, target: float, spread: float) -> float:

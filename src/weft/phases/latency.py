@@ -39,6 +39,8 @@ SAME_SHARE = 0.015
 MARGIN = 0.02
 # Tukey's constant: 95 % efficient on normal errors; what is off by more than so many deviations counts nothing.
 TUKEY = 4.685
+# What is off by less than this (relative) is never taken for an outlier beside many that are exactly alike.
+SPREAD_LEAST = 0.02
 SATURATIONS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 # Turns of reweighting; more of them change nothing that matters.
 TURNS = 8
@@ -328,7 +330,7 @@ def robust(columns: Array, y: Array, weights: Array) -> Array:
         predicted = scaled @ found
         size = np.maximum(np.abs(predicted), floor)
         off = np.abs(y - predicted) / size
-        spread = max(1.4826 * float(np.median(off)), 1e-6)
+        spread = max(1.4826 * float(np.median(off)), SPREAD_LEAST)
         if turn < TURNS // 2:
             trust = spread / np.maximum(off, 0.05 * spread)
         else:
