@@ -54,6 +54,8 @@ class Load:
     def shots(self, part: str, rate: float, seconds: float, vocabulary: int, piece: int = 0) -> list[Shot]:
         """The same with prompts, for a server that computes something."""
         rows = self.make(part, rate, seconds, piece)
+        if not rows:
+            return []
         rng = np.random.default_rng([SEEDS[part], piece])
         return traffic.shots([due for due, _ in rows], [size for _, size in rows], vocabulary, 0, rng)
 
@@ -78,7 +80,10 @@ def recorded(path: Path, scale: Scale) -> Load:
         begin = BEGINS[part] + piece * seconds * factor
         if begin + seconds * factor > rows[-1][0]:
             raise SystemExit(f"{path.name} is too short for {seconds:g} s at {factor:g} times its rate, from {begin:g}")
-        kept = traces.between(rows, begin, begin + seconds * factor)
+        kept = [row for row in rows if begin <= row[0] < begin + seconds * factor]
+        if not kept:
+            return []
+        kept = traces.between(kept, begin, begin + seconds * factor)
         due, sizes = traces.scale_trace(kept, len(kept), factor, scale.input, scale.output)
         return list(zip(due, traces.clip(sizes, *scale.longest)[0], strict=True))
 

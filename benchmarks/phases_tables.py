@@ -68,15 +68,20 @@ def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
 
 
 def ratios(rows: Sequence[Row], against: Callable[[Row], bool]) -> dict[Cell, float]:
-    """auto's attainment over the best of those, in every cell that has them. None within the targets counts as half a
-    request, so that there is a ratio."""
+    """auto's attainment over the best of those, in every cell that has them, with the same requests: one that was left
+    out of later rounds is not compared. None within the targets counts as half a request, so that there is a ratio."""
     found = {}
     for cell, here in cells(rows).items():
-        auto = [_attained(one) for one in here if one["policy"] == "auto"]
-        others = [_attained(one) for one in here if against(one)]
-        if auto and others:
-            found[cell] = auto[0] / max(others)
+        auto = next((one for one in here if one["policy"] == "auto"), None)
+        others = [_attained(one) for one in here if against(one) and _alike(one, auto)]
+        if auto is not None and others:
+            found[cell] = _attained(auto) / max(others)
     return found
+
+
+def _alike(one: Row, auto: Row | None) -> bool:
+    """Whether both have served the same requests; on a simulated device all do."""
+    return auto is not None and one.get("pieces") == auto.get("pieces")
 
 
 def _attained(one: Row) -> float:
@@ -112,7 +117,8 @@ def no_room(rows: Sequence[Row], wanted: float = 1.1) -> list[str]:
     """Where the mix changes and a fixed policy still does so well that none could be `wanted` times better: notes."""
     found = []
     for (device, trace, rate), here in cells(rows).items():
-        fixed = [one for one in here if one["kind"] in FIXED]
+        most = max((one.get("pieces", 0) for one in here), default=0)
+        fixed = [one for one in here if one["kind"] in FIXED and one.get("pieces", 0) == most]
         if trace == CHANGING and fixed:
             best = max(fixed, key=_attained)
             if _attained(best) * wanted > 1.0:
@@ -127,7 +133,8 @@ def against_best(rows: Sequence[Row]) -> list[str]:
     """One line for each cell: auto, and the best of those that stay the same."""
     found = []
     for (device, trace, rate), here in cells(rows).items():
-        fixed, auto = [one for one in here if one["kind"] in FIXED], [one for one in here if one["kind"] == "auto"]
+        auto = [one for one in here if one["policy"] == "auto"]
+        fixed = [one for one in here if one["kind"] in FIXED and auto and _alike(one, auto[0])]
         if fixed and auto:
             best = max(fixed, key=_attained)
             ratio = _attained(auto[0]) / _attained(best)

@@ -72,10 +72,11 @@ class Watching(FixedPolicy):
     seen: list[Observation] = field(default_factory=list)
     queues: list[Queue] = field(default_factory=list)
     hold: int | None = None
+    within: float = 0.0
     shed: bool = True
 
     def first(self, now: float) -> Decision:
-        return Decision(now, self.sharing, "fixed", self.hold, back=5.0, shed=self.shed)
+        return Decision(now, self.sharing, "fixed", self.hold, self.within, back=5.0, shed=self.shed)
 
     def decide(self, state: Any, seen: tuple[Observation, ...], queue: Queue, now: float) -> tuple[Any, None]:
         self.seen.extend(seen)

@@ -1,8 +1,9 @@
 """Which sequences wait, prefill and decode, and the blocks that they hold.
 
-Order: everything goes by `Sequence.rank`, which changes once at most, before it runs. The most urgent waiting sequence starts first and nobody
-passes it for want of blocks; a sequence takes blocks only from less urgent ones. So the most urgent sequence is never
-preempted and always advances, then the next one, and no two sequences can preempt each other for ever.
+Order: everything goes by `Sequence.rank`, which changes once at most, before it runs. The most urgent waiting sequence
+starts first and nobody passes it for want of blocks; a sequence takes blocks only from less urgent ones. So the most
+urgent sequence is never preempted and always advances, then the next one, and no two sequences can preempt each other
+for ever.
 """
 
 from __future__ import annotations

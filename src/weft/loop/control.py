@@ -67,7 +67,7 @@ class Control:
     # -- what happens ----------------------------------------------------------------------------------------------
 
     def admit(self, request: Request, now: float) -> float:
-        """Seconds by which a request goes behind others at once, since its prompt alone takes too long; 0 for any other.
+        """Seconds by which a request goes behind others, since its prompt alone takes too long; 0 for any other.
 
         Raises QueueFull for one that would get its first token too late, where the policy says so.
         """

@@ -34,7 +34,7 @@ UNKNOWN_OUTPUT = 100.0
 REST = 1.0
 # A change has to save so many misses within the horizon, and such a part of them. Forecasts of one regime err alike, so
 # that they can be compared closely; those of two regimes do not.
-SAVES, SAVES_PART, SAVES_REGIME = 0.5, 0.1, 0.3
+SAVES, SAVES_PART, SAVES_REGIME = 0.5, 0.1, 0.5
 # A regime in which no more than this part of the last requests has missed a target is left alone.
 WELL = 0.05
 # Shares of the prefill lane for trying out. One trial shows two shares, for the law is one for both lanes.
