@@ -318,8 +318,7 @@ class Contest:
         while True:
             began, measured = time.monotonic(), 0
             for number, load in enumerate(self._loads):
-                rows = self._so_far(load, machine)
-                there = [one for one in self._entrants if turn == 0 or not _behind(one.name, rows)]
+                there = self._left(load, machine)
                 first = (number + turn * len(self._loads)) % len(there)
                 for one in [*there[first:], *there[:first]]:
                     measured += await self._piece(one, load, machine, turn)
@@ -328,9 +327,15 @@ class Contest:
                 print(show(rows), flush=True)
                 common.say(f"{self._model}: {max(0.0, end - time.monotonic()):.0f} s left")
             turn += 1
-            spent = (time.monotonic() - began) * total / max(measured, 1)
-            if measured and time.monotonic() + spent > end:
+            next_round = sum(len(self._left(load, machine)) for load in self._loads)
+            needed = (time.monotonic() - began) * next_round / max(measured, 1)
+            if measured and time.monotonic() + needed > end:
                 return
+
+    def _left(self, load: Load, machine: Machine) -> list[Contestant]:
+        """Those that are not far behind: all, as long as nothing was measured."""
+        rows = self._so_far(load, machine)
+        return [one for one in self._entrants if not _behind(one.name, rows)]
 
     def _so_far(self, load: Load, machine: Machine) -> list[Row]:
         return [one for one in _rows(self._pieces, self._model, machine) if one["trace"] == load.name]
@@ -345,6 +350,8 @@ class Contest:
             return False
         records = await self._serve(one.name, shots, machine)
         self._servers[one.name].check_alive()
+        if one.name == PEER:
+            await self._servers[PEER].settle()
         kept = [
             (r.due, r.sent, r.first, r.last, r.ended, r.input_tokens, r.output_tokens, r.error)
             for r in records
@@ -368,7 +375,7 @@ class Contest:
 def _behind(name: str, rows: Sequence[Row]) -> bool:
     """Whether a policy is that far behind the best. Those that a claim is about never are, nor is who was not there."""
     found = {one["policy"]: one["attainment"] for one in rows}
-    return name not in ("auto", UNTUNED, PEER) and name in found and found[name] < max(found.values()) - BEHIND
+    return name not in ("auto", UNTUNED) and name in found and found[name] < max(found.values()) - BEHIND
 
 
 def _ignore(record: Record) -> None:

@@ -30,6 +30,8 @@ from environments import interpreter
 SEATS = 32
 CHUNKS = (32, 64, 128, 512)
 UNTUNED = "chunk 512"
+# A server that takes less of a core than this has nothing to do; it is looked at so often.
+SETTLED, SETTLE_SECONDS = 0.05, 0.4
 PEER = "llama-server"
 
 
@@ -70,6 +72,13 @@ class LlamaServer:
                 return
             await asyncio.sleep(0.1)
         raise ServerError(f"llama-server was not ready after {READY_SECONDS:g} s")
+
+    async def settle(self) -> None:
+        """Until it computes no more for clients that have hung up, which would be at the cost of who comes next."""
+        before = -SETTLED
+        while (now := common.cpu_seconds(self._process.pid)) - before > SETTLED * SETTLE_SECONDS:
+            before = now
+            await asyncio.sleep(SETTLE_SECONDS)
 
     def __enter__(self) -> Self:
         return self

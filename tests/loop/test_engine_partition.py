@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Regime, Result, Sharing, Ticket
@@ -331,16 +333,53 @@ def test_a_request_that_would_wait_for_too_many_tokens_is_refused_and_a_short_on
     assert set(heard.ends) == {"a", "c"} and engine.stats().partition_refused == 1
 
 
-def test_a_request_that_would_wait_for_too_many_tokens_lets_others_pass_and_is_served() -> None:
+@pytest.mark.parametrize(
+    ("within", "order"),
+    [
+        (1.0, ["a", "late", "b", "c"]),
+        # 40 tokens in so long: one of 32 may begin within 0.032 s, and the first step takes longer.
+        (0.16, ["a", "b", "c", "late"]),
+    ],
+)
+def test_a_request_whose_time_is_up_before_its_turn_lets_others_pass_and_is_served(
+    within: float, order: list[str]
+) -> None:
     sharing = Sharing(Regime.SPLIT, Partition(4, 4))
-    engine, device = virtual(Watching(sharing, hold=40, shed=False))
+    engine, device = virtual(Watching(sharing, hold=40, within=within, shed=False))
     heard = Heard(device.clock)
     for name, tokens in (("a", 30), ("late", 32), ("b", 8), ("c", 2)):
         engine.submit(ask(name, range(tokens), 2))
     heard.drain(engine)
     firsts = {name: times[0] for name, times in heard.times.items()}
-    assert sorted(firsts, key=lambda name: firsts[name]) == ["a", "b", "c", "late"]
+    assert sorted(firsts, key=lambda name: firsts[name]) == order
+    assert engine.stats().partition_put_back == (order[-1] == "late")
+
+
+def test_a_prompt_that_alone_takes_too_long_lets_others_pass_from_the_start() -> None:
+    engine, device = virtual(Watching(Sharing(Regime.SPLIT, Partition(4, 4)), hold=20, within=9.0, shed=False))
+    heard = Heard(device.clock)
+    for name, tokens in (("long", 32), ("b", 8), ("c", 2)):
+        engine.submit(ask(name, range(tokens), 2))
+    heard.drain(engine)
+    firsts = {name: times[0] for name, times in heard.times.items()}
+    assert sorted(firsts, key=lambda name: firsts[name]) == ["b", "c", "long"]
     assert engine.stats().partition_put_back == 1
+
+
+@given(
+    tokens=st.lists(st.integers(1, 40), min_size=1, max_size=12),
+    hold=st.integers(1, 60),
+    within=st.floats(0.0, 0.5),
+)
+@settings(max_examples=40, deadline=None)
+def test_whoever_is_put_back_is_so_once_and_is_served(tokens: list[int], hold: int, within: float) -> None:
+    engine, device = virtual(Watching(Sharing(Regime.SPLIT, Partition(4, 4)), hold=hold, within=within, shed=False))
+    heard = Heard(device.clock)
+    for number, count in enumerate(tokens):
+        engine.submit(ask(str(number), range(count), 2))
+    heard.drain(engine)
+    assert {end.reason for end in heard.ends.values()} == {Finish.LENGTH} and len(heard.ends) == len(tokens)
+    assert engine.stats().partition_put_back <= len(tokens)
 
 
 # -- lanes that fail -------------------------------------------------------------------------------------------------

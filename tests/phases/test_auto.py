@@ -19,11 +19,11 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices.cost import CostModel
 from weft.devices.virtual import VirtualDevice
 from weft.loop.engine import Engine
-from weft.phases.auto import STEPS_EACH, TRIAL_ARRIVALS, AutoPolicy, kept
+from weft.phases.auto import SPACING, STEPS_EACH, TRIAL_ARRIVALS, AutoPolicy, kept
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
-from weft.phases.forecast import Device, Load, candidates, outlook
+from weft.phases.forecast import Device, Load, _waits_longer, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
-from weft.phases.observations import Arrived, Queue, Stepped, Targets
+from weft.phases.observations import Arrived, Decision, Finished, Queue, Stepped, Targets
 
 SHARES = 12
 CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
@@ -152,6 +152,20 @@ def test_an_unstable_share_is_never_forecast_to_work() -> None:
     assert forecast(Sharing(Regime.MIXED, WHOLE, 1000), load).late < 1.0
 
 
+@pytest.mark.parametrize("used", [0.3, 0.8, 1.0, 1.6])
+def test_the_part_that_lets_others_pass_is_that_of_a_queue_nobody_joins_in_vain(used: float) -> None:
+    """Against a queue of exponential times with a server of speed 1, played customer by customer."""
+    rng, patience, left, lost, count = random.Random(4), 3.0, 0.0, 0, 60000
+    for _ in range(count):
+        left = max(0.0, left - rng.expovariate(used))
+        if left > patience:
+            lost += 1
+        else:
+            left += rng.expovariate(1.0)
+    assert _waits_longer(patience, used, 1.0) == pytest.approx(lost / count, abs=0.012)
+    assert _waits_longer(0.0, used, 1.0) == 1.0
+
+
 def test_the_fitted_ttft_model_makes_a_bursty_load_look_bursty() -> None:
     load, sharing = Load(3.0, (800,), 60.0), Sharing(Regime.MIXED, WHOLE, 512)
     calm = outlook(sharing, LAW, None, load, Queue(), TARGETS, DEVICE, 0.0)
@@ -177,6 +191,8 @@ def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
 
     known = kept([step(i * 0.1, 0.25) for i in range(50)], [step(10 + i * 0.1, 0.75) for i in range(5000)])
     assert len([one for one in known if one.share == 0.25]) == STEPS_EACH
+    at = [one.at for one in known if one.share == 0.75]
+    assert all(b - a >= SPACING for a, b in itertools.pairwise(at)), "many of one moment are of one moment"
     assert max(one.at for one in known) == pytest.approx(10 + 499.9)
 
 
@@ -288,6 +304,27 @@ def test_a_recorded_run_decides_the_same_again() -> None:
     again: list[Asked] = []
     second = serve(policy, poisson(6.0, 900, 60, 15.0), again.append)
     assert again == run and second[:2] == first[:2], "virtual time, the same every time"
+
+
+@pytest.mark.parametrize(("tpot", "stays"), [(0.5, True), (2.0, False)])
+def test_a_regime_in_which_requests_meet_their_targets_is_left_alone(tpot: float, stays: bool) -> None:
+    """Whatever is forecast: a queue that looks hopeless, with answers that come in time, or do not."""
+    policy = AutoPolicy(TARGETS, DEVICE)
+    state, made = policy.start(), list[Decision]()
+    for number in range(40):
+        now = 10.0 + 0.25 * number
+        mixed, idle = LAW.predict(128, 2000), LAW.predict(8, 4000)
+        seen = (
+            *(Stepped(now - 0.1, Lane.DECODE, LAW.predict(tokens, 900), tokens, 0, 900, 1.0) for tokens in (300, 900)),
+            Stepped(now - 0.02, Lane.DECODE, mixed, 120, 8, 2000, 1.0),
+            Stepped(now, Lane.DECODE, idle, 0, 8, 4000, 1.0),
+            *(Arrived(now, 900) for _ in range(2)),
+            *(Finished(now, now - 2.0, 0.4, 0.1, tpot * TARGETS.tpot, 60) for _ in range(2)),
+        )
+        queue = Queue(((now, 900), (now, 900)), 40, 40000, ((1.0, 30),) * 40)
+        state, decision = policy.decide(state, seen, queue, now)
+        made += [] if decision is None else [decision]
+    assert all(one.sharing.regime is Regime.MIXED for one in made) is stays
 
 
 def test_changes_are_at_least_a_dwell_apart_and_say_why() -> None:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from weft.core.plan import Lane
-from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, fit_one_share, fit_steps, fit_ttft
+from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Stepped
 
 SHARES = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0)
@@ -174,3 +174,31 @@ def test_from_one_share_the_costs_there_are_known() -> None:
     assert isinstance(model, StepModel) and model.shares == pytest.approx((0.5,))
     assert model.predict(8, 4000, 0.5) == pytest.approx(truth.predict(8, 4000, 0.5), rel=0.03)
     assert isinstance(fit_one_share([], 0.0), Unfit)
+
+
+def test_many_steps_that_are_alike_do_not_make_outliers_of_the_few_that_tell() -> None:
+    """Two dozen of 27 tokens, exact, and seven large ones that are off by a thousandth: all of them tell what a token
+    costs."""
+    truth = StepModel(0.0, 6e-3, 2.6e-3, 3e-6)
+    sizes = [(27, 60 + 10 * number, 1.0) for number in range(24)] + [
+        (300 + 30 * number, 400, 1.001) for number in range(7)
+    ]
+    made = [
+        Stepped(0.1 * number, Lane.DECODE, off * truth.predict(tokens, context), tokens - 2, 2, context, 1.0)
+        for number, (tokens, context, off) in enumerate(sizes)
+    ]
+    model = fit_one_share(made, now=3.0)
+    assert isinstance(model, StepModel)
+    assert model.token == pytest.approx(truth.token, rel=0.02)
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.7])
+def test_a_device_that_is_slower_now_shows_in_a_few_steps(factor: float) -> None:
+    rng, truth = random.Random(3), StepModel(1e-3, 5e-3, 1e-4, 1e-6, contention=0.3)
+    now = far(steps(truth.scaled(factor), rng, 40), rng, 0.1)
+    assert drift(truth, now) == pytest.approx(factor, rel=0.05)
+    assert drift(truth, now[:3]) == 1.0, "three steps are no evidence"
+    one = now[0]
+    assert truth.scaled(factor).predict(one.output, one.context, one.share) == pytest.approx(
+        factor * truth.predict(one.output, one.context, one.share)
+    )
