@@ -13,6 +13,9 @@ namespace weft {
 SeamThread::SeamThread(Seams& seams, const std::vector<int>& cores) : seams_(seams) {
   SignalsBlocked blocked;
   thread_ = std::thread([this] { serve(); });
+#ifdef __linux__
+  pthread_setname_np(thread_.native_handle(), ("weft-seams-" + std::to_string(rank() % 1000)).c_str());
+#endif
   if (cores.empty() || pin(thread_, cores)) return;
   leave();
   throw std::invalid_argument("the thread of the seams may not run on core " + std::to_string(cores.front()));
@@ -58,9 +61,6 @@ void SeamThread::leave() {
 }
 
 void SeamThread::serve() {
-#ifdef __linux__
-  pthread_setname_np(pthread_self(), ("weft-seams-" + std::to_string(rank() % 1000)).c_str());
-#endif
   std::unique_lock lock(mutex_);
   for (;;) {
     given_.wait(lock, [this] { return leaving_ || !waiting_.empty(); });

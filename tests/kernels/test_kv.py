@@ -240,8 +240,8 @@ def in_8_bits(q: torch.Tensor) -> torch.Tensor:
 @example(case=Case(2, 7, 128, 32, 300, torch.float32, "int4", 0), spread=6.0)
 def test_attention_is_that_over_the_dequantised_keys_and_values(backends: Any, case: Case, spread: float) -> None:
     """In float64, over what the memory holds. Float32 sums in another order err by some 1e-5 of sum(weight * |value|);
-    the AVX-512 level rounds weights to bfloat16, and queries of bfloat16 to 8 bits. What was spread averages the errors of
-    all channels."""
+    the AVX-512 level rounds weights to bfloat16, and queries of bfloat16 to 8 bits. What was spread averages the errors
+    of all channels."""
     generator = torch.Generator().manual_seed(case.seed)
     qkv = torch.randn(case.length, case.heads + 2 * case.kv_heads, case.head_dim, generator=generator)
     qkv[:, : case.heads] *= spread

@@ -282,7 +282,7 @@ def test_each_part_runs_operations_of_its_own(tmp_path: Path, kernels: Kernels) 
         assert run - before == set(range(count * part // 4, count * (part + 1) // 4))
         before = run
     with pytest.raises(ValueError, match="the program has"):
-        program._native.run(kernels.native, [Slice(0, 0, (1,), (0,))], BLOCK, [0], 0, count + 1)  # type: ignore[attr-defined]
+        program._native.run(kernels.native, [Slice(0, 0, (1,), (0,))], program._tables, BLOCK, [0], 0, count + 1)  # type: ignore[attr-defined]
 
 
 def test_the_middle_of_a_step_that_was_not_begun_is_refused(tmp_path: Path, kernels: Kernels) -> None:
