@@ -18,8 +18,8 @@ gathered again; scores and sums stay what they were.
     v'    = (code - zero / steps) * scale
 
 With AVX-512, queries of bfloat16 are rounded to 8 bits as well (whole steps of a 127th of the greatest, of each head of
-each token), for integers are multiplied twice as fast: 0.7 % of a query, where the codes of a key are off by 11 % (4 bits)
-or 0.7 % (8 bits).
+each token), for integers are multiplied twice as fast: 0.7 % of a query, where the codes of a key are off by 11 %
+(4 bits) or 0.7 % (8 bits).
 
 A head with a NaN or an infinity has the scale NaN and codes of 0, so whoever reads it gets NaN; one whose scale would
 be under 2^-100 is all zeros.
