@@ -19,6 +19,7 @@ void bind_embedding(nb::module_& module, BackendClass& backend);
 void bind_linear(nb::module_& module, BackendClass& backend);
 void bind_w4ax(nb::module_& module, BackendClass& backend);
 void bind_program(nb::module_& module);
+void bind_race(nb::module_& module);
 void bind_seam(nb::module_& module, BackendClass& backend);
 void bind_probe(BackendClass& backend);
 void bind_attention(nb::module_& module, BackendClass& backend);

@@ -43,6 +43,7 @@ struct W4AxWeights;  // w4ax.h
 struct W4AxSource;
 struct QuantisedRows;
 struct JoinCall;  // seam_rows.h
+struct RaceCall;  // race.h
 
 struct Kernels {
   // weight [out, in] with row_stride elements between rows -> panels, laid out as `shape` says.
@@ -72,6 +73,8 @@ struct Kernels {
   void (*embed)(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
   void (*norm)(Pool& pool, const NormCall& call);
   void (*best_of_rows)(Pool& pool, const BestCall& call);
+  // The numbers of the tokens that may win, ascending; of more than `most` the first. Returns how many there are.
+  int64_t (*contenders)(const RaceCall& call, int64_t* out, int64_t most);
   void (*silu_mul)(Pool& pool, const GateCall& call);
   void (*rotary_write)(Pool& pool, const RotaryCall& call);
   void (*attention)(Pool& pool, const AttentionCall& call);

@@ -32,5 +32,6 @@ NB_MODULE(_native, module) {
   bind_seam(module, backend);
   bind_probe(backend);
   bind_program(module);
+  bind_race(module);
   bind_attention(module, backend);
 }

@@ -20,6 +20,7 @@ int64_t probe_integers(Pool& pool, int64_t steps);
 void embed(Pool& pool, const EmbeddingTable& table, const EmbedCall& call);
 void norm(Pool& pool, const NormCall& call);
 void best_of_rows(Pool& pool, const BestCall& call);
+int64_t contenders(const RaceCall& call, int64_t* out, int64_t most);
 void silu_mul(Pool& pool, const GateCall& call);
 void rotary_write(Pool& pool, const RotaryCall& call);
 void attention(Pool& pool, const AttentionCall& call);
@@ -42,6 +43,7 @@ const Kernels kernels = {
     .embed = embed,
     .norm = norm,
     .best_of_rows = best_of_rows,
+    .contenders = contenders,
     .silu_mul = silu_mul,
     .rotary_write = rotary_write,
     .attention = attention,

@@ -7,6 +7,11 @@ from weft.core.plan import Slice
 def levels() -> list[str]:
     """The levels that this CPU can run, best first."""
 
+def contenders(
+    level: str, logits: int, size: int, peak: float, temperature: float, low: int, high: int
+) -> list[int] | None:
+    """See weft.kernels.race. None: more than 256. ValueError: a level that this CPU cannot run."""
+
 class Memory:
     """Zeroed memory on huge pages where the kernel gives them; freed by `release` or with the object."""
 

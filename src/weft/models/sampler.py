@@ -43,6 +43,7 @@ import torch
 
 from weft.core.plan import Sampling, TokenScore
 from weft.core.sampling import SamplingParams
+from weft.kernels.race import contenders
 from weft.kernels.sample_parameters import COLDEST
 
 Row = np.ndarray[Any, np.dtype[np.float32]]
@@ -203,13 +204,19 @@ def _penalise(row: Row, sampling: Sampling) -> None:
 
 def _draw(row: Row, sampling: Sampling) -> int:
     """Steps 3 and 4 of the module's text for a row with a finite maximum."""
-    params = sampling.params
+    params, peak = sampling.params, row.max()
+    temperature = np.float32(max(params.temperature, COLDEST))
+    ids = None
+    if params.min_p <= 0.0 and params.top_k <= 0 and params.top_p >= 1.0:
+        keys = random_keys(sampling.seed, sampling.position)
+        ids = contenders(row, float(peak), float(temperature), keys)
     with np.errstate(over="ignore", under="ignore"):  # a small temperature sends the other tokens to weight 0
-        weights = row - row.max()
+        weights = (row if ids is None else row[ids]) - peak
         if params.temperature != 1.0:
-            weights /= np.float32(max(params.temperature, COLDEST))
+            weights /= temperature
         np.exp(weights, out=weights)
-        ids, weights = _survivors(weights, params)
+        if ids is None:
+            ids, weights = _survivors(weights, params)
         return int(ids[(weights / exponentials(sampling.seed, sampling.position, ids)).argmax()])
 
 
