@@ -173,6 +173,17 @@ def test_the_fitted_ttft_model_makes_a_bursty_load_look_bursty() -> None:
     assert bursty.late > calm.late and bursty.ttft > 2 * calm.ttft
 
 
+def test_a_law_that_errs_from_step_to_step_is_surer_of_a_long_answer_than_of_a_short_one() -> None:
+    noisy = replace(LAW, error=0.3)
+    sharing = Sharing(Regime.MIXED, WHOLE, 128)  # steps of 0.7 times the TPOT target
+
+    def slow(law: StepModel, output: float) -> float:
+        return outlook(sharing, law, None, Load(4.0, (800,), output), EMPTY, TARGETS, DEVICE, 0.0).slow
+
+    assert slow(noisy, 4.0) > 2.0 * slow(LAW, 4.0)
+    assert slow(noisy, 400.0) == slow(LAW, 400.0), "the mean of so many steps is as sure as anything"
+
+
 def test_chunks_fill_the_tpot_target() -> None:
     queue = Queue((), 20, 10000)
     chunks = [

@@ -17,7 +17,8 @@ from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Queue, Targets
 
 # How far around a prediction the truth lies, in logarithms: a target that is just met counts as half missed. It is so
-# much at least, and so many times the error of the step law.
+# much at least, and so many times the error of the step law; of a mean over the steps of an answer, by so much less as
+# their errors make up for each other (what they have in common the law follows, see `latency.drift`).
 SPREAD, SPREAD_ERRORS = 0.12, 1.5
 # Seconds over which misses are counted.
 HORIZON = 10.0
@@ -111,8 +112,9 @@ def outlook(
         # Whoever decodes now will not for long, and who will is not there yet: the more of the two, to be safe.
         active = 1.0 - math.exp(-max(float(queue.decoding), settled))
         batch = max(1.0, 0.5 * (queue.decoding + settled))
-    used, spread = min(1.0, incoming / speed), max(SPREAD, SPREAD_ERRORS * steps.error)
-    pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed, spread)
+    used, error = min(1.0, incoming / speed), SPREAD_ERRORS * steps.error
+    spread, spread_mean = max(SPREAD, error), max(SPREAD, error / math.sqrt(max(load.output, 1.0)))
+    pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed, spread_mean)
     known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, spread, now)
     late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, spread, device)
     coming = load.rate * HORIZON
@@ -133,7 +135,7 @@ def outlook(
 @dataclass(frozen=True, slots=True)
 class Pace:
     """busy, idle: TPOT beside prefill, and without. used: the part of the time in which prompts are computed, in the
-    long run. settled: TPOT then. speed: tokens of prompts per second. spread: of the truth around these."""
+    long run. settled: TPOT then. speed: tokens of prompts per second. spread: of the truth around a TPOT."""
 
     busy: float
     idle: float
