@@ -103,8 +103,8 @@ class Scheduler:
         line, live = self.running.waiting, sequence.live
         line.remove(sequence)
         live.back = seconds
-        place, *rest = sequence.rank
-        sequence.rank = (place + seconds, *rest)
+        place, number, index = sequence.rank
+        sequence.rank = (place + seconds, number, index)
         line.add(sequence)
 
     def preempt(self, request_id: str) -> int:

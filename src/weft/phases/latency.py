@@ -108,8 +108,13 @@ class StepModel:
 
     def scaled(self, factor: float) -> StepModel:
         """The law of a device on which everything takes `factor` times as long."""
-        costs = {name: factor * getattr(self, name) for name in ("fixed", "base", "token", "slot")}
-        return replace(self, **costs)
+        return replace(
+            self,
+            fixed=factor * self.fixed,
+            base=factor * self.base,
+            token=factor * self.token,
+            slot=factor * self.slot,
+        )
 
 
 def fit_ttft(samples: Sequence[TtftSample], now: float, *, half_life: float = HALF_LIFE) -> TtftModel | Unfit:
