@@ -284,7 +284,7 @@ class Ranks:
                 process.communicate(timeout=10)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait()
+                process.communicate()
 
     @staticmethod
     def _tell(process: subprocess.Popen[str], what: dict[str, Any]) -> None:
