@@ -204,7 +204,10 @@ def main() -> None:
         arguments.gpus, arguments.day_part = min(arguments.gpus, 32), min(arguments.day_part, 5.0)
     watch = common.LoadWatch()
     setup = replica(arguments.kv_cache_dtype)
-    rows = [row(run(setup, router, arguments)) for router in arguments.routers]
+    rows: list[dict[str, Any]] = []
+    for router in arguments.routers:
+        rows.append(row(run(setup, router, arguments)))
+        common.write_json(arguments, {}, rows, ["unfinished"])
     print(show(rows, arguments.day_part))
     notes = [
         f"SIMULATED: {rows[0]['replicas']} nodes of {RANKS} H100, Llama-3-70B in w4a8 with {arguments.kv_cache_dtype} "
