@@ -24,10 +24,10 @@ from weft.devices.base import Description
 from weft.devices.cpu import check_exact_a4, kv_words, share_out
 from weft.devices.cuda_forward import CudaForward, planner_of
 from weft.devices.cuda_lane import CudaLane, Pending
-from weft.devices.cuda_memory import check_weights, size_gpu_pool, usage_of
+from weft.devices.cuda_memory import check_weights, gib, out_of_memory, size_gpu_pool, usage_of
 from weft.devices.cuda_ranks import Ranks, join_ranks, rank_gpu
 from weft.devices.cuda_streams import Gpu, open_gpu
-from weft.devices.cuda_trial import try_out
+from weft.devices.cuda_trial import peaks_of
 from weft.devices.group import Group
 from weft.devices.queues import CLOSED, Queues
 from weft.errors import ConfigError, DeviceError, RankLost
@@ -69,16 +69,20 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None], gr
     if model.quantization is None:
         check_weights(weight_bytes(model, dtype), free, total)
     seed = config.seed if dummy else None
-    weights = move(
-        load_weights(folder, whole, kernels, dtype, dummy_seed=seed, say=say, room=free, part=part), gpu.device
-    )
+    with out_of_memory(
+        f"the weights do not fit in {gib(free)}, which are free of the device's {gib(total)}; a checkpoint of "
+        "`weft quantize` or other processes that end would help"
+    ):
+        weights = move(
+            load_weights(folder, whole, kernels, dtype, dummy_seed=seed, say=say, room=free, part=part), gpu.device
+        )
     lanes = (Lane.MIXED,) if partition is None else (Lane.PREFILL, Lane.DECODE)
     ranks = None
     if group is not None:
         say("meet the other ranks")
         ranks = join_ranks(config, group, gpu, model, dtype)
     say("kernels")
-    peaks = try_out(gpu, config, model, kernels, weights, ranks)
+    peaks = peaks_of(gpu, config, model, kernels, weights, ranks)
     say("KV pool")
     usage = usage_of(gpu, weights.size, peaks, len(lanes))
     pool = size_gpu_pool(config, model.context, kept, usage)
@@ -86,7 +90,11 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None], gr
         config = replace(config, num_blocks=group.agree(pool.blocks))
         pool = size_gpu_pool(config, model.context, kept, usage)
     decoder = Decoder(model, weights, kernels, pool.max_model_len)
-    kv = decoder.make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
+    with out_of_memory(
+        f"the KV pool of {pool.blocks} blocks, {gib(pool.blocks * config.block_size * kept)}, does not fit any more; "
+        f"--num-blocks {pool.blocks * 9 // 10} leaves a tenth of it free"
+    ):
+        kv = decoder.make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
     if ranks is not None:
         ranks = ranks.measured(config, gpu, decoder, kv, pool.blocks)
     capacity = Capacity(

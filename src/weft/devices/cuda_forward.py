@@ -53,7 +53,6 @@ class CudaForward:
         planner: Planner | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.head = Head(decoder.config, self._logits_of)
         self.drawn = torch.zeros(max_slices, dtype=torch.int64, device=gpu.device)
         self._gpu = gpu
         self._stream = stream
@@ -68,6 +67,12 @@ class CudaForward:
         self._hidden = torch.empty(0)
         self._planner = planner
         self._planned: Event | None = None  # when the device has what was planned last
+
+    @property
+    def head(self) -> Head:
+        """Made anew: one that is kept would be in a circle with this object, and the KV would not be freed with it, but
+        when Python looks for circles."""
+        return Head(self._decoder.config, self._logits_of)
 
     def run(self, slices: Sequence[Slice], rows: Sequence[int], feeds: Sequence[int] | None = None) -> torch.Tensor:
         """Logits of these rows, float32 [R, V] on the device, good until the next run. The KV of all rows is in the

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from weft.config import EngineConfig
 from weft.devices.cuda_streams import Gpu
@@ -59,9 +63,18 @@ def check_weights(needed: int, free: int, total: int) -> None:
     """Raises ConfigError for weights that do not fit in what is free."""
     if needed > free:
         raise ConfigError(
-            f"the weights take {_gib(needed)}, and {_gib(free)} of the device's {_gib(total)} are free; what would "
+            f"the weights take {gib(needed)}, and {gib(free)} of the device's {gib(total)} are free; what would "
             "help: --dtype bfloat16, a checkpoint of `weft quantize` (a quarter of that), or ending other processes"
         )
+
+
+@contextmanager
+def out_of_memory(words: str) -> Iterator[None]:
+    """Raises ConfigError, which says these words, where the device has no memory for what is done in it."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(f"{words} (torch: {str(error).partition(chr(10))[0]})") from error
 
 
 def size_gpu_pool(config: EngineConfig, context: int, token_bytes: int, usage: Usage) -> Pool:
@@ -75,16 +88,16 @@ def size_gpu_pool(config: EngineConfig, context: int, token_bytes: int, usage: U
         remedy = (
             f"--gpu-memory-utilization {fits:.2f} holds one block"
             if fits <= 1
-            else f"{_gib(usage.taken + block - usage.total)} more have to be free: other processes, or a smaller model"
+            else f"{gib(usage.taken + block - usage.total)} more have to be free: other processes, or a smaller model"
         )
         raise ConfigError(
-            f"--gpu-memory-utilization is {share:g}: {_gib(int(usage.total * share))} of {_gib(usage.total)}; "
-            f"taken are {_gib(usage.others)} by other processes and CUDA, {_gib(usage.weights)} by weights, "
-            f"{_gib(usage.activations)} by activations (--max-num-batched-tokens {config.max_num_batched_tokens}), "
-            f"{_gib(usage.graphs)} by graphs (--max-num-seqs {config.max_num_seqs}); {remedy}"
+            f"--gpu-memory-utilization is {share:g}: {gib(int(usage.total * share))} of {gib(usage.total)}; "
+            f"taken are {gib(usage.others)} by other processes and CUDA, {gib(usage.weights)} by weights, "
+            f"{gib(usage.activations)} by activations (--max-num-batched-tokens {config.max_num_batched_tokens}), "
+            f"{gib(usage.graphs)} by graphs (--max-num-seqs {config.max_num_seqs}); {remedy}"
         )
     return size_pool(config, context, token_bytes, free, share=1)
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
     return f"{size / GIB:.2f} GiB"

@@ -170,7 +170,7 @@ class SharedStream:
         self.now.follow(event)
 
     def check(self) -> None:
-        for stream in self._streams.values():
+        for stream in tuple(self._streams.values()):  # the lane's other thread may be moving
             stream.check()
 
     def capture(self, work: Work) -> Work:
@@ -213,7 +213,8 @@ class TorchEvent:
 
 
 class TorchStream:
-    """capturing: held while a graph is recorded, which torch does for one thread at a time."""
+    """capturing: held while a graph is recorded, which torch does for one thread at a time, and while one is replayed:
+    torch then moves on the state of its random numbers, which it refuses during another thread's recording."""
 
     def __init__(self, stream: Any, capturing: threading.Lock, pool: Any) -> None:
         """pool: where the memory of graphs comes from; for streams that are never used at the same time."""
@@ -236,13 +237,19 @@ class TorchStream:
             self._stream.synchronize()
 
     def capture(self, work: Work) -> Work:
-        with self._capturing, self.use():
+        with self.use():
             work()  # kernels are compiled, and libraries take their memory, outside of the recording
-            graph = torch.cuda.CUDAGraph()
-            # thread_local: the other lane goes on and may allocate.
-            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                work()
-        return graph.replay
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the other lane goes on and may allocate.
+        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
+        with self._capturing, recording:
+            work()
+
+        def replay() -> None:
+            with self._capturing:
+                graph.replay()
+
+        return replay
 
     def move(self, share: int) -> None:
         pass

@@ -7,7 +7,7 @@ are (the tile of a product), how many slices (attention), and what is asked of a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -18,6 +18,7 @@ from weft.devices.cuda_draw import start_draw
 from weft.devices.cuda_forward import CudaForward, buckets, planner_of
 from weft.devices.cuda_ranks import Ranks
 from weft.devices.cuda_streams import Gpu
+from weft.errors import ConfigError
 from weft.kernels.triton import TritonKernels
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig
@@ -36,6 +37,42 @@ class Peaks:
 
     prefill: int
     graphs: int
+
+
+def peaks_of(
+    gpu: Gpu,
+    config: EngineConfig,
+    model: ModelConfig,
+    kernels: TritonKernels,
+    weights: Weights,
+    ranks: Ranks | None = None,
+) -> Peaks:
+    """What `try_out` finds. Raises ConfigError where the device has no memory for steps of that size: it names the
+    flags, and values that were tried and fit. Of ranks none tries alone, for all must make the same steps."""
+
+    def tried(tokens: int, seats: int) -> Peaks | None:
+        smaller = replace(config, max_num_batched_tokens=tokens, max_num_seqs=seats)
+        try:
+            return try_out(gpu, smaller, model, kernels, weights, ranks)
+        except torch.OutOfMemoryError:
+            return None
+
+    tokens, seats = config.max_num_batched_tokens, config.max_num_seqs
+    found = tried(tokens, seats)
+    if found is not None:
+        return found
+    flags = f"--max-num-batched-tokens is {tokens} and --max-num-seqs is {seats}"
+    remedy = "smaller ones, other processes that end, or a smaller model would help"
+    free, _ = gpu.memory()  # by now what the step had taken is free again
+    while ranks is None and tokens > 1:
+        tokens, seats = tokens // 2, max(1, seats // 2)
+        if tried(tokens, seats) is not None:
+            remedy = f"--max-num-batched-tokens {tokens} and --max-num-seqs {seats} fit"
+            break
+        gpu.memory()
+    raise ConfigError(
+        f"{flags}: a step of that size does not fit in {free / 2**30:.2f} GiB beside the weights; {remedy}"
+    )
 
 
 def try_out(
