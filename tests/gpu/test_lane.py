@@ -42,7 +42,9 @@ class Model:
 
     def forward(self, stream: Any, *, graphs: bool) -> CudaForward:
         kv = self.decoder.make_kv(SEQUENCES * ROOM // 16, 16, "int4")
-        return CudaForward(self.gpu, stream, self.decoder, kv, 16, max_slices=4, graphs=graphs)
+        made = CudaForward(self.gpu, stream, self.decoder, kv, 16, max_slices=4, graphs=graphs)
+        self.gpu.settle()  # what was made outside of the stream
+        return made
 
 
 @pytest.fixture(scope="module")
