@@ -15,7 +15,7 @@ from weft.devices.base import Description
 from weft.devices.cuda import CudaDevice
 from weft.devices.cuda_forward import CudaForward
 from weft.devices.cuda_lane import CudaLane
-from weft.devices.cuda_streams import Gpu
+from weft.devices.cuda_streams import Gpu, Stream
 from weft.kernels.base import EMBEDDING_GROUP
 from weft.kernels.reference import PlainEmbedding
 from weft.kernels.triton import TritonKernels
@@ -29,6 +29,7 @@ from weft.models.rope import Rotary
 GIB = 2**30
 BLOCK_SIZE = 16
 PATIENCE = 120.0  # seconds for one step; a first one compiles its kernels
+HELD = 50_000_000  # cycles of the device, about 25 ms: more than the host takes for the launches of two steps
 SPREAD = 0.02  # of random weights: a standard deviation as at the start of training
 
 
@@ -249,11 +250,13 @@ def fill(kv: Any) -> None:
 
 
 @contextmanager
-def opened(gpu: Gpu, model: Model, *, batch: int, length: int, blocks: int, tokens: int = 0) -> Iterator[CudaDevice]:
+def opened(
+    gpu: Gpu, model: Model, *, batch: int, length: int, blocks: int, tokens: int = 0, stream: Stream | None = None
+) -> Iterator[CudaDevice]:
     """The model on a device of one lane, with a KV pool that is full of random numbers.
 
-    batch: most sequences in a step. length: of the longest. tokens: most in a step, where that is more. Raises
-    DoesNotFit.
+    batch: most sequences in a step. length: of the longest. tokens: most in a step, where that is more. stream: the
+    lane's, where it is wanted outside. Raises DoesNotFit.
     """
     collect(gpu)
     check_room(gpu, model, blocks * BLOCK_SIZE)
@@ -262,7 +265,7 @@ def opened(gpu: Gpu, model: Model, *, batch: int, length: int, blocks: int, toke
     for storage in kv:
         fill(storage)
     settle(gpu)
-    stream = gpu.stream()
+    stream = gpu.stream() if stream is None else stream
     forward = CudaForward(gpu, stream, decoder, kv, BLOCK_SIZE, max_slices=batch, graphs=gpu.captures)
     capacity = Capacity(
         blocks=blocks,
@@ -310,6 +313,13 @@ def settle(gpu: Gpu) -> None:
     """Wait for all that was launched on any stream."""
     if gpu.device.type == "cuda":
         torch.cuda.synchronize(gpu.device)
+
+
+def hold(gpu: Gpu, stream: Stream) -> None:
+    """Keep the stream busy for a while: what is launched meanwhile is there before it can begin."""
+    if gpu.device.type == "cuda":
+        with stream.use():
+            torch.cuda._sleep(HELD)
 
 
 def answer(device: CudaDevice, plan: Plan) -> Result:

@@ -11,7 +11,20 @@ from typing import Any
 import common
 import torch
 from gpu_bench import Bench, first_line
-from gpu_model import BLOCK_SIZE, DoesNotFit, Model, Sizes, answer, check_room, collect, fill, free, opened, settle
+from gpu_model import (
+    BLOCK_SIZE,
+    DoesNotFit,
+    Model,
+    Sizes,
+    answer,
+    check_room,
+    collect,
+    fill,
+    free,
+    hold,
+    opened,
+    settle,
+)
 from gpu_results import Row
 
 from weft.core.plan import Lane, Plan, Sampling, Slice
@@ -30,21 +43,22 @@ GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 class Decoding:
     """Sequences that go on, a token each a step, as an engine drives them: the next plan is made from the last result.
 
-    Each has blocks of its own, in no order.
+    Each has blocks of its own, in no order. hold: keeps a device at rest busy for a while.
     """
 
-    def __init__(self, device: Device, blocks: int, batch: int, start: int) -> None:
+    def __init__(self, device: Device, blocks: int, batch: int, start: int, hold: Callable[[], None]) -> None:
         order = list(range(blocks))
         random.Random(1).shuffle(order)
         each = blocks // batch
         self._device = device
+        self._hold = hold
         self._tables = [tuple(order[i * each : (i + 1) * each]) for i in range(batch)]
         self._tokens = [1] * batch
         self._position = start
         self._steps = 0
 
     def step(self) -> float:
-        """Seconds on the device."""
+        """Seconds on the device, and of the host where the device waits for its launches."""
         at = self._position
         slices = tuple(
             Slice(i, at, (token,), table, Sampling(GREEDY, 0, at + 1))
@@ -56,14 +70,21 @@ class Decoding:
         self._position += 1
         return result.seconds
 
-    def steps(self, count: int) -> tuple[float, float]:
-        """(seconds, seconds on the device) of so many steps. One before them finds the device at rest: when the clock
-        starts, and when it stops, one step is under way that was not asked for yet."""
+    def steps(self, count: int) -> float:
+        """Seconds of so many steps. One before them finds the device at rest: when the clock starts, and when it stops,
+        one step is under way that was not asked for yet."""
         self.step()
-        began, busy = time.perf_counter(), 0.0
+        began = time.perf_counter()
         for _ in range(count):
-            busy += self.step()
-        return time.perf_counter() - began, busy
+            self.step()
+        return time.perf_counter() - began
+
+    def alone(self) -> float:
+        """Seconds of a step on the device, none of the host's among them. The device is at rest. The first of two steps
+        was computed ahead and has its result; the second is launched by then, and begins after the hold."""
+        self._hold()
+        self.step()
+        return self.step()
 
 
 def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool = True) -> Row:
@@ -76,12 +97,15 @@ def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool 
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}; {largest_batch(bench, model, context)} sequences would fit") from error
     rival = _rival(bench, model, batch, context) if peer else ""
-    with opened(bench.gpu, model, batch=batch, length=length, blocks=batch * each) as device:
-        decoding = Decoding(device, batch * each, batch, context - sizes.room // 2)
+    stream = bench.gpu.stream()
+    with opened(bench.gpu, model, batch=batch, length=length, blocks=batch * each, stream=stream) as device:
+        start = context - sizes.room // 2
+        decoding = Decoding(device, batch * each, batch, start, lambda: hold(bench.gpu, stream))
         warm = [decoding.step() for _ in range(sizes.warmup)]  # the first of them compiles and records
         count = _count(sizes, bench.budget, warm[-1])
         ours, theirs, rival = _rounds(bench, decoding, rival, count)
     seconds = [whole / count for whole, _ in ours]
+    alone = [each for _, each in ours]
     row = {
         "kind": "decode",
         "model": name,
@@ -89,8 +113,8 @@ def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool 
         "context": context,
         "steps": count,
         "seconds": common.Figure.of(seconds).as_json(),
-        "device_seconds": statistics.median(busy / count for _, busy in ours),
-        "host_gap": statistics.median(whole / max(busy, 1e-9) - 1 for whole, busy in ours),
+        "device_seconds": statistics.median(alone),
+        "host_gap": statistics.median(one / max(busy, 1e-9) - 1 for one, busy in zip(seconds, alone, strict=True)),
         "tokens_per_second": batch / statistics.median(seconds),
         **bench.limit(
             model.streamed + batch * context * model.token_bytes,
@@ -227,22 +251,24 @@ def _guarded(bench: Bench, peer: Any, work: Callable[[Any], Any]) -> tuple[Any, 
 
 def _count(sizes: Sizes, budget: float, seconds: float) -> int:
     """Steps of a round: as many as fit in the row's time, and in the room of the sequences."""
-    room = (sizes.room - sizes.warmup) // sizes.rounds - 1
+    room = (sizes.room - sizes.warmup) // sizes.rounds - 3
     return max(1, min(room, sizes.steps, int(budget / 4 / sizes.rounds / max(seconds, 1e-6))))
 
 
 def _rounds(
     bench: Bench, decoding: Decoding, rival: Any, count: int
 ) -> tuple[list[tuple[float, float]], list[float], Any]:
-    """Each takes its turn, as often as the row's time allows: (our seconds, of which on the device), theirs a step, and
-    the rival, or why it is out by now."""
+    """Each takes its turn, as often as the row's time allows: (our seconds, those of one step on the device alone),
+    theirs a step, and the rival, or why it is out by now."""
     ours, theirs = [], []
     if not isinstance(rival, str):
         _, rival = _guarded(bench, rival, lambda one: one.steps(1))
     deadline = time.monotonic() + bench.budget
     for _ in range(bench.sizes.rounds):
         settle(bench.gpu)
-        ours.append(decoding.steps(count))
+        whole = decoding.steps(count)
+        settle(bench.gpu)
+        ours.append((whole, decoding.alone()))
         few = max(1, count // 4)
         other, rival = _guarded(bench, rival, lambda one, few=few: one.steps(few) / few)
         theirs += [] if other is None else [other]

@@ -8,6 +8,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -86,6 +87,7 @@ def test_a_killed_run_leaves_its_rows_and_goes_on(
     rows = {row["name"]: row for row in whole["rows"]}
     decode = rows["BF16 decode, 3 at 20"]
     assert decode["tokens_per_second"] == pytest.approx(3 / decode["seconds"]["median"])
+    assert decode["host_gap"] == pytest.approx(decode["seconds"]["median"] / decode["device_seconds"] - 1)  # one round
     assert decode["of_limit"] == pytest.approx(decode["limit_seconds"] / decode["seconds"]["median"])
     assert decode["times_transformers"] > 0 and "times_transformers" not in rows["W4A8KV4 decode, as many as fit at 40"]
     # Linear layers: q, k, v, o, gate, up, down and the output layer, two bytes a weight.
@@ -151,6 +153,33 @@ def test_no_row_begins_when_the_time_is_over(gpu: Any, tmp_path: Path) -> None:
     bench = SimpleNamespace(budget=5.0, limits={})
     gpu._measure(bench, {"one": lambda bench: {"rate": 1.0}}, found, time.monotonic() + 4)
     assert found.missing() == ["one"]
+
+
+def test_a_row_that_takes_too_long_ends_the_run(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = threading.Event()
+    statuses: list[int] = []
+    monkeypatch.setattr(gpu.os, "_exit", lambda status: (statuses.append(status), ended.set()))
+    with gpu._ended(0.05):
+        assert ended.wait(10.0) and statuses == [3]
+    with gpu._ended(0.05):
+        pass
+    assert not ended.clear() and not ended.wait(0.1) and statuses == [3]
+
+
+def test_a_steps_time_on_the_device_is_that_of_one_which_waited_there(gpu: Any) -> None:
+    """Behind a hold: the first step was computed ahead, and has nothing to do with it."""
+    plan, rows = importlib.import_module("weft.core.plan"), importlib.import_module("gpu_rows")
+    done: list[str] = []
+    seconds = {2: 9.0, 3: 0.25}
+
+    def poll(timeout: float) -> list[Any]:
+        number = len(done)
+        ticket, sampled = plan.Ticket(number, plan.Lane.MIXED), (plan.Sampled(0, 5, None),)
+        return [plan.Result(ticket, sampled, seconds=seconds[number])]
+
+    device = SimpleNamespace(submit=lambda given: done.append(f"step {given.step}"), poll=poll)
+    decoding = rows.Decoding(device, 2, 1, 3, lambda: done.append("hold"))
+    assert decoding.alone() == 0.25 and done == ["hold", "step 1", "step 2"]
 
 
 def test_a_lost_device_ends_the_run_with_what_there_is(
