@@ -1,6 +1,6 @@
 """Compile the Triton kernels ahead of time, without a GPU, and look for the tensor-core instructions in their PTX.
 
-    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90 100
+    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90 100; also 86 89 103 120
 
 --quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
 each form: of 8-bit integers for W4A8, of 16-bit floats for the others; `wgmma` on capability 9 where the tile
@@ -32,12 +32,25 @@ from weft.kernels.triton_quantise import rows_kernel
 from weft.kernels.triton_rotary import rotary_kernel
 from weft.kernels.triton_rows import TILE
 from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
-from weft.kernels.triton_tiles import ACTIVATION, ATTENTION, ATTENTION_QUANTISED, LINEAR, NORM, ROTARY, SAMPLE
-from weft.kernels.triton_w4ax import tile
+from weft.kernels.triton_tiles import (
+    ACTIVATION,
+    ANY,
+    ATTENTION,
+    ATTENTION_QUANTISED,
+    LINEAR,
+    NORM,
+    ROTARY,
+    SAMPLE,
+    W4A8,
+    W4A16,
+    ProductTile,
+    key_of,
+)
 
 INTEGERS, FLOATS = r"\bs8\.s8|\.s32\.s8\.s8", r"\.f32\.bf16\.bf16"
 WGMMA_ROWS = 64  # the least height of a tile for wgmma
-SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a program may have
+# KiB of shared memory that a program may have.
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 COUNTS = {"rows", "slices", "width", "splits", "tokens", "k"}  # that change from step to step
 SPILLS = 216  # of attention: what is held beside the loop
 # Pointers are 16-byte aligned and row lengths multiples of 16, as torch's are.
@@ -66,6 +79,9 @@ class Case:
 def main(arguments: Sequence[str]) -> int:
     quick = "--quick" in arguments
     targets = [int(word) for word in arguments if word != "--quick"] or [80, 90, 100]
+    unknown = [capability for capability in targets if capability not in SHARED]
+    if unknown:
+        raise SystemExit(f"check_triton.py: capability {unknown[0]}: there are {', '.join(map(str, SHARED))}")
     problems = []
     print(f"{'kernel':36} {'sm':>4} {'mma':>5} {'wgmma':>6} {'tcgen':>6} {'fma':>5} {'regs':>5}", end=" ")
     print(f"{'spills':>6} {'shared':>7}")
@@ -108,7 +124,7 @@ def _problems(case: Case, capability: int, made: Any) -> list[str]:
             problems.append(f"{case.name}: Triton compiles it again for {parameter.name} of 1 and multiples of 16")
     if case.exact and fused:
         problems.append(f"{case.name} for {capability}: {fused} fused multiply-adds")
-    if made.metadata.shared > SHARED[capability]:
+    if made.metadata.shared > SHARED[capability] * 1024:
         problems.append(f"{case.name} for {capability}: {made.metadata.shared} bytes of shared memory")
     if spilled > case.spills:
         problems.append(f"{case.name} for {capability}: {spilled} bytes of registers spilled, {case.spills} were")
@@ -126,8 +142,9 @@ def layout_of(made: Any) -> str:
 
 
 def cases(quick: bool, capability: int) -> list[Case]:
-    products = _product_cases(quick) + _linear_cases(quick, capability)
-    return _row_cases() + products + _attention_cases(quick, capability) + _sample_cases(capability)
+    key = key_of(capability // 10)
+    products = _product_cases(quick, key) + _linear_cases(quick, key)
+    return _row_cases() + products + _attention_cases(quick, key) + _sample_cases(key)
 
 
 def _row_cases() -> list[Case]:
@@ -166,28 +183,36 @@ def _row_cases() -> list[Case]:
     ]
 
 
-def _product_cases(quick: bool) -> list[Case]:
+def _product_cases(quick: bool, key: int) -> list[Case]:
     weight = {"wide": "*i8", "weight": "*i8", "scales": "*bf16", "zeros": "*i8", "bias": "*fp32", "y": "*bf16"}
     weight |= dict.fromkeys(("rows", "outputs", "blocks", "wide_blocks"), "i32")
     plain: dict[str, str | None] = dict.fromkeys(("wide", "zeros", "bias"))
     integers = weight | {"x": "*i8", "row_scales": "*fp32", "row_totals": "*i32"}
     made = []
-    for count in (1, 1024) if quick else (1, 32, 64, 1024):
-        shape, options = _tiled(tile(count))
-        made.append(Case(f"W4A8, {count} rows", w4a8_kernel, integers | plain, shape, INTEGERS, options, spills=32))
+    table = W4A8[key]
+    for one in (table[0], table[-1]) if quick else table:
+        shape, options = _tiled(one)
+        name = f"W4A8, {_most(one)}"
+        made.append(Case(name, w4a8_kernel, integers | plain, shape, INTEGERS, options, spills=32))
         if not quick:
-            name = f"W4A8, {count} rows, wide, zeros, bias"
-            made.append(Case(name, w4a8_kernel, integers, shape, INTEGERS, options, spills=32))
-    for count in (1024,) if quick else (1, 32, 64, 1024):
-        shape, options = _tiled(tile(count, floats=True))
+            made.append(Case(f"{name}, all", w4a8_kernel, integers, shape, INTEGERS, options, spills=32))
+    table = W4A16[key]
+    for one in table[-1:] if quick else table:
+        shape, options = _tiled(one)
         types = weight | plain | {"x": "*bf16"}
         constants = shape | {"KIND": tl.bfloat16}
-        made.append(Case(f"W4A16, {count} rows", w4a16_kernel, types, constants, FLOATS, options, exact=False))
+        made.append(Case(f"W4A16, {_most(one)}", w4a16_kernel, types, constants, FLOATS, options, exact=False))
     return made
 
 
-def _linear_cases(quick: bool, capability: int) -> list[Case]:
-    chosen = LINEAR[capability]
+def _most(one: ProductTile) -> str:
+    """What a tile is for."""
+    rows, outputs = one.most
+    return ("more rows" if rows == ANY else f"{rows} rows") + ("" if outputs == ANY else f", {outputs} outputs")
+
+
+def _linear_cases(quick: bool, key: int) -> list[Case]:
+    chosen = LINEAR[key]
     types: dict[str, str | None] = dict.fromkeys(("x", "weight", "bias", "y"), "*bf16")
     types |= dict.fromkeys(("rows", "outputs", "channels"), "i32")
     made = []
@@ -203,17 +228,17 @@ def _linear_cases(quick: bool, capability: int) -> list[Case]:
     return made
 
 
-def _attention_cases(quick: bool, capability: int) -> list[Case]:
+def _attention_cases(quick: bool, key: int) -> list[Case]:
     types: dict[str, str | None] = dict.fromkeys(("q", "qkv", "out", "q_norm", "k_norm"), "*bf16")
     types |= dict.fromkeys(("cos", "sin", "sums_out", "marks_out", "sums", "marks"), "*fp32")
     types |= dict.fromkeys(("starts", "contexts", "tables", "positions"), "*i32") | {"slots": "*i64"}
     types |= dict.fromkeys(("slices", "width", "splits", "window", "tokens", "heads", "kv_heads", "block_size"), "i32")
     types |= {"scale": "fp32", "eps": "fp32"}
-    high, warps = ROTARY[capability]
+    high, warps = ROTARY[key]
     made = []
     for bits, name in ((16, "BF16"), (4, "KV4")) if quick else ((16, "BF16"), (8, "KV8"), (4, "KV4")):
         given = types | _kv_types(bits)
-        chosen = (ATTENTION if bits == 16 else ATTENTION_QUANTISED)[capability]
+        chosen = (ATTENTION if bits == 16 else ATTENTION_QUANTISED)[key]
         head = {"D": 128, "HALF": 64, "LOG": 7, "BITS": bits}
         shape = {**head, "GROUP": 4, "BLOCK_SIZE": 16, "KV_HEADS": 8, "SLICES": 64, "TOKENS": chosen.tokens}
         shape |= {"SPLIT": chosen.split, "KIND": tl.bfloat16, "WINDOWED": False}
@@ -242,8 +267,8 @@ def _kv_types(bits: int) -> dict[str, str | None]:
     return types
 
 
-def _sample_cases(capability: int) -> list[Case]:
-    chunk, digits, warps = SAMPLE[capability]
+def _sample_cases(key: int) -> list[Case]:
+    chunk, digits, warps = SAMPLE[key]
     types = dict.fromkeys(("logits", "temperatures", "min_ps", "peaks", "biases", "logprobs", "top_logprobs"), "*fp32")
     types |= dict.fromkeys(("repetition", "frequency", "presence"), "*fp32") | {"top_ps": "*fp64"}
     types |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64") | {"vocabulary": "i32", "k": "i32"}
@@ -256,9 +281,9 @@ def _sample_cases(capability: int) -> list[Case]:
     ]
 
 
-def _tiled(shape: tuple[int, int, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
-    m, n, warps, stages = shape
-    return {"M": m, "N": n}, {"num_warps": warps, "num_stages": stages}
+def _tiled(one: ProductTile) -> tuple[dict[str, Any], dict[str, Any]]:
+    rows, columns = one.size
+    return {"M": rows, "N": columns}, {"num_warps": one.warps, "num_stages": one.stages}
 
 
 def compiled(case: Case, capability: int) -> Any:

@@ -41,8 +41,8 @@ from weft.errors import ConfigError
 from weft.kernels import triton_linear
 from weft.kernels.triton import TritonKernels
 from weft.kernels.triton_attention import slices_of
-from weft.kernels.triton_tiles import LINEAR
-from weft.kernels.triton_w4ax import tile
+from weft.kernels.triton_tiles import LINEAR, W4A8, W4A16
+from weft.kernels.triton_w4ax import tile_of
 from weft.loop.build import open_engine
 from weft.models import sampler
 from weft.models.batch import make_batch
@@ -615,7 +615,8 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
         return torch.zeros(len(rows), VOCABULARY)
 
     def key(rows: int, slices: int) -> tuple[Any, ...]:
-        return (tile(rows), tile(rows, floats=True), LINEAR[90].of(rows)), (slices_of(slices), rows == slices)
+        few = [tile_of(table[90], rows, outputs) for table in (W4A8, W4A16) for outputs in (4096, 28672)]
+        return (*few, LINEAR[90].of(rows)), (slices_of(slices), rows == slices)
 
     drawn: set[tuple[bool, ...]] = set()
     monkeypatch.setattr(CudaForward, "run", run)

@@ -23,6 +23,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from weft.kernels import triton_w4ax
 from weft.kernels.cuda_w4ax import pack_rows
 from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
+from weft.kernels.triton_tiles import ProductTile
 from weft.kernels.triton_w4ax import TritonW4Ax
 from weft.kernels.w4ax_weights import Form
 
@@ -239,9 +240,9 @@ def test_sixteen_bit_rows_come_close_to_the_dequantised_product(
 
 
 def test_invariant_sixteen_bit_rows_have_one_tile_and_their_own_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles: set[tuple[int, ...]] = set()
-    tile = triton_w4ax.tile
-    monkeypatch.setattr(triton_w4ax, "tile", lambda *a, **b: (tiles.add(tile(*a, **b)), tile(*a, **b))[1])
+    tiles: set[ProductTile] = set()
+    tile_of = triton_w4ax.tile_of
+    monkeypatch.setattr(triton_w4ax, "tile_of", lambda *given: (tiles.add(tile_of(*given)), tile_of(*given))[1])
     packed = triton_w4ax.pack_w4ax(drawn(-8, 7, (70, 256), 0), torch.ones(70, 2), hadamard=True, device=DEVICE)
     x = torch.randn(130, 256, generator=random(1)).bfloat16().to(DEVICE)
     whole = triton_w4ax.linear_a16(x, packed, invariant=True)

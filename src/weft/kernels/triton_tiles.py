@@ -4,6 +4,7 @@ Rows are keyed by architecture: 80 (also 86, 89 and 120), 90, 100, and 0 for the
 programs.
 
 What a row's bits depend on is never chosen by the number of rows: TOKENS and SPLIT of attention, the tile of a norm.
+A tile of W4A8 changes nothing: each output is summed in one program, block after block.
 """
 
 from __future__ import annotations
@@ -68,6 +69,33 @@ LINEAR = {
     90: LinearTile(128, 64, (64, 4, 4), (128, 8, 4)),
     100: LinearTile(128, 64, (128, 8, 4), (128, 8, 4)),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTile:
+    """A tile of a product with 4-bit weights, for up to so many rows and outputs of the whole (`most`). size: rows and
+    columns of a program."""
+
+    most: tuple[int, int]
+    size: tuple[int, int]
+    warps: int
+    stages: int
+
+
+ANY = 2**31
+# Products with 4-bit weights: of a table the first tile holds that is for as many rows and outputs. Few rows take
+# narrow tiles, so that all of the GPU reads weights. benchmarks/w4ax_tune.py measures what else would do; these numbers
+# are from before any GPU was there.
+_FEW_ROWS = (
+    ProductTile((16, 8192), (16, 32), 4, 4),
+    ProductTile((16, ANY), (16, 64), 4, 4),
+    ProductTile((32, ANY), (32, 64), 4, 4),
+    ProductTile((64, ANY), (64, 128), 8, 3),
+)
+_INTEGERS = (*_FEW_ROWS, ProductTile((ANY, ANY), (128, 128), 8, 3))
+_FLOATS = (*_FEW_ROWS, ProductTile((ANY, ANY), (128, 64), 8, 3))
+W4A8 = dict.fromkeys((INTERPRETER, 80, 90, 100), _INTEGERS)
+W4A16 = dict.fromkeys((INTERPRETER, 80, 90, 100), _FLOATS)
 # (rows of a program, warps): rotation and KV write of one head.
 ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
 # (rows, warps): RMSNorm; a program has whole rows.
@@ -86,6 +114,11 @@ def architecture(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         raise ValueError(f"{device} has compute capability {major}.{minor}; the Triton kernels need 8.0 or higher")
+    return key_of(major)
+
+
+def key_of(major: int) -> int:
+    """Of the tables, for GPUs of this major compute capability: the first is 8."""
     return {9: 90, 10: 100}.get(major, 80)
 
 

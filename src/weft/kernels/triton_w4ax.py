@@ -17,6 +17,7 @@ import triton
 from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
 from weft.kernels.triton_numbers import product_kind
 from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
+from weft.kernels.triton_tiles import W4A8, W4A16, ProductTile, architecture
 from weft.kernels.w4ax_weights import BLOCK, Form, Weights, check_weights, compact_scales
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,9 +102,9 @@ def linear(
     return multiply(quantise_rows(x, packed.form, norm, gated=gated), packed, dtype or x.dtype)
 
 
-def multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype) -> torch.Tensor:
-    """Rows quantised in `packed.form` -> [T, N] in `dtype`."""
-    return _multiply(rows, packed, dtype, None)
+def multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, *, tile: ProductTile | None = None) -> torch.Tensor:
+    """Rows quantised in `packed.form` -> [T, N] in `dtype`. tile: other than that of this GPU."""
+    return _multiply(rows, packed, dtype, None, tile)
 
 
 def accumulators(rows: Rows, packed: TritonW4Ax) -> torch.Tensor:
@@ -122,15 +123,19 @@ def linear_a16(
     *,
     gated: bool = False,
     invariant: bool = False,
+    tile: ProductTile | None = None,
 ) -> torch.Tensor:
     """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16. invariant: in one tile for any
-    number of rows, for the tile decides over the instruction, and with it over the order of sums."""
+    number of rows, for the tile decides over the instruction, and with it over the order of sums. tile: other than
+    that of this GPU."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
     prepared = prepare_rows(x, packed.form, norm, gated=gated)
     y = _output(prepared, packed, dtype or x.dtype)
     if len(y):
-        m, n, warps, stages = tile(INVARIANT if invariant else len(y), floats=True)
+        table = W4A16[architecture(x.device)]
+        chosen = tile or tile_of(table, INVARIANT if invariant else len(y), packed.outputs)
+        m, n = chosen.size
         w4a16_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
             prepared,
             packed.wide,
@@ -146,20 +151,23 @@ def linear_a16(
             M=m,
             N=n,
             KIND=product_kind(prepared.dtype),
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
         )
     return y
 
 
-def _multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, sums: torch.Tensor | None) -> torch.Tensor:
+def _multiply(
+    rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, sums: torch.Tensor | None, tile: ProductTile | None = None
+) -> torch.Tensor:
     if rows.values.dtype is not torch.int8 or rows.values.shape[1] != packed.inputs:
         raise ValueError(
             f"rows are {rows.values.dtype} {list(rows.values.shape)}; this weight takes int8 [T, {packed.inputs}]"
         )
     y = _output(rows.values, packed, dtype)
     if len(y):
-        m, n, warps, stages = tile(len(y))
+        chosen = tile or tile_of(W4A8[architecture(y.device)], len(y), packed.outputs)
+        m, n = chosen.size
         w4a8_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
             rows.values,
             rows.scales,
@@ -177,8 +185,8 @@ def _multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, sums: torch.Te
             packed.wide_blocks,
             M=m,
             N=n,
-            num_warps=warps,
-            num_stages=stages,
+            num_warps=chosen.warps,
+            num_stages=chosen.stages,
             enable_fp_fusion=False,
         )
     return y
@@ -192,17 +200,9 @@ def _output(rows: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype) -> torch
     return torch.empty(len(rows), packed.outputs, dtype=dtype, device=rows.device)
 
 
-def tile(rows: int, *, floats: bool = False) -> tuple[int, int, int, int]:
-    """(M, N, warps, stages) of a product of 8-bit integers or of `floats`.
-
-    Few rows take narrow tiles, so that all of the GPU reads weights. A tile never changes a result: each output is
-    summed in one program, block after block.
-    """
-    if rows <= 32:
-        return 16 if rows <= 16 else 32, 64, 4, 4
-    if rows <= 64:
-        return 64, 128, 8, 3
-    return (128, 64, 8, 3) if floats else (128, 128, 8, 3)
+def tile_of(table: tuple[ProductTile, ...], rows: int, outputs: int) -> ProductTile:
+    """The tile for a product of so many rows and outputs."""
+    return next(one for one in table if rows <= one.most[0] and outputs <= one.most[1])
 
 
 def _blockwise(weights: Weights) -> tuple[torch.Tensor | None, torch.Tensor]:
