@@ -75,13 +75,14 @@ class Step:
         ctypes.memmove(self._arena.address, values.data_ptr(), values.nbytes)
         self._backend, self._layers = kernels.native, layers
         self._slices = [Slice(0, 0, (0,) * rows, tuple(range(rows)))]
+        self._tables = _native.Tables()
         self._program = _native.Program(self._arena.address, rows, self._arena.address, 0)
         for layer in layers:
             self._program.quantise(layer.native, 0, x, BFLOAT16, quantised)
             self._program.multiply(layer.native, 0, quantised, y, BFLOAT16)
 
     def __call__(self) -> None:
-        self._program.run(self._backend, self._slices, 1, [], 0, 2 * len(self._layers))
+        self._program.run(self._backend, self._slices, self._tables, 1, [], 0, 2 * len(self._layers))
 
 
 def main() -> None:

@@ -19,11 +19,11 @@ WORTHWHILE = 1024
 
 
 def contenders(row: Row, peak: float, temperature: float, keys: tuple[int, int], level: str = "") -> Ids | None:
-    """The ids that may have the largest weight / E of the race that the sampler's text defines, ascending: the winner is
-    one of them. None: nothing is known, for the row is short, very many may win, or there is no extension.
+    """The ids that may have the largest weight / E of the race that the sampler's text defines, ascending: the winner
+    is one of them. None: nothing is known, for the row is short, very many may win, or there is no extension.
 
-    row: float32 [V] without NaN, contiguous; peak: its largest, finite. temperature: above 1e-38. keys: of the draw, low and
-    high. level: of the kernels, the best of this CPU if none is named.
+    row: float32 [V] without NaN, contiguous; peak: its largest, finite. temperature: above 1e-38. keys: of the draw,
+    low and high. level: of the kernels, the best of this CPU if none is named.
     """
     if _native is None or len(row) < WORTHWHILE:
         return None
