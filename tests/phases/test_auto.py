@@ -390,3 +390,21 @@ def test_a_controller_asks_no_more_often_than_told() -> None:
     assert not made.due(10.4) and made.due(10.5)
     made.ask(Queue(), 10.6)
     assert not made.due(11.0) and made.due(11.1)
+
+
+def test_a_split_that_does_well_and_beside_which_no_other_share_is_known_is_left_alone() -> None:
+    """Misses are forecast, the last requests had none, and the law knows one share only: nothing can be chosen from."""
+    policy = AutoPolicy(TARGETS, DEVICE)
+    state = replace(
+        policy.start(),
+        sharing=Sharing(Regime.SPLIT, Partition(6, 6)),
+        since=-100.0,
+        fitted=0.0,
+        arrivals=tuple(Arrived(at / 10, 2000) for at in range(-100, 0)),
+        ended=tuple(Finished(0.0, -1.0, 0.1, 0.0, 0.01, 100) for _ in range(20)),
+        fit=replace(LAW, shares=(0.5,)),
+        model=replace(LAW, shares=(0.5,)),
+    )
+    found, decision = policy.decide(state, (), Queue(decoding=40, context=40000), 0.0)
+    assert decision is None or decision.sharing == state.sharing
+    assert found.sharing == state.sharing

@@ -131,6 +131,8 @@ class AutoPolicy:
             for one in self._options(state, model, load, queue)
             if not well or one.regime is state.sharing.regime
         ]
+        if not options:
+            return state, None  # of other shares in a regime that is to be left alone nothing is known
         known = min(one.score for one in options)
         trial = None if well else self._trial(state, model, here, known, load, queue, now)
         if trial is not None:
