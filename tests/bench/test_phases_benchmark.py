@@ -115,7 +115,7 @@ def test_what_was_measured_outlives_a_run_that_is_killed(scripts: Any, tmp_path:
     cpu, path = scripts("phases_cpu"), tmp_path / "out.pieces"
     pieces = cpu.Pieces(path, False)
     records = [[0.0, 0.1, 0.3, 0.5, 0.6, 20, 3, None], [0.2, 0.2, None, None, 0.9, 20, 0, "refused"]]
-    machine = {"ttft": 0.1, "tpot": 0.05, "rates": {"conv": 2.0}, "rate": 0.9, "seconds": 3.0}
+    machine = {"ttft": 0.1, "tpot": 0.05, "rates": {"conv": 2.0}, "parts": {"conv": 0.9}, "seconds": 3.0}
     pieces.add(model="m", what="machine", values=machine)
     for turn in (0, 1):
         key = {"model": "m", "what": "piece", "load": "conv", "round": turn, "policy": "auto"}
