@@ -114,8 +114,9 @@ struct PlainQueries {
 
 #if defined(WEFT_LEVEL_avx512)
 // In 8 bits, for keys of codes: a dot product of bytes takes twice as many channels as one of bfloat16, and codes need not
-// become numbers first. Queries are spread as keys are, so no channel stands out: the rounding is 0.7 % of a query, where
-// that of a key is 11 % with 4 bits, and 0.7 % with 8. A query that is not finite gives NaN.
+// become numbers first. Queries are spread as keys are (where head_dim is a power of two), so no channel stands out: the
+// rounding is 0.7 % of a query, where that of a key is 11 % with 4 bits, and 0.7 % with 8. A query that is not finite gives
+// NaN, in its own row.
 template <int BITS>
 struct IntegerQueries {
   using QueryFactor = int8_t;

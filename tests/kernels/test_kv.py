@@ -269,6 +269,23 @@ def test_attention_is_that_over_the_dequantised_keys_and_values(backends: Any, c
 
 
 @pytest.mark.parametrize("cache", ["auto", "int8", "int4"])
+@pytest.mark.parametrize("sick", [torch.nan, torch.inf])
+def test_a_query_that_is_not_finite_spoils_its_own_row_only(backends: Any, cache: str, sick: float) -> None:
+    """And one of zeros weighs all positions alike."""
+    case = Case(1, 2, 64, 16, 40, torch.bfloat16, cache, 0)
+    store = case.make_kv(backends.two)
+    q = case.write(backends.two, store, torch.randn(case.length, 4 * case.head_dim).bfloat16())
+    q[7, : case.head_dim] = 0
+    good = case.attend(backends.two, store, q)
+    assert good.isfinite().all()
+    q[20, 3] = sick
+    y = case.attend(backends.two, store, q)
+    assert y[20, : case.head_dim].isnan().all()
+    y[20, : case.head_dim] = good[20, : case.head_dim]
+    assert torch.equal(y, good)
+
+
+@pytest.mark.parametrize("cache", ["auto", "int8", "int4"])
 @pytest.mark.parametrize("plain", [False, True], ids=["native", "reference"])
 def test_a_copied_block_is_read_like_the_one_it_was_copied_from(backends: Any, cache: str, plain: bool) -> None:
     case = Case(2, 3, 72, 16, 40, torch.bfloat16, cache, 0)
