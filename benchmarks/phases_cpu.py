@@ -28,7 +28,7 @@ import numpy as np
 import quantised_models
 from phases_loads import CHANGING, Load, Mix, Scale, load_all
 from phases_servers import PEER, SEATS, UNTUNED, Contestant, ours, peers
-from phases_tables import Found, Row, claims, no_room, ratios, row, show
+from phases_tables import FIXED, Found, Row, claims, no_room, ratios, row, show
 
 import models
 from weft.bench.client import Target, first_model
@@ -43,9 +43,12 @@ PRESSED = 32  # requests at once, to see what the machine can do
 TTFT_TIMES, TPOT_TIMES = 7.5, 10.0
 # The rate is looked for with these, in so many tries, until the better one has such a part of its requests in target.
 PROBES, TRIES, RATE, FASTER, SLOWER, WANTED = ("chunk 32", "overlap"), 3, 0.7, 1.2, 0.8, (0.65, 0.9)
-AGAIN = 3  # times at most that a piece is measured in which others take too much of the CPU
+AGAIN = 3  # times at most that a piece is measured in which others take too much of the CPU, or the machine is slow
+# A machine that is a part of a larger one is slower now and then. After each piece so many requests are served alone,
+# one after another, of so many tokens; it is slow when they take so many times as long as usual.
+PROBE, PROBE_TOKENS, SLOW, USUAL = 3, (64, 12), 1.15, 30
 BEHIND = 0.15  # of the requests: who has so many fewer in target than the best is left out of the next round
-ROUNDS = 1.5  # that a piece's length is chosen for; the second one is shorter
+ROUNDS = 3.0  # that a piece's length is chosen for; those after the first are shorter
 ARRIVING = 0.75  # of a piece's time; in the rest those are served that are still there
 LONGER = {CHANGING: 1.5}  # pieces of this load have so many times the others' length
 PATIENCE = 1.5  # times what a request may take within both targets; after that the client hangs up
@@ -191,6 +194,36 @@ def _claims(rows: Sequence[Row]) -> dict[str, float]:
     return found
 
 
+def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, float]:
+    """By load, auto against the fixed policy that was best in the other rounds, round by round: what somebody had who
+    knew which one is best, but not which one will be lucky. Of several that are equally good, the best in hindsight is
+    always ahead of each."""
+    found = {}
+    for load in machine.rates:
+        met: dict[str, dict[int, tuple[float, int]]] = {}  # by policy and round: requests in target, of how many
+        for piece in pieces.find(model=model, what="piece", load=load):
+            if piece["kind"] in FIXED or piece["kind"] == "auto":
+                attained = summarise(_joined([piece]), machine.slo).attainment or 0.0
+                count = len(piece["records"])
+                met.setdefault(piece["policy"], {})[piece["round"]] = (attained * count, count)
+        auto = met.pop("auto", {})
+        ours = theirs = 0.0
+        for number, (own, _) in auto.items():
+            there = {name: rounds for name, rounds in met.items() if number in rounds and len(rounds) > 1}
+            if there:
+                ours += own
+                theirs += there[max(there, key=lambda name: _elsewhere(there[name], number))][number][0]
+        if theirs:
+            found[load] = ours / theirs
+    return found
+
+
+def _elsewhere(rounds: dict[int, tuple[float, int]], number: int) -> float:
+    """The part in target in all rounds but this one."""
+    others = [one for key, one in rounds.items() if key != number]
+    return sum(met for met, _ in others) / max(sum(count for _, count in others), 1)
+
+
 def _notes(pieces: Pieces, model: str, machine: Machine) -> list[str]:
     slo, rounds = machine.slo, len({one["round"] for one in pieces.find(model=model, what="piece")})
     rates = ", ".join(f"{name} {machine.parts[name]:.2f} of {rate:.2f}" for name, rate in machine.rates.items())
@@ -199,6 +232,8 @@ def _notes(pieces: Pieces, model: str, machine: Machine) -> list[str]:
         f"targets TTFT {slo.ttft:.3f} s and TPOT {slo.tpot:.4f} s",
         f"{model}: requests/s that are offered, of those that {UNTUNED} serves at most: {rates}; for "
         f"{machine.seconds:.1f} s in each of {rounds} rounds ({LONGER[CHANGING]:g} times as long for {CHANGING})",
+        f"{model}: auto beside the fixed policy that was best in the other rounds: "
+        + ", ".join(f"{load} {ratio:.2f}" for load, ratio in beside_chosen(pieces, model, machine).items()),
     ]
 
 
@@ -221,6 +256,7 @@ class Contest:
         every = load_all(arguments.traces, self._fitted.azure, self._fitted.mooncake, self._fitted.mixes)
         self._loads = [load for load in every if not wanted or load.name in wanted]
         self._servers: dict[str, Any] = {}
+        self._probes: list[float] = []
 
     def run(self) -> list[str]:
         """Everything that has not been measured yet; what there is to say of it."""
@@ -352,20 +388,35 @@ class Contest:
         for _ in range(AGAIN):
             began, watch = time.monotonic(), common.LoadWatch()
             records = await self._serve(one.name, shots, machine)
-            others = watch.other_load()[0]
+            seconds, others = time.monotonic() - began, watch.other_load()[0]
             self._servers[one.name].check_alive()
             if one.name == PEER:
                 await self._servers[PEER].settle()
-            if others <= common.OTHER_LOAD_LIMIT:
+            slow = await self._slow()
+            if others <= common.OTHER_LOAD_LIMIT and slow <= SLOW:
                 break
-            common.say(f"{self._model}, {load.name}, {one.name}: others took {others:.0%} of the CPU; once more")
+            common.say(
+                f"{self._model}, {load.name}, {one.name}: others took {others:.0%} of the CPU, and a request alone "
+                f"takes {slow:.2f} times as long as usual; once more"
+            )
         kept = [
             (r.due, r.sent, r.first, r.last, r.ended, r.input_tokens, r.output_tokens, r.error)
             for r in records
         ]  # fmt: skip
-        seconds = time.monotonic() - began
-        self._pieces.add(**key, kind=one.kind, seconds=seconds, others=others, records=kept)
+        self._pieces.add(**key, kind=one.kind, seconds=seconds, others=others, slow=slow, records=kept)
         return True
+
+    async def _slow(self) -> float:
+        """How many times as long as usual a request alone takes now, or took before the last piece."""
+        before = self._probes[-1:]
+        rng = np.random.default_rng([7, len(self._probes)])
+        prompts = rng.integers(0, self._vocabulary, (PROBE, PROBE_TOKENS[0])).tolist()
+        shots = [Shot(0.0, tuple(prompt), PROBE_TOKENS[0], PROBE_TOKENS[1]) for prompt in prompts]
+        records = await run_load(await self._target(UNTUNED), shots, 1, _ignore)
+        if any(one.error is not None for one in records):
+            raise SystemExit(f"a request alone failed: {records[0].error}")
+        self._probes.append(min(one.ended - one.sent for one in records))
+        return max([*before, self._probes[-1]]) / float(np.median(self._probes[-USUAL:]))
 
     def _shots(self, load: Load, machine: Machine, part: str, piece: int) -> list[Shot]:
         """So many requests/s of a load for so long: the trace is run faster or slower as a whole."""

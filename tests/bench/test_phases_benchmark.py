@@ -132,6 +132,26 @@ def test_what_was_measured_outlives_a_run_that_is_killed(scripts: Any, tmp_path:
     assert not path.exists()
 
 
+def test_luck_is_not_taken_for_the_best_policy(scripts: Any) -> None:
+    """Two fixed policies that are equally good, each lucky in a round: who chose by the other rounds was unlucky."""
+    cpu = scripts("phases_cpu")
+    machine = cpu.Machine(0.1, 0.05, {"conv": 2.0}, {"conv": 0.9})
+    pieces = cpu.Pieces(None, False)
+
+    def add(policy: str, kind: str, turn: int, met: int) -> None:
+        good, bad = [0.0, 0.0, 0.1, 0.2, 0.2, 20, 3, None], [0.0, 0.0, 9.0, 9.1, 9.1, 20, 3, None]
+        key = {"model": "m", "what": "piece", "load": "conv", "round": turn, "policy": policy}
+        pieces.add(**key, kind=kind, seconds=1.0, records=[good] * met + [bad] * (10 - met))
+
+    for policy, kind, rounds in (
+        ("auto", "auto", (8, 8)), ("one", "chunk", (10, 6)), ("two", "split", (6, 10)), ("once", "turns", (10,)),
+        ("else", "paper", (10, 10)),
+    ):  # fmt: skip
+        for turn, met in enumerate(rounds):
+            add(policy, kind, turn, met)
+    assert cpu.beside_chosen(pieces, "m", machine) == {"conv": pytest.approx(16 / 12)}
+
+
 def test_disaggregation_has_two_devices_and_twice_the_requests(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     phases, simulated = scripts("phases"), scripts("phases_simulated")
     flags = ["phases.py", "--loads", "changing", "--rates", "1", "--seconds", "1.5", "--only", "pd", "chunk 512"]

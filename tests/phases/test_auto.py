@@ -5,14 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing
+from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing, StepCost
 from weft.core.request import Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
@@ -111,6 +111,31 @@ def test_what_is_forecast_is_what_the_simulated_device_does(
     assert found.ttft == pytest.approx(sum(ttfts) / len(ttfts), rel=ttft)
 
 
+@dataclass(frozen=True)
+class Paced(FixedPolicy):
+    """Mixed steps whose cost is known from the start."""
+
+    def first(self, now: float) -> Decision:
+        cost = StepCost(LAW.predict(0, 0), LAW.token, LAW.slot / LAW.saturation)
+        return Decision(now, self.sharing, "fixed", cost=cost)
+
+
+@pytest.mark.parametrize("load", [MEAN, LONG, (5.0, 800, 60)])
+def test_paced_answers_keep_their_target_and_prompts_come_sooner_than_with_chunks(load: Any) -> None:
+    rate, prompt, output = load
+    asks = poisson(rate, prompt, output, 40.0)
+    sharing = Sharing(Regime.MIXED, WHOLE, 256, tpot=0.95 * TARGETS.tpot)
+    ttfts, tpots, _ = serve(Paced(sharing), asks)
+    assert max(tpots) <= TARGETS.tpot
+    # A chunk of 128 tokens is a step of 0.7 times the target, so it keeps it, too.
+    chunked, slower, _ = serve(FixedPolicy(Sharing(Regime.MIXED, WHOLE, 128)), asks)
+    assert max(slower) <= TARGETS.tpot and sum(ttfts) < 0.7 * sum(chunked)
+    known = Load(rate, tuple(one[1] for one in asks), float(output))
+    found = forecast(sharing, known)
+    assert found.tpot == pytest.approx(sum(tpots) / len(tpots), rel=0.12) and found.slow < 0.05
+    assert found.ttft == pytest.approx(sum(ttfts) / len(ttfts), rel=0.2)
+
+
 def test_small_turns_cost_a_device_that_cannot_cut_steps_more() -> None:
     """A turn of 64 tokens is a step of 64, which reads all the weights; or one of 16 parts of a step of 1024."""
     sharing, load = Sharing(Regime.TURNS, Partition(1, 1), 64), Load(1.0, (800,), 60.0)
@@ -184,14 +209,12 @@ def test_a_law_that_errs_from_step_to_step_is_surer_of_a_long_answer_than_of_a_s
     assert slow(noisy, 400.0) == slow(LAW, 400.0), "the mean of so many steps is as sure as anything"
 
 
-def test_chunks_fill_the_tpot_target() -> None:
+def test_mixed_steps_fill_the_tpot_target() -> None:
     queue = Queue((), 20, 10000)
-    chunks = [
-        one.chunk for one in candidates(LAW, TARGETS, queue, Load(1, (500,), 9), DEVICE) if one.regime is Regime.MIXED
-    ]
-    steps = [LAW.predict(chunk or 0, 10500) / TARGETS.tpot for chunk in chunks]
-    for part in (0.6, 0.8, 0.95):
-        assert any(step == pytest.approx(part, rel=0.02) for step in steps)
+    found = [one for one in candidates(LAW, TARGETS, queue, Load(1, (500,), 9), DEVICE) if one.tpot is not None]
+    for one, part in zip(found, (0.8, 0.95), strict=True):
+        assert one.tpot == pytest.approx(part * TARGETS.tpot)
+        assert LAW.predict(one.chunk or 0, 10500) == pytest.approx(one.tpot, rel=0.02)
     tight = candidates(LAW, Targets(1.0, 0.001), queue, Load(1, (500,), 9), DEVICE)
     assert min(one.chunk for one in tight if one.regime is Regime.MIXED and one.chunk) == 36, "prompts still advance"
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from itertools import pairwise
@@ -20,7 +22,7 @@ from weft.core.request import RequestEnd
 from weft.devices.virtual import VirtualDevice
 from weft.errors import DeviceError
 from weft.sim import traffic
-from weft.sim.router import LeastLoaded, RoundRobin
+from weft.sim.router import LeastLoaded, PrefixAware, RoundRobin
 from weft.sim.run import Simulation
 
 
@@ -185,6 +187,32 @@ def test_nothing_is_kept_of_requests_that_have_ended(setup: Any) -> None:
         return sum(len(value) for part in parts for value in vars(part).values() if hasattr(value, "__len__"))
 
     assert kept(400) == kept(40)
+
+
+def test_memory_is_flat_once_the_prefix_caches_are_full(setup: Any) -> None:
+    """Every prompt is another one, so that a pool of 64 blocks is full of cached ones after some tens of requests."""
+    traced: list[int] = []
+
+    def look(_: float) -> None:
+        gc.collect()
+        traced.append(tracemalloc.get_traced_memory()[0])
+
+    def load() -> Iterator[Row]:
+        return ((number * 0.05, Size(48, 4, (3 * number, 3 * number + 1, 3 * number + 2), 16)) for number in range(900))
+
+    setups = [setup(), setup()]
+    simulation = Simulation(setups, PrefixAware((0, 1), 64 * 16), lambda _: None)
+    for at in (10.0, 15.0, 30.0, 44.0):  # 200, 300, 600 and 880 requests
+        simulation.at(at, look)
+    tracemalloc.start()
+    try:
+        simulation.run(load())
+    finally:
+        tracemalloc.stop()
+    pools = [replica.scheduler.pool for replica in simulation.replicas]
+    assert all(pool.cached > 0.9 * pool.total for pool in pools)
+    # 16 bytes for each request that had ended would be seen; Python's own free lists come and go.
+    assert traced[3] - traced[1] < 16 * 580, traced
 
 
 def test_time_does_not_pass_beyond_an_arrival(setup: Any) -> None:

@@ -159,7 +159,8 @@ class Sharing:
     partition: the shares (SPLIT), or the parts of the time (TURNS). chunk: most tokens in a step that has decoding
     sequences and prompts, of which prompts get a quarter at least (MIXED); the work of so many tokens is the longest
     turn of the prefill lane while somebody decodes (TURNS): steps are cut at layers where the device can do that, to
-    fewer tokens otherwise. None: no limit.
+    fewer tokens otherwise. None: no limit. tpot: seconds for each token of an answer in the mean: where the cost of a
+    step is known, a mixed step is as long as leaves every answer at that, instead of `chunk` tokens.
     size_weight: seconds that each token of its prompt puts a request back in the queue. 0: order of arrival.
     Otherwise the shortest goes first, and waiting makes up for size: a constant order, like that of priorities.
     """
@@ -168,6 +169,16 @@ class Sharing:
     partition: Partition
     chunk: int | None = None
     size_weight: float = 0.0
+    tpot: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepCost:
+    """What a step takes on the whole device: fixed + token * T + slot * C seconds, for T tokens that read C slots."""
+
+    fixed: float
+    token: float
+    slot: float
 
 
 @dataclass(frozen=True, slots=True)

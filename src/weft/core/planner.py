@@ -8,11 +8,12 @@ regime (see `Sharing`) has them take turns, or has one lane do both.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 from weft.core.inflight import Flight
 from weft.core.pace import Pace
-from weft.core.plan import Lane, Plan, Regime, Sharing, Slice
+from weft.core.plan import Lane, Plan, Regime, Sharing, Slice, StepCost
 from weft.core.request import Request
 from weft.core.running import Running
 from weft.core.sequence import Sequence, State
@@ -23,6 +24,8 @@ from weft.core.turns import Turns
 DECODE = State.DECODE
 # The part of a mixed step's chunk that prompts get however many decode.
 PROMPTS_LEAST = 4
+# The part of what answers have saved that a step may take: it can turn out to be longer than its cost was said to be.
+SPEND = 0.9
 
 
 class Planner:
@@ -47,6 +50,7 @@ class Planner:
         self._steps = itertools.count(1)
         # How two lanes share the device; None: side by side, whatever their shares are.
         self._sharing: Sharing | None = None
+        self._cost: StepCost | None = None
         self._turns: Turns | None = None
         # The lane that computes both phases; None: each its own.
         self._both = Lane.MIXED if Lane.MIXED in lanes else None
@@ -55,14 +59,14 @@ class Planner:
 
     # -- who computes what -----------------------------------------------------------------------------------------
 
-    def share(self, sharing: Sharing) -> None:
+    def share(self, sharing: Sharing, cost: StepCost | None = None) -> None:
         """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
         turns = sharing.regime is Regime.TURNS
         if turns and (self._turns is None or self._sharing is None or self._sharing.partition != sharing.partition):
             self._turns = Turns(sharing.partition)
         elif not turns:
             self._turns = None
-        self._sharing = sharing
+        self._sharing, self._cost = sharing, cost
         self._choose()
 
     def retire(self, lane: Lane) -> bool:
@@ -153,8 +157,10 @@ class Planner:
         return copied
 
     def _plan_prefill(self, pieces: list[Slice], members: list[Sequence], now: float) -> None:
-        budget = self._prompt_budget(len(pieces))
         started = [one for one in self._running.prefilling if one.flight is None]
+        if not started and self._running.waiting.first is None:
+            return
+        budget = self._prompt_budget(members, started[0].computed if started else 0, now)
         at = 0
         while budget > 0:
             head = self._running.waiting.first
@@ -171,18 +177,23 @@ class Planner:
             pieces.append(piece)
             members.append(sequence)
 
-    def _prompt_budget(self, decoding: int) -> int:
-        """Tokens of prompts for a plan: cut by the chunk where decoding sequences would wait for them."""
-        budget, sharing = self.budget - decoding, self._sharing
+    def _prompt_budget(self, decoding: list[Sequence], read: int, now: float) -> int:
+        """Tokens of prompts for a plan beside these: cut where decoding sequences would wait for them. read: slots that
+        the first prompt has filled already."""
+        budget, sharing = self.budget - len(decoding), self._sharing
         if sharing is None or sharing.chunk is None:
             return budget
         # Those in this plan, or those that the decode lane has its next turn for.
-        waiting = decoding if self._turns is None else len(self._running.decoding)
+        waiting = len(decoding) if self._turns is None else len(self._running.decoding)
         if not waiting:
             return budget
-        if self._both is not None:  # as decode grows, prompts get less of a step, but never next to nothing
-            return min(budget, max(1, sharing.chunk // PROMPTS_LEAST, sharing.chunk - decoding))
-        return min(budget, max(1, sharing.chunk) * self.layers)
+        if self._both is None:
+            return min(budget, max(1, sharing.chunk) * self.layers)
+        # As decode grows, prompts get less of a step, but never next to nothing.
+        least = max(1, sharing.chunk // PROMPTS_LEAST)
+        if sharing.tpot is None or self._cost is None:
+            return min(budget, max(least, sharing.chunk - len(decoding)))
+        return min(budget, max(least, _affordable(decoding, read, sharing.tpot, self._cost, now)))
 
     def _parts(self, lane: Lane, pieces: list[Slice]) -> int:
         """Turns that a step of prompts takes while somebody decodes, each with the work of one chunk."""
@@ -201,3 +212,18 @@ class Planner:
             return False
         self._started(sequence, now)
         return True
+
+
+def _affordable(decoding: list[Sequence], read: int, tpot: float, cost: StepCost, now: float) -> int:
+    """Tokens of prompts that a step can have beside these sequences, so that the answer that has saved least still has
+    its tokens `tpot` seconds apart in the mean when the step ends. An answer that was faster so far has saved time; one
+    that was slower catches up, since less than a token's time is left to it."""
+    left, slots = math.inf, read
+    for one in decoding:
+        began = one.live.first_token
+        slots += len(one.tokens)
+        if began is not None:
+            left = min(left, tpot * (len(one.tokens) - one.prompt_len) - (now - began))
+    seconds = SPEND * left - cost.fixed - cost.token * len(decoding) - cost.slot * slots
+    each = cost.token + cost.slot
+    return int(min(seconds / each, 2**31)) if seconds > 0 and each > 0 else 0

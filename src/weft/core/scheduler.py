@@ -9,7 +9,7 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sharing, Slice, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sharing, Slice, StepCost, Ticket, TokenScore
 from weft.core.planner import Planner
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
@@ -145,9 +145,10 @@ class Scheduler:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def share(self, sharing: Sharing) -> None:
-        """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
-        self.planner.share(sharing)
+    def share(self, sharing: Sharing, cost: StepCost | None = None) -> None:
+        """How two lanes share the device, from their next plans on. What is in flight goes on as it is. cost: of a
+        step, as far as it is known."""
+        self.planner.share(sharing, cost)
 
     def retire(self, lane: Lane) -> bool:
         """A lane answers no more: the other one computes both phases, until a late result shows that the lane lives.

@@ -186,7 +186,7 @@ class Control:
             self._adopt(decision)
 
     def _adopt(self, decision: Decision) -> None:
-        self._scheduler.share(decision.sharing)
+        self._scheduler.share(decision.sharing, decision.cost)
         self._tell_device(self._target(None))
 
     def _target(self, lone: Lane | None) -> Partition:

@@ -1,9 +1,9 @@
 """`--partition auto`: shares the device in the way that is predicted to miss the fewest targets.
 
-The ways: one lane for both phases with chunked prefill (the chunk sized to the TPOT target), turns, and any split that
-the device allows. The step law is fitted from every step; shares that were not seen are tried for a moment, but only
-while there are misses to be saved. A change must save enough (hysteresis), and no change comes soon after another
-(dwell).
+The ways: one lane for both phases with chunked prefill (steps as long as answers have time for within the TPOT target),
+turns, and any split that the device allows. The step law is fitted from every step; shares that were not seen are tried
+for a moment, but only while there are misses to be saved. A change must save enough (hysteresis), and no change comes
+soon after another (dwell).
 
 Prompts wait in the order of arrival. One that could not make the TTFT target any more when it came is put back: it
 would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from weft.core.plan import Partition, Regime, Sharing
-from weft.phases.forecast import Device, Load, Outlook, candidates, outlook
+from weft.core.plan import Partition, Regime, Sharing, StepCost
+from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
@@ -104,7 +104,8 @@ class AutoPolicy:
         return BACK * self.targets.ttft
 
     def start(self) -> AutoState:
-        return AutoState(Sharing(Regime.MIXED, self._whole, max(1, self.device.chunk // FIRST_CHUNK)))
+        chunk = max(1, self.device.chunk // FIRST_CHUNK)
+        return AutoState(Sharing(Regime.MIXED, self._whole, chunk, tpot=FILLS[-1] * self.targets.tpot))
 
     def first(self, now: float) -> Decision:
         return Decision(now, self.start().sharing, "one lane for both phases until there is something to go by")
@@ -279,6 +280,7 @@ class AutoPolicy:
         if state.trial:  # over before a prompt that comes now has its turn
             if decision is not None:
                 decision = replace(decision, hold=state.hold, within=HOLD * self.targets.ttft, back=self._back)
+                decision = replace(decision, cost=_cost(state.model))
             return state, decision
         speed = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now).speed
         hold = max(1, int(HOLD * self.targets.ttft * speed))
@@ -289,7 +291,7 @@ class AutoPolicy:
             decision = Decision(now, state.sharing, reason)
         within = HOLD * self.targets.ttft
         decision = replace(decision, hold=hold, within=within, back=self._back, shed=self.shed and state.overload)
-        return replace(state, hold=hold), decision
+        return replace(state, hold=hold), replace(decision, cost=_cost(state.model))
 
     def _change(
         self,
@@ -318,6 +320,10 @@ class AutoPolicy:
         return moved, Decision(now, sharing, reason)
 
 
+def _cost(model: StepModel) -> StepCost:
+    return StepCost(model.predict(0.0, 0.0), model.token, model.predict(0.0, 1.0) - model.predict(0.0, 0.0))
+
+
 def _likely(model: StepModel) -> StepModel:
     """The law of one share, with memory that saturates where it mostly does, and the same on the whole device."""
     if model.saturation is not None:
@@ -329,6 +335,8 @@ def _likely(model: StepModel) -> StepModel:
 def words(sharing: Sharing, shares: int) -> str:
     """A way of sharing, for people."""
     prefill, decode = sharing.partition.prefill, sharing.partition.decode
+    if sharing.regime is Regime.MIXED and sharing.tpot is not None:
+        return f"one lane, {1e3 * sharing.tpot:.3g} ms for each token of an answer, {sharing.chunk} tokens in a step"
     if sharing.regime is Regime.MIXED:
         return f"one lane, chunks of {sharing.chunk} tokens"
     if sharing.regime is Regime.TURNS:

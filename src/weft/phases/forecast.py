@@ -20,6 +20,8 @@ from weft.phases.observations import Queue, Targets
 # much at least, and so many times the error of the step law; of a mean over the steps of an answer, by so much less as
 # their errors make up for each other (what they have in common the law follows, see `latency.drift`).
 SPREAD, SPREAD_ERRORS = 0.12, 1.5
+# The same of an answer whose steps are as long as it has time for: what one takes too long the next makes up for.
+SPREAD_PACED = 0.04
 # Seconds over which misses are counted.
 HORIZON = 10.0
 # Moments within the horizon at which those who arrive are looked at, and sizes of prompts that stand for all.
@@ -27,8 +29,10 @@ MOMENTS = (0.02, 0.08, 0.2, 0.5, 0.9)
 SIZES = 8
 # A turn has the work of such a part of the largest step.
 TURNS_A_STEP = 8
-# Parts of the TPOT target that a mixed step may take.
-FILLS = (0.6, 0.8, 0.95)
+# Parts of the TPOT target that answers get in mixed steps.
+FILLS = (0.8, 0.95)
+# Tokens of prompts in a step where decode alone takes too long.
+ADVANCE = 16
 # A queue closer to this has no mean wait to speak of.
 FULL = 0.98
 
@@ -113,7 +117,8 @@ def outlook(
         active = 1.0 - math.exp(-max(float(queue.decoding), settled))
         batch = max(1.0, 0.5 * (queue.decoding + settled))
     used, error = min(1.0, incoming / speed), SPREAD_ERRORS * steps.error
-    spread, spread_mean = max(SPREAD, error), max(SPREAD, error / math.sqrt(max(load.output, 1.0)))
+    least = SPREAD if sharing.tpot is None else SPREAD_PACED
+    spread, spread_mean = max(SPREAD, error), max(least, error / math.sqrt(max(load.output, 1.0)))
     pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed, spread_mean)
     known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, spread, now)
     late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, spread, device)
@@ -199,7 +204,10 @@ def _pace(
     lone = device.chunk / steps.predict(device.chunk, prompt, 1.0)
     chunk = float(min(sharing.chunk or device.chunk, device.chunk))
     if sharing.regime is Regime.MIXED:
-        chunk = min(max(1.0, chunk / PROMPTS_LEAST, chunk - batch), max(1.0, device.chunk - batch))
+        least, most = max(1.0, chunk / PROMPTS_LEAST), max(1.0, device.chunk - batch)
+        if sharing.tpot is not None:
+            chunk = tokens_within(steps, sharing.tpot, slots + prompt)
+        chunk = min(max(least, chunk - batch), most)
         step = steps.predict(batch + chunk, slots + prompt, 1.0)
         return step, alone, chunk / step, lone
     x, y = sharing.partition.prefill / device.shares, sharing.partition.decode / device.shares
@@ -300,15 +308,21 @@ def _over(predicted: float, target: float, spread: float) -> float:
 def candidates(
     steps: StepModel, targets: Targets, queue: Queue, load: Load, device: Device, weight: float = 0.0
 ) -> Sequence[Sharing]:
-    """Every way of sharing worth a forecast: chunks that fill the TPOT target to some part, turns, splits. Not overlap,
-    of which the law says what it says of an even split."""
+    """Every way of sharing worth a forecast: mixed steps with some part of the TPOT target for each token, turns,
+    splits. Not overlap, of which the law says what it says of an even split."""
     whole = Partition(device.shares, device.shares)
-    batch, slots = max(queue.decoding, 1), float(queue.context)
-    chunks = _chunks(steps, targets, batch, slots, load, device)
-    found = [Sharing(Regime.MIXED, whole, chunk, weight) for chunk in chunks]
-    # As with chunks: while prompts have a turn, a short answer must not lose the target of all its tokens.
+    batch, slots = max(queue.decoding, 1), queue.context + load.prompt
+    found = []
+    for part in FILLS:
+        chunk = int(min(tokens_within(steps, part * targets.tpot, slots), device.chunk))
+        if chunk > 0:
+            found.append(Sharing(Regime.MIXED, whole, chunk, weight, part * targets.tpot))
+    # Even where decode alone misses its target, prompts must advance.
+    least = min(device.chunk, batch + ADVANCE)
+    found.append(Sharing(Regime.MIXED, whole, least, weight))
+    # While prompts have a turn, a short answer must not lose the target of all its tokens.
     turn = device.chunk // (TURNS_A_STEP if device.layers > 1 else 2)
-    turn = max(1, min(turn, max(chunks) - batch))
+    turn = max(1, min(turn, max(one.chunk or 0 for one in found) - batch))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
     if device.shares > 1:
@@ -317,15 +331,7 @@ def candidates(
     return found
 
 
-def _chunks(steps: StepModel, targets: Targets, batch: float, slots: float, load: Load, device: Device) -> list[int]:
-    """Chunks with which a mixed step takes such a part of the TPOT target. No larger ones: they would make the mean
-    TPOT of a short answer depend on how many prompts happen to come beside it. Who is alone has whole steps anyway."""
-    token = steps.predict(1.0, 0.0, 1.0) - steps.predict(0.0, 0.0, 1.0)
-    found: set[int] = set() if token > 0 else {device.chunk}
-    for part in FILLS:
-        left = targets.tpot * part - steps.predict(0.0, slots + load.prompt, 1.0)
-        if token > 0 and left > 0:
-            found.add(max(1, min(device.chunk, int(left / token))))
-    # Even where decode alone misses its target, prompts must advance.
-    found.add(max(1, min(device.chunk, int(batch) + 16)))
-    return sorted(found)
+def tokens_within(steps: StepModel, seconds: float, context: float) -> float:
+    """Tokens of a step on the whole device that takes so long; infinite where tokens cost nothing."""
+    left = seconds - steps.predict(0.0, context, 1.0)
+    return max(0.0, left / steps.token) if steps.token > 0 else math.inf

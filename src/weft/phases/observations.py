@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weft.core.plan import Lane, Sharing
+from weft.core.plan import Lane, Sharing, StepCost
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +89,8 @@ class Decision:
 
     hold: tokens of prompts that are computed within `within` seconds, those that a first token may take; None: not
     known. A prompt that has waited for so long that nothing is left to compute it in lets those pass that come in the
-    next `back` seconds. shed: one that finds so many before it that this is bound to happen is refused.
+    next `back` seconds. shed: one that finds so many before it that this is bound to happen is refused. cost: of a
+    step, where it is known.
     """
 
     at: float
@@ -99,6 +100,7 @@ class Decision:
     within: float = 0.0
     back: float = 0.0
     shed: bool = False
+    cost: StepCost | None = None
 
 
 @dataclass(frozen=True, slots=True)

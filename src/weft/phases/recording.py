@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.core.plan import Lane, Partition, Regime, Sharing
+from weft.core.plan import Lane, Partition, Regime, Sharing, StepCost
 from weft.errors import ConfigError
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Asked, Policy
@@ -24,7 +24,7 @@ from weft.phases.paper import PaperPolicy
 
 logger = logging.getLogger("weft.partition")
 
-VERSION = 2
+VERSION = 3
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
@@ -142,13 +142,15 @@ def _observation(row: list[Any]) -> Observation:
 def _decision_row(decision: Decision) -> dict[str, Any]:
     sharing = decision.sharing
     shares = [sharing.partition.prefill, sharing.partition.decode]
+    cost = decision.cost
     return {
-        "sharing": [sharing.regime.value, shares, sharing.chunk, sharing.size_weight],
+        "sharing": [sharing.regime.value, shares, sharing.chunk, sharing.size_weight, sharing.tpot],
         "reason": decision.reason,
         "hold": decision.hold,
         "within": decision.within,
         "back": decision.back,
         "shed": decision.shed,
+        "cost": None if cost is None else [cost.fixed, cost.token, cost.slot],
     }
 
 
@@ -157,10 +159,11 @@ def _asked(row: dict[str, Any]) -> Asked:
     waiting, answers = (tuple((first, second) for first, second in queue[name]) for name in ("waiting", "answers"))
     found = None
     if decision is not None:
-        regime, shares, chunk, weight = decision["sharing"]
-        sharing = Sharing(Regime(regime), Partition(*shares), chunk, weight)
-        told = (decision[name] for name in ("reason", "hold", "within", "back", "shed"))
-        found = Decision(row["now"], sharing, *told)
+        regime, shares, *rest = decision["sharing"]
+        sharing = Sharing(Regime(regime), Partition(*shares), *rest)
+        cost = None if decision["cost"] is None else StepCost(*decision["cost"])
+        told = {name: decision[name] for name in ("reason", "hold", "within", "back", "shed")}
+        found = Decision(row["now"], sharing, cost=cost, **told)
     seen = tuple(_observation(one) for one in row["seen"])
     return Asked(seen, Queue(waiting, queue["decoding"], queue["context"], answers), row["now"], found)
 
