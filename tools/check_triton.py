@@ -1,11 +1,12 @@
 """Compile the Triton kernels ahead of time, without a GPU, and look for the tensor-core instructions in their PTX.
 
-    python tools/check_triton.py [--quick] [CAPABILITY ...]        by default 80 90 100; also 86 89 103 120
+    python tools/check_triton.py [--quick] [--only=WORDS] [CAPABILITY ...]     by default 80 90 100; also 86 89 103 120
 
---quick leaves out tiles of other sizes. Prints a table, and fails unless every product has products of its own kind in
-each form: of 8-bit integers for W4A8, of 16-bit floats for the others; `wgmma` on capability 9 where the tile
-is high enough. And no W4A8 kernel, none that quantises and none whose rows have their own bits may hold a fused
-multiply-add of floats. Nor may a kernel be one of several for counts that change from step to step.
+--quick leaves out tiles of other sizes, --only kernels that do not have these words in their line. Prints a table, and
+fails unless every product has products of its own kind in each form: of 8-bit integers for W4A8, of 16-bit floats for
+the others; `wgmma` on capability 9 where the tile is high enough. And no W4A8 kernel, none that normalises or quantises
+and none whose rows have their own bits may hold a fused multiply-add of floats. Nor may a kernel be one of several for
+counts that change from step to step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
 from weft.kernels.triton_norm import gate_kernel, norm_kernel
 from weft.kernels.triton_quantise import rows_kernel
 from weft.kernels.triton_rotary import rotary_kernel
-from weft.kernels.triton_rows import TILE
 from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
 from weft.kernels.triton_tiles import (
     ACTIVATION,
@@ -39,6 +39,7 @@ from weft.kernels.triton_tiles import (
     ATTENTION_QUANTISED,
     LINEAR,
     NORM,
+    QUANTISE,
     ROTARY,
     SAMPLE,
     W4A8,
@@ -78,7 +79,8 @@ class Case:
 
 def main(arguments: Sequence[str]) -> int:
     quick = "--quick" in arguments
-    targets = [int(word) for word in arguments if word != "--quick"] or [80, 90, 100]
+    words = next((word.removeprefix("--only=") for word in arguments if word.startswith("--only=")), "")
+    targets = [int(word) for word in arguments if not word.startswith("--")] or [80, 90, 100]
     unknown = [capability for capability in targets if capability not in SHARED]
     if unknown:
         raise SystemExit(f"check_triton.py: capability {unknown[0]}: there are {', '.join(map(str, SHARED))}")
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
     print(f"{'spills':>6} {'shared':>7}")
     for capability in targets:
         layouts: dict[str, set[str]] = {}  # by what computes the same rows
-        for case in cases(quick, capability):
+        for case in (case for case in cases(quick, capability) if words in case.name):
             made = compiled(case, capability)
             problems += _problems(case, capability, made)
             if case.rows is not None:
@@ -132,54 +134,48 @@ def _problems(case: Case, capability: int, made: Any) -> list[str]:
 
 
 def layout_of(made: Any) -> str:
-    """How a kernel's products lay out a row: the instruction, and that no row is cut between warps."""
+    """How a kernel lays out a row: of its products the instruction, and that no row is cut between warps; of its norm
+    what each thread sums."""
     text = made.asm["ttgir"]
     shapes = re.findall(
         r"nvidia_mma<\{(versionMajor = \d+).*?warpsPerCTA = \[\d+, (\d+)\], (instrShape = [^}]*)\}", text
     )
     memory = re.findall(r"tensor_memory_encoding<blockM = (\d+)", text)
-    return ", ".join(sorted({" ".join(shape) for shape in shapes} | {f"blockM = {rows}" for rows in memory}))
+    named = dict(re.findall(r"^(#\w+) = (.*)$", text, re.MULTILINE))
+    sums = {named[name] for name in re.findall(r"\(tensor<1x\d+xf32, (#\w+)>\) -> tensor<1xf32", text)}
+    return ", ".join(sorted({" ".join(shape) for shape in shapes} | {f"blockM = {rows}" for rows in memory} | sums))
 
 
 def cases(quick: bool, capability: int) -> list[Case]:
     key = key_of(capability // 10)
     products = _product_cases(quick, key) + _linear_cases(quick, key)
-    return _row_cases() + products + _attention_cases(quick, key) + _sample_cases(key)
+    return _row_cases(key) + products + _attention_cases(quick, key) + _sample_cases(key)
 
 
-def _row_cases() -> list[Case]:
-    floats = dict.fromkeys(("x", "residual", "weight", "kept", "summed"), "*bf16")
-    sizes = dict.fromkeys(("channels", "outliers", "eight"), "i32") | {"eps": "fp32"}
-    rows = floats | sizes | {"permutation": "*i32", "values": "*i8", "scales": "*fp32", "totals": "*i32"}
-    bare = rows | dict.fromkeys(("residual", "weight", "kept", "summed", "permutation")) | {"values": "*u8"}
-    gated = rows | dict.fromkeys(("residual", "weight", "kept", "summed"))
-    form = {"HADAMARD": True, "QUANTISE": True, "NIBBLES": False, "GATED": False, "BLOCKS": TILE}
+def _row_cases(key: int) -> list[Case]:
+    types: dict[str, str | None] = dict.fromkeys(("x", "residual", "weight"), "*bf16")
+    types |= {"permutation": "*i32", "values": "*i8", "scales": "*fp32", "totals": "*i32"}
+    types |= {"outliers": "i32", "eight": "i32", "eps": "fp32"}
+    bare = types | dict.fromkeys(("residual", "weight", "permutation")) | {"values": "*u8"}
+    gated = types | dict.fromkeys(("residual", "weight"))
+    floats = types | dict.fromkeys(("scales", "totals")) | {"values": "*bf16"}
+    blocks, few = QUANTISE[key]
+    form = {"K": 4096, "SIZE": 4096, "HADAMARD": True, "QUANTISE": True, "NIBBLES": False, "GATED": False}
+    form |= {"BLOCKS": blocks}
     norm = {"x": "*bf16", "residual": "*bf16", "weight": "*bf16", "out": "*bf16", "rows": "i32", "eps": "fp32"}
     gate = {"gate_up": "*bf16", "out": "*bf16", "rows": "i32", "columns": "i32"}
-    high, warps = NORM[90]
-    tall, wide, gate_warps = ACTIVATION[90]
+    high, warps = NORM[key]
+    tall, wide, gate_warps = ACTIVATION[key]
+    whole, sums = {"D": 4096, "SIZE": 4096, "ROWS": high}, "norms"
+    tile, options = {"ROWS": tall, "COLUMNS": wide}, {"num_warps": warps}
+    few_options, inner = {"num_warps": few}, {"K": 14336, "SIZE": 16384, "GATED": True}
     return [
-        Case("norm + permute + Hadamard + quantise", rows_kernel, rows, form),
-        Case("quantise to nibbles", rows_kernel, bare, form | {"NIBBLES": True}),
-        Case("activation + permute + quantise", rows_kernel, gated, form | {"GATED": True}),
-        Case(
-            "residual + norm",
-            norm_kernel,
-            norm,
-            {"D": 4096, "SIZE": 4096, "ROWS": high},
-            None,
-            {"num_warps": warps},
-            exact=False,
-        ),
-        Case(
-            "gated activation",
-            gate_kernel,
-            gate,
-            {"ROWS": tall, "COLUMNS": wide},
-            None,
-            {"num_warps": gate_warps},
-            exact=False,
-        ),
+        Case("norm + permute + Hadamard + quantise", rows_kernel, types, form, None, options, rows=sums),
+        Case("norm + permute + Hadamard", rows_kernel, floats, form | {"QUANTISE": False}, None, options, rows=sums),
+        Case("quantise to nibbles", rows_kernel, bare, form | {"NIBBLES": True}, None, few_options),
+        Case("activation + permute + quantise", rows_kernel, gated, form | inner, None, few_options),
+        Case("residual + norm", norm_kernel, norm, whole, None, options, rows=sums),
+        Case("gated activation", gate_kernel, gate, tile, None, {"num_warps": gate_warps}),
     ]
 
 

@@ -38,7 +38,7 @@ from weft.devices.cuda_forward import CudaForward, buckets
 from weft.devices.cuda_memory import Usage, check_weights, size_gpu_pool
 from weft.devices.cuda_streams import Immediate, Interpreted, Work, open_gpu
 from weft.errors import ConfigError
-from weft.kernels import triton_linear
+from weft.kernels import triton_linear, triton_norm
 from weft.kernels.triton import TritonKernels
 from weft.kernels.triton_attention import slices_of
 from weft.kernels.triton_tiles import LINEAR, W4A8, W4A16
@@ -261,6 +261,51 @@ def test_w4a16_leaves_activations_in_16_bits(opened: Open, fmpq: Path) -> None:
         assert score is not None
         far.append(sum(abs(logprob - float(expected[token])) for token, logprob in score.top) / 20)
     assert far[0] < 0.003 < 0.01 < far[1]
+
+
+class Apart(TritonKernels):
+    """Norms and activations give rows, which linears then quantise in a kernel of their own."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, _reader: Any = None) -> Any:
+        return super().rms_norm(x, weight, eps)
+
+    def add_rms_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, _reader: Any = None
+    ) -> Any:
+        return super().add_rms_norm(x, residual, weight, eps)
+
+    def silu_mul(self, gate_up: torch.Tensor, _reader: Any = None) -> Any:
+        return super().silu_mul(gate_up)
+
+
+@pytest.mark.parametrize("precision", [{}, {"exact_a4": True}, {"sixteen": True}], ids=["W4A8", "exact-a4", "W4A16"])
+def test_a_quantised_model_joins_norms_and_activations_with_what_follows(
+    fmpq: Path, precision: dict[str, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only the last norm, which no quantised linear reads, has a kernel of its own; and no bit is another."""
+    alone: list[str] = []
+    for name in ("rms_norm", "add_rms_norm", "silu_mul"):
+        given = getattr(triton_norm, name)
+        monkeypatch.setattr(
+            triton_norm, name, lambda *more, name=name, given=given: (alone.append(name), given(*more))[1]
+        )
+    gpu, model, outcome = open_gpu(), read_config(fmpq), []
+    for make in (TritonKernels, Apart):
+        kernels = make(gpu.device, **precision)
+        decoder = Decoder(model, move(load_weights(fmpq, model, kernels, torch.bfloat16), gpu.device), kernels, 64)
+        kv, stream = decoder.make_kv(8, BLOCK), gpu.stream()
+        forward = CudaForward(gpu, stream, decoder, kv, BLOCK, max_slices=2, graphs=True)
+        pieces = (piece(0, PROMPTS[0][:20]), piece(1, PROMPTS[1])), (piece(0, [5], 20), piece(1, [6], 3))
+        with stream.use():
+            logits = [forward.run(pieces[0], [19, 22]).clone(), forward.run(pieces[1], [0, 1]).clone()]
+        outcome.append((logits, kv[0].keys.codes, kv[0].values.codes, alone[:]))
+        alone.clear()
+    (found, *stored, joined), (expected, *also, apart) = outcome
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(stored, also, strict=True))
+    steps = len(joined)  # a graph's step is launched when it is captured and when it is replayed
+    assert joined == ["add_rms_norm"] * steps and steps >= 2
+    assert apart == ["rms_norm", "add_rms_norm", "silu_mul", "add_rms_norm"] * steps
 
 
 def test_batch_invariant_gives_a_prompt_in_chunks_the_bits_of_the_whole(

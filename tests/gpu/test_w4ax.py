@@ -16,13 +16,12 @@ from weft.comet import reference
 from weft.comet.packing import BLOCK
 from weft.comet.reference import InputForm, QuantisedLinear, QuantisedRows
 from weft.kernels import cuda_w4ax
-from weft.kernels.reference import ReferenceKernels
 
 if not torch.cuda.is_available():
     pytest.skip("there is no GPU here", allow_module_level=True)
 pytest.importorskip("triton", reason="triton is not installed")
 
-from weft.kernels import triton_w4ax
+from weft.kernels import triton_norm, triton_w4ax
 from weft.kernels.triton_rows import Norm, Rows, quantise_rows
 
 SOURCE = Path(__file__).parent.parent.parent / "csrc/cuda/w4ax.cu"
@@ -84,19 +83,25 @@ def test_triton_with_sixteen_bit_rows_is_close(m: int) -> None:
     assert error <= 1e-5 * (prepared.abs() @ whole.abs().T).max()
 
 
-def test_the_fused_norm_is_the_norm() -> None:
-    form, _ = made(1, 4096, False)
-    packed = triton_w4ax.pack_w4ax(torch.zeros(1, 4096).char(), torch.ones(1, 32), device="cuda")
-    x, residual = torch.randn(33, 4096).bfloat16(), torch.randn(33, 4096).bfloat16()
-    gain = torch.randn(4096).bfloat16()
-    rows = quantise_rows(x.cuda(), packed.form, Norm(gain.cuda(), 1e-6, residual.cuda()), keep=True)
-    normalised, added = ReferenceKernels(()).add_rms_norm(x, residual, gain, 1e-6)
-    assert rows.residual is not None and rows.normalised is not None
-    assert torch.equal(rows.residual.cpu(), added)
-    kept = rows.normalised.cpu()
-    torch.testing.assert_close(kept, normalised, rtol=2**-7, atol=0)
-    assert torch.equal(rows.values.cpu(), reference.quantise_rows(kept.float(), 0, exact_a4=False).values)
-    assert form.channels == kept.shape[1]
+@pytest.mark.parametrize("k", [1408, 4096, 8192])
+def test_the_norm_and_the_activation_before_the_rows_change_no_bit(k: int) -> None:
+    form, _ = made(1, k, False)
+    blocks, order = k // BLOCK, form.permutation
+    packed = triton_w4ax.pack_w4ax(
+        torch.zeros(1, k).char(), torch.ones(1, blocks), permutation=order, hadamard=True, device="cuda"
+    )
+    x, residual, gain = torch.randn(33, k).bfloat16(), torch.randn(33, k).bfloat16(), torch.randn(k).bfloat16()
+    both, added = torch.randn(33, 2 * k).bfloat16().cuda(), residual.cuda()
+    normalised, summed = triton_norm.add_rms_norm(x.cuda(), residual.cuda(), gain.cuda(), 1e-6)
+    rows = quantise_rows(x.cuda(), packed.form, Norm(gain.cuda(), 1e-6, added))
+    assert torch.equal(added, summed)
+    for found, floats in (
+        (rows, normalised),
+        (quantise_rows(both, packed.form, gated=True), triton_norm.silu_mul(both)),
+    ):
+        prepared = reference.prepare(floats.cpu(), InputForm(k, order, 0, True))
+        expected = reference.quantise_rows(prepared, 0, exact_a4=False)
+        assert torch.equal(found.values.cpu(), expected.values) and torch.equal(found.scales.cpu(), expected.scales)
 
 
 @pytest.fixture(scope="session")

@@ -7,12 +7,15 @@ import torch
 
 from weft.comet import reference as comet
 from weft.comet.reference import InputForm
+from weft.kernels.base import Kernels
 from weft.kernels.reference import ReferenceKernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 
+from weft.kernels.triton import TritonKernels
 from weft.kernels.triton_norm import add_rms_norm, rms_norm, silu_mul
 from weft.kernels.triton_rows import Norm, quantise_rows
+from weft.kernels.triton_w4ax import Prepared
 from weft.kernels.w4ax_weights import Form
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,6 +77,55 @@ def test_a_gated_row_is_quantised_as_the_activation_that_it_stands_for(dtype: to
     prepared = comet.prepare(activation, InputForm(channels, order, outliers, True))
     expected = comet.quantise_rows(prepared, outliers, exact_a4=exact_a4)
     assert torch.equal(rows.values.cpu(), expected.values) and torch.equal(rows.scales.cpu(), expected.scales)
+
+
+@pytest.mark.parametrize(
+    "kernels",
+    [{}, {"exact_a4": True}, {"sixteen": True}, {"sixteen": True, "invariant": True}],
+    ids=["W4A8", "exact-a4", "W4A16", "W4A16, invariant"],
+)
+@pytest.mark.parametrize("count", [0, 1, 70])
+def test_what_a_quantised_linear_alone_reads_comes_ready_for_it(kernels: dict[str, bool], count: int) -> None:
+    """And changes no bit of what this linear gives."""
+    channels, chance = 3 * 128, torch.Generator().manual_seed(5)
+    backend: Kernels = TritonKernels(torch.device(DEVICE), **kernels)
+    packed, other = (
+        backend.pack_w4ax(
+            torch.randint(-8, 8, (40, channels), dtype=torch.int8, generator=chance),
+            torch.rand(40, 3, generator=chance),
+            permutation=torch.randperm(channels, generator=chance),
+            outlier_blocks=1,
+            hadamard=True,
+        )
+        for _ in range(2)
+    )
+    x, residual, gate_up = (
+        normal(i, count, channels * (1 + i // 8), dtype=torch.bfloat16).to(DEVICE) for i in (6, 7, 8)
+    )
+    weight = normal(9, channels, dtype=torch.bfloat16).to(DEVICE)
+    again = residual.clone()
+    sums = backend.add_rms_norm(x, residual, weight, 1e-5)
+    ready = backend.add_rms_norm(x, again, weight, 1e-5, packed)
+    assert sums[1] is residual and ready[1] is again and torch.equal(residual, again)
+    pairs = [
+        (backend.rms_norm(x, weight, 1e-5), backend.rms_norm(x, weight, 1e-5, packed)),
+        (sums[0], ready[0]),
+        (backend.silu_mul(gate_up), backend.silu_mul(gate_up, packed)),
+    ]
+    for rows, prepared in pairs:
+        assert isinstance(prepared, Prepared)
+        for dtype in (None, torch.float32):
+            expected = backend.linear(rows, packed, dtype)
+            assert expected.shape == (count, 40) and torch.equal(backend.linear(prepared, packed, dtype), expected)
+        with pytest.raises(ValueError, match="for another weight"):
+            backend.linear(prepared, other)
+
+
+def test_what_a_plain_linear_reads_stays_as_it_is() -> None:
+    backend, x = TritonKernels(torch.device(DEVICE)), normal(0, 2, 64, dtype=torch.bfloat16).to(DEVICE)
+    plain = backend.pack_linear(torch.ones(5, 64).bfloat16())
+    assert torch.equal(backend.rms_norm(x, x[0], 1e-5, plain), rms_norm(x, x[0], 1e-5))
+    assert torch.equal(backend.silu_mul(x, plain), silu_mul(x))
 
 
 def test_no_rows_give_no_rows() -> None:

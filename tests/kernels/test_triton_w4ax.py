@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from weft.comet import reference
 from weft.comet.packing import BLOCK
 from weft.comet.reference import InputForm, QuantisedLinear, QuantisedRows
-from weft.kernels.reference import ReferenceKernels
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from weft.kernels import triton_w4ax
+from weft.kernels import triton_norm, triton_w4ax
 from weft.kernels.cuda_w4ax import pack_rows
 from weft.kernels.triton_rows import Norm, Rows, prepare_rows, quantise_rows
 from weft.kernels.triton_tiles import ProductTile
@@ -156,28 +155,29 @@ def test_among_equals_the_negative_one_is_the_extreme() -> None:
 
 @few
 @given(layer=layers(), m=st.integers(1, 4), dtype=dtypes, added=st.booleans())
-def test_the_fused_norm_quantises_what_the_norm_gives(
+@example(m=3, dtype=torch.bfloat16, added=True, layer={"blocks": 9, "outliers": 1, "n": 1, "seed": 0}
+         | dict.fromkeys(("permuted", "hadamard"), True)
+         | dict.fromkeys(("wide", "exact_a4", "extreme", "bias", "zeros", "long_scales"), False))  # fmt: skip
+def test_behind_a_norm_rows_are_those_of_what_the_norm_gives(
     layer: dict[str, Any], m: int, dtype: torch.dtype, added: bool
 ) -> None:
     form, _ = made(layer)
-    x, residual = (torch.randn(m, form.channels, generator=random(layer["seed"] + i)).to(dtype) for i in (8, 9))
-    gain = torch.randn(form.channels, generator=random(layer["seed"] + 10)).to(dtype)
-    norm = Norm(gain.to(DEVICE), 1e-6, residual.to(DEVICE) if added else None)
-    rows = quantise_rows(x.to(DEVICE), triton_form(form, layer["exact_a4"]), norm, keep=True)
-    truth = ReferenceKernels(())
-    if added:
-        normalised, residual = truth.add_rms_norm(x, residual, gain, 1e-6)
-        assert rows.residual is not None
-        assert_same_bits(rows.residual, residual)
-    else:
-        normalised = truth.rms_norm(x, gain, 1e-6)
-    # The norm's sum is taken in another order than torch's, so that the last bit of its type may differ.
-    assert rows.normalised is not None
-    kept = rows.normalised.cpu()
-    torch.testing.assert_close(kept.float(), normalised.float(), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
-    expected = reference.quantise_rows(reference.prepare(kept, form), form.outlier_blocks, exact_a4=layer["exact_a4"])
+    x, residual = (torch.randn(m, form.channels, generator=random(layer["seed"] + i)).to(DEVICE, dtype) for i in (8, 9))
+    gain = torch.randn(form.channels, generator=random(layer["seed"] + 10)).to(DEVICE, dtype)
+    sums = [residual.clone() for _ in range(2)]
+    prepared = triton_form(form, layer["exact_a4"])
+    rows, floats = (
+        make(x, prepared, Norm(gain, 1e-6, total if added else None))
+        for make, total in zip((quantise_rows, prepare_rows), sums, strict=True)
+    )
+    normalised = triton_norm.add_rms_norm(x, residual, gain, 1e-6)[0] if added else triton_norm.rms_norm(x, gain, 1e-6)
+    assert all(torch.equal(total, residual) for total in sums)
+    ready = reference.prepare(normalised.cpu(), form)
+    assert torch.equal(floats.cpu(), ready.to(dtype))
+    expected = reference.quantise_rows(ready, form.outlier_blocks, exact_a4=layer["exact_a4"])
     assert torch.equal(rows.values.cpu(), expected.values)
     assert_same_bits(rows.scales, expected.scales)
+    assert torch.equal(rows.totals.cpu(), expected.values.view(m, -1, BLOCK).sum(-1, dtype=torch.int32))
 
 
 @few
@@ -318,8 +318,6 @@ def test_wrong_inputs_are_refused() -> None:
         quantise_rows(torch.ones(1, BLOCK), packed.form, Norm(ones, 1e-6, torch.ones(2, BLOCK)))
     with pytest.raises(TypeError, match="one type"):
         quantise_rows(torch.ones(1, BLOCK), packed.form, Norm(ones, 1e-6, torch.ones(1, BLOCK).half()))
-    with pytest.raises(ValueError, match="without a norm"):
-        quantise_rows(torch.ones(1, BLOCK), packed.form, keep=True)
 
 
 @pytest.mark.slow

@@ -102,7 +102,10 @@ class Kernels(Protocol):
         ...
 
     def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """[T, in] -> [T, out], accumulated in float32. dtype: x's own, or float32 for sums that are not rounded."""
+        """[T, in] -> [T, out], accumulated in float32. dtype: x's own, or float32 for sums that are not rounded.
+
+        x may also be what `rms_norm`, `add_rms_norm` or `silu_mul` gave for `packed` as their reader.
+        """
         ...
 
     def pack_embedding(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Any:
@@ -125,14 +128,21 @@ class Kernels(Protocol):
         """
         ...
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """[T, D] -> [T, D], mean of squares in float32."""
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float, reader: Any = None) -> Any:
+        """[T, D] -> [T, D], mean of squares in float32.
+
+        reader: the packed linear that alone reads the result. A backend may then hand it over as this linear wants its
+        input, permuted and quantised in one pass: fit for `linear` only, with the same bits in the end.
+        """
         ...
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """residual += x (rounded to the dtype), in place; returns (RMSNorm(residual) * weight, residual)."""
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, reader: Any = None
+    ) -> tuple[Any, torch.Tensor]:
+        """residual += x (rounded to the dtype), in place; returns (RMSNorm(residual) * weight, residual).
+
+        reader: of the normalised rows, as in `rms_norm`.
+        """
         ...
 
     def rotary_write(
@@ -166,8 +176,8 @@ class Kernels(Protocol):
         """[T, D] -> [R, D]: the rows that the batch wants kept."""
         ...
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        """[T, 2 F] -> [T, F]: silu(first half) * second half, in float32."""
+    def silu_mul(self, gate_up: torch.Tensor, reader: Any = None) -> Any:
+        """[T, 2 F] -> [T, F]: silu(first half) * second half, in float32. reader: as in `rms_norm`."""
         ...
 
     def set_cores(self, cores: tuple[int, ...]) -> None:

@@ -192,7 +192,13 @@ class CpuKernels:
         native = _native.LayerKv(self.native, blocks, block_size, kv_heads, head_dim, kind, bits)
         return PagedKv(native, dtype, block_size, kv_heads, head_dim)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any = None,  # noqa: ARG002
+    ) -> torch.Tensor:
         rows, size = _matrix(x, "x")
         _same(weight, (size,), x.dtype, "weight")
         out = torch.empty_like(x)
@@ -200,7 +206,12 @@ class CpuKernels:
         return out
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any = None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         rows, size = _matrix(x, "x")
         _same(residual, (rows, size), x.dtype, "residual")
@@ -270,7 +281,7 @@ class CpuKernels:
     def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         return kept_rows(x, batch)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, reader: Any = None) -> torch.Tensor:  # noqa: ARG002
         rows, columns = _matrix(gate_up, "gate_up")
         if columns % 2:
             raise ValueError(f"gate_up has {columns} columns; it must be [T, 2 F]")

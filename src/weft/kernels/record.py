@@ -280,7 +280,8 @@ Operation = (
 class Recorder:
     """Kernels (see base.py) that append to `operations`. Weights and KV are those of the C++ kernels.
 
-    Whatever it is given as tokens and batch, the program takes those of its step.
+    Whatever it is given as tokens and batch, the program takes those of its step. It finds out by itself what a norm or
+    an activation can be joined with (`fuse` in kernels/program.py), whatever the reader.
     """
 
     name = "recorder"
@@ -305,10 +306,17 @@ class Recorder:
         self.operations.append(Multiply(packed, x, out))
         return out
 
-    def rms_norm(self, x: Value, weight: torch.Tensor, eps: float) -> Value:
+    def rms_norm(self, x: Value, weight: torch.Tensor, eps: float, reader: Any = None) -> Value:  # noqa: ARG002
         return self._norm(x, None, weight, eps)
 
-    def add_rms_norm(self, x: Value, residual: Value, weight: torch.Tensor, eps: float) -> tuple[Value, Value]:
+    def add_rms_norm(
+        self,
+        x: Value,
+        residual: Value,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any = None,  # noqa: ARG002
+    ) -> tuple[Value, Value]:
         _same(residual, x.columns, x.dtype, "residual")
         return self._norm(x, residual, weight, eps), residual
 
@@ -354,7 +362,7 @@ class Recorder:
         self.operations.append(Attention(kv, heads, scale, window or 0, q, out))
         return out
 
-    def silu_mul(self, gate_up: Value) -> Value:
+    def silu_mul(self, gate_up: Value, reader: Any = None) -> Value:  # noqa: ARG002
         if gate_up.columns % 2:
             raise ValueError(f"gate_up has {gate_up.columns} columns; it must be [T, 2 F]")
         out = Value(gate_up.domain, gate_up.columns // 2, gate_up.dtype)

@@ -103,11 +103,22 @@ class ReferenceKernels:
             return QuantisedKv(Codes.make(*shape), Codes.make(*shape), bits)
         return PlainKv(torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype))
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any = None,  # noqa: ARG002
+    ) -> torch.Tensor:
         return _normalise(x.float(), weight, eps).to(x.dtype)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+        self,
+        x: torch.Tensor,
+        residual: torch.Tensor,
+        weight: torch.Tensor,
+        eps: float,
+        reader: Any = None,  # noqa: ARG002
     ) -> tuple[torch.Tensor, torch.Tensor]:
         residual.copy_(residual.float() + x.float())
         return self.rms_norm(residual, weight, eps), residual
@@ -164,7 +175,7 @@ class ReferenceKernels:
     def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         return kept_rows(x, batch)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, reader: Any = None) -> torch.Tensor:  # noqa: ARG002
         gate, up = gate_up.float().chunk(2, dim=-1)
         return (silu(gate) * up).to(gate_up.dtype)
 

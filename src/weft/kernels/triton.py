@@ -15,6 +15,8 @@ from weft.kernels import triton_linear, triton_norm, triton_w4ax
 from weft.kernels.attention import Attention, open_attention
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.reference import PlainEmbedding, PlainLinear
+from weft.kernels.triton_rows import Norm
+from weft.kernels.triton_w4ax import Prepared, TritonW4Ax
 
 
 class TritonKernels:
@@ -68,11 +70,14 @@ class TritonKernels:
             device=self.device,
         )
 
-    def linear(self, x: torch.Tensor, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-        if not isinstance(packed, PlainLinear):
-            if self._sixteen:
-                return triton_w4ax.linear_a16(x, packed, dtype, invariant=self._invariant)
-            return triton_w4ax.linear(x, packed, dtype)
+    def linear(self, x: torch.Tensor | Prepared, packed: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """x may be prepared already, for this very weight."""
+        if isinstance(x, Prepared):
+            if x.packed is not packed:
+                raise ValueError("the rows were prepared for another weight")
+            return triton_w4ax.multiply_prepared(x, dtype, invariant=self._invariant)
+        if isinstance(packed, TritonW4Ax):
+            return self.linear(self._prepared(x, packed), packed, dtype)
         if self._invariant:
             return triton_linear.linear(x, packed, dtype)
         if dtype is None or dtype is x.dtype:
@@ -95,12 +100,18 @@ class TritonKernels:
     ) -> Any:
         return self.attend.make_kv(blocks, block_size, kv_heads, head_dim, dtype, cache)
 
-    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, reader: Any = None
+    ) -> torch.Tensor | Prepared:
+        if isinstance(reader, TritonW4Ax):
+            return self._prepared(x, reader, Norm(weight, eps))
         return triton_norm.rms_norm(x, weight, eps)
 
     def add_rms_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, reader: Any = None
+    ) -> tuple[torch.Tensor | Prepared, torch.Tensor]:
+        if isinstance(reader, TritonW4Ax):
+            return self._prepared(x, reader, Norm(weight, eps, residual)), residual
         return triton_norm.add_rms_norm(x, residual, weight, eps)
 
     def rotary_write(
@@ -126,7 +137,9 @@ class TritonKernels:
     def keep(self, x: torch.Tensor, batch: Batch) -> torch.Tensor:
         return kept_rows(x, batch)
 
-    def silu_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, gate_up: torch.Tensor, reader: Any = None) -> torch.Tensor | Prepared:
+        if isinstance(reader, TritonW4Ax):
+            return self._prepared(gate_up, reader, gated=True)
         return triton_norm.silu_mul(gate_up)
 
     def set_cores(self, cores: tuple[int, ...]) -> None:
@@ -134,6 +147,11 @@ class TritonKernels:
 
     def close(self) -> None:
         """Nothing to stop; tensors go with their last user."""
+
+    def _prepared(
+        self, x: torch.Tensor, packed: TritonW4Ax, norm: Norm | None = None, *, gated: bool = False
+    ) -> Prepared:
+        return triton_w4ax.prepare(x, packed, norm, gated=gated, sixteen=self._sixteen)
 
     def _own(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(self.device).contiguous()

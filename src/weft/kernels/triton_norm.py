@@ -1,7 +1,8 @@
 """Triton: RMSNorm with and without a residual, and the gated activation: one pass over memory each.
 
 kernels/reference.py says what is computed; a row's sum has an order of its own, the same for every row. The forms that
-quantise in the same pass are in triton_quantise.py. Importing this module needs triton.
+quantise in the same pass are in triton_quantise.py, with the same bits: so nothing is contracted here either. Importing
+this module needs triton.
 """
 
 from __future__ import annotations
@@ -12,6 +13,12 @@ import triton.language as tl
 
 from weft.kernels.triton_numbers import KINDS, helper, rounded
 from weft.kernels.triton_tiles import ACTIVATION, NORM, architecture
+
+
+@helper
+def inverse_root(hidden, D: tl.constexpr, eps):
+    """float32 [ROWS, D or more] -> [ROWS]: by what rows are multiplied to be normalised."""
+    return tl.rsqrt(tl.sum(hidden * hidden, axis=1) / D + eps)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -35,7 +42,7 @@ def norm_kernel(
         hidden = rounded(hidden + tl.load(residual + at, mask=mask, other=0.0).to(tl.float32), kind)
         tl.store(residual + at, hidden, mask=mask)
         hidden = hidden.to(tl.float32)
-    factor = tl.rsqrt(tl.sum(hidden * hidden, axis=1) / D + eps)
+    factor = inverse_root(hidden, D, eps)
     gain = tl.load(weight + column, mask=column < D, other=0.0).to(tl.float32)
     tl.store(out + at, rounded(hidden * factor[:, None] * gain[None, :], kind), mask=mask)
 
@@ -92,7 +99,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if count:
         rows, width, warps = ACTIVATION[architecture(gate_up.device)]
         gate_kernel[(triton.cdiv(count, rows), triton.cdiv(columns, width))](
-            gate_up, out, count, columns, ROWS=rows, COLUMNS=width, num_warps=warps
+            gate_up, out, count, columns, ROWS=rows, COLUMNS=width, num_warps=warps, enable_fp_fusion=False
         )
     return out
 
@@ -106,7 +113,17 @@ def _norm(x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, 
     if count:
         rows, warps = NORM[architecture(x.device)]
         norm_kernel[(triton.cdiv(count, rows),)](
-            x, residual, weight, out, count, eps, D=size, SIZE=triton.next_power_of_2(size), ROWS=rows, num_warps=warps
+            x,
+            residual,
+            weight,
+            out,
+            count,
+            eps,
+            D=size,
+            SIZE=triton.next_power_of_2(size),
+            ROWS=rows,
+            num_warps=warps,
+            enable_fp_fusion=False,
         )
     return out
 

@@ -1,7 +1,8 @@
 """Triton: residual, norm, permutation, Hadamard and quantisation of rows in one kernel (triton_rows.py launches it).
 
-One program for each row, one pass for the norm and one for the rest, in tiles of BLOCKS blocks of 128 channels. From
-the normalised row on, the values and scales are those of weft/comet/reference.py bit for bit, which takes
+A norm takes a pass over the row at first, in the tile of triton_norm.py's and with its bits; a second pass does the
+rest, in tiles of BLOCKS blocks of 128 channels. Without a norm the tiles are programs of their own. From the normalised
+row on, the values and scales are those of weft/comet/reference.py bit for bit, which takes
 
 * the same operations in the same order, each rounded: compiled without contraction of a product and a sum;
 * correctly rounded division (`div_rn`), for `/` is approximate on a GPU;
@@ -15,25 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from weft.kernels.triton_norm import gated
+from weft.kernels.triton_norm import gated, inverse_root
 from weft.kernels.triton_numbers import helper, rounded
 
 _TINY = tl.constexpr(2.0**-100)  # a block with no larger magnitude is zero
 _ROUND = tl.constexpr(1.5 * 2.0**23)
-
-
-@helper
-def _hidden(x, residual, at, inside, channels, GATED: tl.constexpr):
-    """float32: x; or x + residual, or the gated activation of x [.., 2 K], rounded to their type."""
-    kind = x.dtype.element_ty
-    hidden = tl.load(x + at, mask=inside, other=0.0).to(tl.float32)
-    if GATED:
-        up = tl.load(x + at + channels, mask=inside, other=0.0).to(tl.float32)
-        hidden = rounded(gated(hidden, up), kind).to(tl.float32)
-    if residual is not None:
-        hidden += tl.load(residual + at, mask=inside, other=0.0).to(tl.float32)
-        hidden = rounded(hidden, kind).to(tl.float32)
-    return hidden
 
 
 @helper
@@ -82,18 +69,17 @@ def _packed(nibbles, BLOCKS: tl.constexpr):
 @triton.jit
 def rows_kernel(
     x,  # [T, K]; [T, 2 K] where GATED
-    residual,  # [T, K] of x's type, or None
+    residual,  # [T, K] of x's type, or None: becomes the sum
     weight,  # [K] of the norm, or None
     permutation,  # int32 [K] or None
     values,  # int8 [T, K]; uint8 [T, (eight + blocks) * 64] where NIBBLES; [T, K] of x's type where not QUANTISE
     scales,  # float32 [T, blocks]
     totals,  # int32 [T, blocks]
-    kept,  # [T, K] of x's type, or None: the normalised rows in their own order
-    summed,  # [T, K] of x's type, or None: x + residual
-    channels,
     outliers,
     eight,
     eps,
+    K: tl.constexpr,
+    SIZE: tl.constexpr,  # K or more
     HADAMARD: tl.constexpr,
     QUANTISE: tl.constexpr,
     NIBBLES: tl.constexpr,
@@ -102,21 +88,20 @@ def rows_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     kind = x.dtype.element_ty
-    blocks = channels // 128
-    x += row * channels * (2 if GATED else 1)
-    if residual is not None:
-        residual += row * channels
-    factor = 1.0
+    blocks = K // 128
+    x += row * K * (2 if GATED else 1)
     if weight is not None:
-        squares = tl.zeros((BLOCKS * 128,), tl.float32)
-        for start in range(0, channels, BLOCKS * 128):
-            at = start + tl.arange(0, BLOCKS * 128)
-            hidden = _hidden(x, residual, at, at < channels, channels, GATED)
-            if summed is not None:
-                tl.store(summed + row * channels + at, rounded(hidden, kind), mask=at < channels)
-            squares += hidden * hidden
-        factor = tl.rsqrt(tl.sum(squares, axis=0) / channels + eps)
-    for first in range(0, blocks, BLOCKS):
+        column = tl.arange(0, SIZE)[None, :]
+        hidden = tl.load(x + column, mask=column < K, other=0.0).to(tl.float32)
+        if residual is not None:
+            residual += row * K
+            hidden = rounded(hidden + tl.load(residual + column, mask=column < K, other=0.0).to(tl.float32), kind)
+            tl.store(residual + column, hidden, mask=column < K)
+            tl.debug_barrier()  # one thread's sum is another thread's input below
+            hidden = hidden.to(tl.float32)
+            x = residual
+        factor = inverse_root(hidden, K, eps)
+    for first in range(tl.program_id(1) * BLOCKS, blocks, tl.num_programs(1) * BLOCKS):
         block = first + tl.arange(0, BLOCKS)
         inside = block < blocks
         at = block[:, None] * 128 + tl.arange(0, 128)[None, :]
@@ -124,14 +109,13 @@ def rows_kernel(
         source = at
         if permutation is not None:
             source = tl.load(permutation + at, mask=mask, other=0)
-        # The residual is read again, and so is not written in place: one thread's sum is another thread's input here.
-        prepared = _hidden(x, residual, source, mask, channels, GATED)
+        prepared = tl.load(x + source, mask=mask, other=0.0).to(tl.float32)
+        if GATED:
+            up = tl.load(x + source + K, mask=mask, other=0.0).to(tl.float32)
+            prepared = rounded(gated(prepared, up), kind).to(tl.float32)
         if weight is not None:
             gain = tl.load(weight + source, mask=mask, other=0.0).to(tl.float32)
-            normalised = rounded(prepared * factor * gain, kind)
-            if kept is not None:
-                tl.store(kept + row * channels + source, normalised, mask=mask)
-            prepared = normalised.to(tl.float32)
+            prepared = rounded(prepared * factor[:, None] * gain, kind).to(tl.float32)
         if HADAMARD:
             prepared = tl.where((block >= outliers)[:, None], hadamard(prepared, BLOCKS, 128, 7), prepared)
         if QUANTISE:
@@ -147,6 +131,6 @@ def rows_kernel(
                 tl.store(values + place, upper, mask=mask)
                 tl.store(values + place + 64, _packed(quantised, BLOCKS), mask=mask & wide)
             else:
-                tl.store(values + row * channels + at, quantised, mask=mask)
+                tl.store(values + row * K + at, quantised, mask=mask)
         else:
-            tl.store(values + row * channels + at, rounded(prepared, kind), mask=mask)
+            tl.store(values + row * K + at, rounded(prepared, kind), mask=mask)

@@ -8,17 +8,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 
 from weft.kernels.triton_quantise import rows_kernel
+from weft.kernels.triton_tiles import NORM, QUANTISE, architecture
 from weft.kernels.w4ax_weights import BLOCK, Form
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-TILE = 8  # blocks of a row that one program handles at once
 
 
 @dataclass(frozen=True, slots=True)
 class Norm:
-    """x + residual where there is one, then RMSNorm."""
+    """RMSNorm; of residual + x where there is a residual, which becomes the sum."""
 
     weight: torch.Tensor
     eps: float
@@ -27,54 +28,42 @@ class Norm:
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Quantised rows, with what else was made on the way.
+    """Quantised rows.
 
     values: int8 [T, K], or nibbles uint8 [T, (eight + K / 128) * 64] for the CUDA kernels.
     scales: float32 [T, K / 128]. totals: int32 [T, K / 128], the sum of a block's values.
-    normalised, residual: [T, K] of x's type where asked for.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
     totals: torch.Tensor
-    normalised: torch.Tensor | None = None
-    residual: torch.Tensor | None = None
 
 
 def quantise_rows(
-    x: torch.Tensor,
-    form: Form,
-    norm: Norm | None = None,
-    *,
-    nibbles: bool = False,
-    keep: bool = False,
-    gated: bool = False,
+    x: torch.Tensor, form: Form, norm: Norm | None = None, *, nibbles: bool = False, gated: bool = False
 ) -> Rows:
     """x [T, K], normalised where `norm` is given, prepared and quantised as `form` says.
 
-    nibbles: in the layout of the CUDA kernels. keep: return the normalised rows too, in their own order. The sum with
-    the residual is a new tensor. gated: x is [T, 2 K], and silu(first half) * second half is what is prepared. Raises
-    TypeError, ValueError.
+    nibbles: in the layout of the CUDA kernels. gated: x is [T, 2 K], and silu(first half) * second half is what is
+    prepared. What is normalised or gated has the bits of triton_norm.py. Raises TypeError, ValueError.
     """
-    _check(x, form, norm, keep, gated)
+    _check(x, form, norm, gated)
     rows, blocks = len(x), form.blocks
     width, kind = ((form.eight + blocks) * BLOCK // 2, torch.uint8) if nibbles else (form.channels, torch.int8)
     values = torch.empty(rows, width, dtype=kind, device=x.device)
     scales = torch.empty(rows, blocks, dtype=torch.float32, device=x.device)
     totals = torch.empty(rows, blocks, dtype=torch.int32, device=x.device)
-    kept = torch.empty_like(x) if keep else None
-    summed = torch.empty_like(x) if norm is not None and norm.residual is not None else None
-    _launch(x, form, norm, values, (scales, totals, kept, summed), quantise=True, nibbles=nibbles, gated=gated)
-    return Rows(values, scales, totals, kept, summed)
+    _launch(x, form, norm, values, (scales, totals), nibbles=nibbles, gated=gated)
+    return Rows(values, scales, totals)
 
 
 def prepare_rows(x: torch.Tensor, form: Form, norm: Norm | None = None, *, gated: bool = False) -> torch.Tensor:
     """x [T, K], permuted and transformed but not quantised, in x's type: the input of a product with 16-bit rows."""
-    _check(x, form, norm, False, gated)
+    _check(x, form, norm, gated)
     if not gated and norm is None and form.permutation is None and not (form.hadamard and form.outliers < form.blocks):
         return x
     prepared = x.new_empty(len(x), form.channels)
-    _launch(x, form, norm, prepared, (None, None, None, None), quantise=False, nibbles=False, gated=gated)
+    _launch(x, form, norm, prepared, (None, None), nibbles=False, gated=gated)
     return prepared
 
 
@@ -83,35 +72,42 @@ def _launch(
     form: Form,
     norm: Norm | None,
     values: torch.Tensor,
-    others: tuple[torch.Tensor | None, ...],
+    quantised: tuple[torch.Tensor, torch.Tensor] | tuple[None, None],
     *,
-    quantise: bool,
     nibbles: bool,
     gated: bool,
 ) -> None:
+    """quantised: scales and totals; None where the values are floats."""
     if not len(x):
         return
-    rows_kernel[(len(x),)](
+    key = architecture(x.device)
+    blocks, warps = QUANTISE[key]
+    if norm is not None:
+        _, warps = NORM[key]
+    # A row's program normalises all of it; without a norm its tiles are independent.
+    rows_kernel[(len(x), 1 if norm is not None else triton.cdiv(form.blocks, blocks))](
         x,
         None if norm is None else norm.residual,
         None if norm is None else norm.weight,
         form.permutation,
         values,
-        *others,
-        form.channels,
+        *quantised,
         form.outliers,
         form.eight,
         0.0 if norm is None else norm.eps,
+        K=form.channels,
+        SIZE=triton.next_power_of_2(form.channels),
         HADAMARD=form.hadamard,
-        QUANTISE=quantise,
+        QUANTISE=quantised[0] is not None,
         NIBBLES=nibbles,
         GATED=gated,
-        BLOCKS=TILE,
+        BLOCKS=blocks,
+        num_warps=warps,
         enable_fp_fusion=False,
     )
 
 
-def _check(x: torch.Tensor, form: Form, norm: Norm | None, keep: bool, gated: bool) -> None:
+def _check(x: torch.Tensor, form: Form, norm: Norm | None, gated: bool) -> None:
     if x.dtype not in FLOATS:
         raise TypeError(f"x is {x.dtype}; the Triton kernels take float32, bfloat16 and float16")
     columns = form.channels * (2 if gated else 1)
@@ -120,8 +116,6 @@ def _check(x: torch.Tensor, form: Form, norm: Norm | None, keep: bool, gated: bo
     if gated and norm is not None:
         raise ValueError("a gated activation follows no norm")
     if norm is None:
-        if keep:
-            raise ValueError("there are no normalised rows to keep without a norm")
         return
     if norm.weight.shape != (form.channels,) or not norm.weight.is_contiguous():
         raise ValueError(f"the norm's weight is {list(norm.weight.shape)}; it must be contiguous [{form.channels}]")

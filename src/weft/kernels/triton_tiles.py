@@ -98,10 +98,12 @@ W4A8 = dict.fromkeys((INTERPRETER, 80, 90, 100), _INTEGERS)
 W4A16 = dict.fromkeys((INTERPRETER, 80, 90, 100), _FLOATS)
 # (rows of a program, warps): rotation and KV write of one head.
 ROTARY = {INTERPRETER: (512, 1), 80: (8, 2), 90: (8, 2), 100: (8, 2)}
-# (rows, warps): RMSNorm; a program has whole rows.
+# (rows, warps): RMSNorm; a program has whole rows. On a GPU it has one: the form that quantises sums in the same order.
 NORM = {INTERPRETER: (64, 1), 80: (1, 8), 90: (1, 8), 100: (1, 8)}
 # (rows, columns, warps): the gated activation.
 ACTIVATION = {INTERPRETER: (64, 1024, 1), 80: (1, 2048, 8), 90: (1, 2048, 8), 100: (1, 2048, 8)}
+# (blocks of 128 channels that a program quantises at once, warps); behind a norm it has the norm's warps.
+QUANTISE = {INTERPRETER: (8, 1), 80: (8, 4), 90: (8, 4), 100: (8, 4)}
 # (logits of a row that a program reads at once, bits of a threshold that a pass finds, warps): sampling.
 SAMPLE = {INTERPRETER: (4096, 5, 1), 80: (2048, 2, 16), 90: (2048, 2, 16), 100: (2048, 2, 16)}
 

@@ -1,8 +1,9 @@
 """Linear layers with 4-bit weights for GPUs of compute capability 8.0 and up, in Triton.
 
-W4A8: the input is prepared and quantised in one kernel (triton_rows.py), and multiplied on the INT8 units by another
-(triton_matmul.py). weft/comet/reference.py says what is computed; from the input's values on the results are the same
-bits. W4A16, where it is asked for: the input keeps its 16 bits, the weight is made 16-bit in registers.
+W4A8: the input is prepared and quantised in one kernel (triton_rows.py), which also computes the norm or the gated
+activation before it where only this layer reads them, and multiplied on the INT8 units by another (triton_matmul.py).
+weft/comet/reference.py says what is computed; from the input's values on the results are the same bits. W4A16, where it
+is asked for: the input keeps its 16 bits, the weight is made 16-bit in registers.
 
 Importing this module needs triton; nothing imports it before it is asked for.
 """
@@ -89,17 +90,38 @@ def pack_w4ax(
     )
 
 
-def linear(
-    x: torch.Tensor,
-    packed: TritonW4Ax,
-    dtype: torch.dtype | None = None,
-    norm: Norm | None = None,
-    *,
-    gated: bool = False,
-) -> torch.Tensor:
-    """x [T, K] -> [T, N] in x's type or `dtype`; x is normalised first where `norm` is given. gated: x is [T, 2 K], and
-    the input is silu(first half) * second half, rounded to x's type."""
-    return multiply(quantise_rows(x, packed.form, norm, gated=gated), packed, dtype or x.dtype)
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Rows as the product with `packed` takes them: quantised, or permuted and transformed in 16 bits. dtype: of the
+    activations that they stand for."""
+
+    rows: Rows | torch.Tensor
+    packed: TritonW4Ax
+    dtype: torch.dtype
+
+
+def prepare(
+    x: torch.Tensor, packed: TritonW4Ax, norm: Norm | None = None, *, gated: bool = False, sixteen: bool = False
+) -> Prepared:
+    """x [T, K], prepared in one kernel with the norm before it, if one is given. gated: x is [T, 2 K], and silu(first
+    half) * second half is prepared. sixteen: for W4A16. Raises TypeError, ValueError."""
+    if sixteen:
+        _check_sixteen(x)
+        return Prepared(prepare_rows(x, packed.form, norm, gated=gated), packed, x.dtype)
+    return Prepared(quantise_rows(x, packed.form, norm, gated=gated), packed, x.dtype)
+
+
+def multiply_prepared(x: Prepared, dtype: torch.dtype | None = None, *, invariant: bool = False) -> torch.Tensor:
+    """[T, N] in the type of the activations or `dtype`. invariant: as `linear_a16` has it."""
+    dtype = dtype or x.dtype
+    if isinstance(x.rows, Rows):
+        return multiply(x.rows, x.packed, dtype)
+    return _multiply_a16(x.rows, x.packed, dtype, invariant, None)
+
+
+def linear(x: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """x [T, K] -> [T, N] in x's type or `dtype`."""
+    return multiply(quantise_rows(x, packed.form), packed, dtype or x.dtype)
 
 
 def multiply(rows: Rows, packed: TritonW4Ax, dtype: torch.dtype, *, tile: ProductTile | None = None) -> torch.Tensor:
@@ -119,21 +141,23 @@ def linear_a16(
     x: torch.Tensor,
     packed: TritonW4Ax,
     dtype: torch.dtype | None = None,
-    norm: Norm | None = None,
     *,
-    gated: bool = False,
     invariant: bool = False,
     tile: ProductTile | None = None,
 ) -> torch.Tensor:
     """As `linear`, but the prepared input keeps its 16 bits: x bfloat16 or float16. invariant: in one tile for any
     number of rows, for the tile decides over the instruction, and with it over the order of sums. tile: other than
     that of this GPU."""
-    if x.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
-    prepared = prepare_rows(x, packed.form, norm, gated=gated)
-    y = _output(prepared, packed, dtype or x.dtype)
+    _check_sixteen(x)
+    return _multiply_a16(prepare_rows(x, packed.form), packed, dtype or x.dtype, invariant, tile)
+
+
+def _multiply_a16(
+    prepared: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype, invariant: bool, tile: ProductTile | None
+) -> torch.Tensor:
+    y = _output(prepared, packed, dtype)
     if len(y):
-        table = W4A16[architecture(x.device)]
+        table = W4A16[architecture(y.device)]
         chosen = tile or tile_of(table, INVARIANT if invariant else len(y), packed.outputs)
         m, n = chosen.size
         w4a16_kernel[(triton.cdiv(len(y), m), triton.cdiv(packed.outputs, n))](
@@ -190,6 +214,11 @@ def _multiply(
             enable_fp_fusion=False,
         )
     return y
+
+
+def _check_sixteen(x: torch.Tensor) -> None:
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"x is {x.dtype}; a product with 16-bit rows takes bfloat16 and float16")
 
 
 def _output(rows: torch.Tensor, packed: TritonW4Ax, dtype: torch.dtype) -> torch.Tensor:

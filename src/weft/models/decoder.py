@@ -79,9 +79,9 @@ class Decoder:
     def join(self, seam: Seam) -> Joined:
         """Carry out a seam for one rank: nothing to sum, so the residual and the norm only."""
         if seam.residual is None:
-            return self._kernels.rms_norm(seam.partial, seam.weight, seam.eps), seam.partial
+            return self._kernels.rms_norm(seam.partial, seam.weight, seam.eps, seam.reader), seam.partial
         residual = seam.residual if seam.kept is None else self._kernels.keep(seam.residual, seam.kept)
-        return self._kernels.add_rms_norm(seam.partial, residual, seam.weight, seam.eps)
+        return self._kernels.add_rms_norm(seam.partial, residual, seam.weight, seam.eps, seam.reader)
 
     @torch.inference_mode()
     def hidden(self, batch: Batch, kv: list[Any]) -> torch.Tensor:

@@ -3,7 +3,8 @@
     hidden ─▶ qkv ─▶ (norm) rotate, write KV ─▶ attention ─▶ output ─▶ partial      attend
     hidden ─▶ gate_up ─▶ silu · mul ─▶ down ─▶ partial                              feed
 
-A partial is this rank's part of the stage's output; who drives the strand adds it to the residual and normalises.
+A partial is this rank's part of the stage's output; who drives the strand adds it to the residual and normalises. What
+`hidden` is, only the linear that reads it needs to know (`reader` in kernels/base.py).
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ class Layer:
         self._scale = config.head_dim**-0.5
         self._eps = config.eps
 
-    def attend(self, hidden: torch.Tensor, kv: Any, batch: Batch, *, last: bool = False) -> torch.Tensor:
+    def attend(self, hidden: Any, kv: Any, batch: Batch, *, last: bool = False) -> torch.Tensor:
         """[T, hidden] -> partial [T, hidden]; writes the rows' keys and values to their slots.
 
         last: of the last layer only the rows that the batch keeps are computed on: partial [R, hidden].
@@ -71,7 +72,8 @@ class Layer:
             mixed = pad(mixed, (0, weights.output_zeros))
         return kernels.linear(mixed, weights.output)
 
-    def feed(self, hidden: torch.Tensor) -> torch.Tensor:
+    def feed(self, hidden: Any) -> torch.Tensor:
         """[T, hidden] -> partial [T, hidden]."""
         kernels, weights = self._kernels, self._weights
-        return kernels.linear(kernels.silu_mul(kernels.linear(hidden, weights.gate_up)), weights.down)
+        activated = kernels.silu_mul(kernels.linear(hidden, weights.gate_up), weights.down)
+        return kernels.linear(activated, weights.down)
