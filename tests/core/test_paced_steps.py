@@ -73,6 +73,28 @@ def test_without_a_cost_the_chunk_holds(drive: Any) -> None:
     assert driver.plan(Lane.DECODE).tokens == PACED.chunk
 
 
+@pytest.mark.parametrize(
+    ("fixed", "prompts", "shapes"),
+    [
+        (0.25, [30, 30], [30]),  # eight times the fixed cost are 20 tokens: nobody waits for the second prompt
+        (0.25, [12, 12, 12], [12, 12]),
+        (2.0, [30, 30], [30, 30]),
+        (0.0, [1, 30], [1]),
+    ],
+)
+def test_a_step_that_is_worth_its_cost_ends_with_a_prompt(
+    drive: Any, fixed: float, prompts: list[int], shapes: list[int]
+) -> None:
+    driver = drive(SPLIT, blocks=400, max_num_batched_tokens=100)
+    driver.scheduler.share(PACED, StepCost(fixed, 0.1, 0.0))
+    for number, length in enumerate(prompts):
+        driver.submit(str(number), [number] * length, max_tokens=3)
+    assert [len(piece.tokens) for piece in driver.plan(Lane.DECODE).slices] == shapes
+    driver.land(Lane.DECODE)
+    driver.drain()
+    assert all(driver.tokens[str(i), 0] == list(continuation((i,) * n, 3, 50)) for i, n in enumerate(prompts))
+
+
 asks = st.lists(st.tuples(st.floats(0, 60), st.integers(1, 120), st.integers(2, 40)), min_size=1, max_size=12)
 QUICK = StepCost(fixed=0.5, token=0.02, slot=0.0002)
 

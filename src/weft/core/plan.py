@@ -6,11 +6,15 @@ is a named tuple, which takes a third of the time that a frozen dataclass takes 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 from typing import NamedTuple
 
 from weft.core.sampling import SamplingParams
+
+# Times as long as a step's fixed cost its tokens take at least, for it to be worth its cost.
+WORTHWHILE = 8.0
 
 
 class Lane(str, Enum):
@@ -179,6 +183,11 @@ class StepCost:
     fixed: float
     token: float
     slot: float
+
+    @property
+    def worthwhile(self) -> float:
+        """Tokens from which on a step spends little on what it costs whatever is in it."""
+        return WORTHWHILE * self.fixed / self.token if self.token > 0 else math.inf
 
 
 @dataclass(frozen=True, slots=True)

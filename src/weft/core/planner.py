@@ -161,7 +161,9 @@ class Planner:
         if not started and self._running.waiting.first is None:
             return
         budget = self._prompt_budget(members, started[0].computed if started else 0, now)
-        at = 0
+        # A prompt's first token comes when the step ends, and so would wait for all prompts behind it.
+        enough = math.inf if self._cost is None else self._cost.worthwhile
+        at = tokens = 0
         while budget > 0:
             head = self._running.waiting.first
             ahead = head is not None and (at == len(started) or head.rank < started[at].rank)
@@ -174,8 +176,11 @@ class Planner:
                 return
             piece = prefill_slice(sequence, budget)
             budget -= len(piece.tokens)
+            tokens += len(piece.tokens)
             pieces.append(piece)
             members.append(sequence)
+            if tokens >= enough and piece.sample is not None:
+                return
 
     def _prompt_budget(self, decoding: list[Sequence], read: int, now: float) -> int:
         """Tokens of prompts for a plan beside these: cut where decoding sequences would wait for them. read: slots that

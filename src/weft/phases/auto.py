@@ -16,8 +16,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from weft.core.plan import Partition, Regime, Sharing, StepCost
-from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, outlook
+from weft.core.plan import Partition, Regime, Sharing
+from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, outlook
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
@@ -280,7 +280,7 @@ class AutoPolicy:
         if state.trial:  # over before a prompt that comes now has its turn
             if decision is not None:
                 decision = replace(decision, hold=state.hold, within=HOLD * self.targets.ttft, back=self._back)
-                decision = replace(decision, cost=_cost(state.model))
+                decision = replace(decision, cost=cost(state.model))
             return state, decision
         speed = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now).speed
         hold = max(1, int(HOLD * self.targets.ttft * speed))
@@ -291,7 +291,7 @@ class AutoPolicy:
             decision = Decision(now, state.sharing, reason)
         within = HOLD * self.targets.ttft
         decision = replace(decision, hold=hold, within=within, back=self._back, shed=self.shed and state.overload)
-        return replace(state, hold=hold), replace(decision, cost=_cost(state.model))
+        return replace(state, hold=hold), replace(decision, cost=cost(state.model))
 
     def _change(
         self,
@@ -318,10 +318,6 @@ class AutoPolicy:
         if overload:
             reason = f"both targets are out of reach, so decode keeps its own and prompts go shortest first: {reason}"
         return moved, Decision(now, sharing, reason)
-
-
-def _cost(model: StepModel) -> StepCost:
-    return StepCost(model.predict(0.0, 0.0), model.token, model.predict(0.0, 1.0) - model.predict(0.0, 0.0))
 
 
 def _likely(model: StepModel) -> StepModel:

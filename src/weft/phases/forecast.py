@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weft.core.plan import Partition, Regime, Sharing
+from weft.core.plan import Partition, Regime, Sharing, StepCost
 from weft.core.planner import PROMPTS_LEAST
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Queue, Targets
@@ -20,7 +20,8 @@ from weft.phases.observations import Queue, Targets
 # much at least, and so many times the error of the step law; of a mean over the steps of an answer, by so much less as
 # their errors make up for each other (what they have in common the law follows, see `latency.drift`).
 SPREAD, SPREAD_ERRORS = 0.12, 1.5
-# The same of an answer whose steps are as long as it has time for: what one takes too long the next makes up for.
+# The same of an answer whose steps are as long as it has time for: what one takes too long the next makes up for, so
+# that only the last one's error counts.
 SPREAD_PACED = 0.04
 # Seconds over which misses are counted.
 HORIZON = 10.0
@@ -117,10 +118,10 @@ def outlook(
         active = 1.0 - math.exp(-max(float(queue.decoding), settled))
         batch = max(1.0, 0.5 * (queue.decoding + settled))
     used, error = min(1.0, incoming / speed), SPREAD_ERRORS * steps.error
-    least = SPREAD if sharing.tpot is None else SPREAD_PACED
-    spread, spread_mean = max(SPREAD, error), max(least, error / math.sqrt(max(load.output, 1.0)))
+    spread, output = max(SPREAD, error), max(load.output, 1.0)
+    spread_mean = max(SPREAD, error / math.sqrt(output)) if sharing.tpot is None else max(SPREAD_PACED, error / output)
     pace = Pace(busy, idle, used, _harmonic(busy, idle, used), speed, spread_mean)
-    known, waits = _known(queue, speed, _together(sharing, device), targets.ttft, spread, now)
+    known, waits = _known(queue, speed, _together(sharing, steps, device), targets.ttft, spread, now)
     late, mean = _arriving(steps, ttft, load, queue, known, speed, targets.ttft, spread, device)
     coming = load.rate * HORIZON
     drain = min(HORIZON, backlog / max(speed - incoming, 1e-9)) if speed > incoming else HORIZON
@@ -221,12 +222,13 @@ def _pace(
     return steps.predict(batch, slots, y / over, 1.0), alone, beside, lone
 
 
-def _together(sharing: Sharing, device: Device) -> int:
+def _together(sharing: Sharing, steps: StepModel, device: Device) -> int:
     """Tokens of prompts that a step takes at once if there are as many: none of them has its first token before the
-    step ends."""
+    step ends. It ends with a prompt as soon as it is worth its cost."""
+    most = math.ceil(min(device.chunk, max(1.0, cost(steps).worthwhile)))
     if sharing.regime is Regime.SPLIT or sharing.chunk is None:
-        return device.chunk
-    return min(device.chunk, sharing.chunk * (device.layers if sharing.regime is Regime.TURNS else 1))
+        return most
+    return min(most, sharing.chunk * (device.layers if sharing.regime is Regime.TURNS else 1))
 
 
 def _known(
@@ -329,6 +331,11 @@ def candidates(
         units = sorted({max(1, min(device.shares - 1, round(device.shares * part / 12))) for part in range(1, 12)})
         found += [Sharing(Regime.SPLIT, Partition(unit, device.shares - unit), None, weight) for unit in units]
     return found
+
+
+def cost(steps: StepModel) -> StepCost:
+    """The same for the planner: of a step that has the whole device to itself."""
+    return StepCost(steps.predict(0.0, 0.0), steps.token, steps.predict(0.0, 1.0) - steps.predict(0.0, 0.0))
 
 
 def tokens_within(steps: StepModel, seconds: float, context: float) -> float:
