@@ -56,6 +56,16 @@ def test_an_answer_that_is_behind_catches_up_while_prompts_get_their_least(drive
     assert taken <= PACED.tpot
 
 
+def test_an_answer_that_is_far_behind_keeps_the_pace_from_now_on(drive: Any) -> None:
+    driver = begun(drive, 6, 0.1)
+    driver.now += 100.0
+    for _ in range(5):
+        plan = driver.plan(Lane.DECODE)
+        assert seconds(plan) <= SPEND * PACED.tpot < seconds(plan) + COST.token + COST.slot
+        driver.now += seconds(plan)
+        driver.land(Lane.DECODE)
+
+
 def test_the_answer_that_has_saved_least_counts(drive: Any) -> None:
     driver = begun(drive, 10, 0.6)
     alone = driver.plan(Lane.DECODE).tokens

@@ -26,6 +26,8 @@ DECODE = State.DECODE
 PROMPTS_LEAST = 4
 # The part of what answers have saved that a step may take: it can turn out to be longer than its cost was said to be.
 SPEND = 0.9
+# An answer that is so many tokens behind, since it was preempted, say, does not catch up at the cost of all prompts.
+LOST = 10
 
 
 class Planner:
@@ -222,13 +224,14 @@ class Planner:
 def _affordable(decoding: list[Sequence], read: int, tpot: float, cost: StepCost, now: float) -> int:
     """Tokens of prompts that a step can have beside these sequences, so that the answer that has saved least still has
     its tokens `tpot` seconds apart in the mean when the step ends. An answer that was faster so far has saved time; one
-    that was slower catches up, since less than a token's time is left to it."""
+    that was slower catches up, since less than a token's time is left to it, or keeps the pace from now on."""
     left, slots = math.inf, read
     for one in decoding:
         began = one.live.first_token
         slots += len(one.tokens)
         if began is not None:
-            left = min(left, tpot * (len(one.tokens) - one.prompt_len) - (now - began))
+            own = tpot * (len(one.tokens) - one.prompt_len) - (now - began)
+            left = min(left, own if own > -LOST * tpot else tpot)
     seconds = SPEND * left - cost.fixed - cost.token * len(decoding) - cost.slot * slots
     each = cost.token + cost.slot
     return int(min(seconds / each, 2**31)) if seconds > 0 and each > 0 else 0
