@@ -431,3 +431,27 @@ def test_a_split_that_does_well_and_beside_which_no_other_share_is_known_is_left
     found, decision = policy.decide(state, (), Queue(decoding=40, context=40000), 0.0)
     assert decision is None or decision.sharing == state.sharing
     assert found.sharing == state.sharing
+
+
+@pytest.mark.parametrize(("slow", "refuses"), [(1.0, False), (6.0, True)])
+def test_a_device_that_is_slow_for_a_moment_refuses_nobody(slow: float, refuses: bool) -> None:
+    """For so many seconds all steps take thirty times as long, so that nothing looks as if it could be in time."""
+    policy, made = AutoPolicy(TARGETS, DEVICE, shed=True), list[Decision]()
+    state, now = policy.start(), 0.0
+    while now < 20.0:
+        now += 0.25
+        factor = 30.0 if 10.0 < now <= 10.0 + slow else 1.0
+        seen = (
+            *(
+                Stepped(now - 0.2 + 0.06 * i, Lane.DECODE, factor * LAW.predict(tokens, 900), tokens, 0, 900, 1.0)
+                for i, tokens in enumerate((300, 900, 500))
+            ),
+            Stepped(now, Lane.DECODE, factor * LAW.predict(8, 4000), 0, 8, 4000, 1.0),
+            *(Arrived(now, 500) for _ in range(2)),
+            *(Finished(now, now - 2.0, factor * 0.1, 0.1, factor * 0.01, 60) for _ in range(2)),
+        )
+        queue = Queue(((now, 500), (now, 500)), 8, 4000, ((0.3, 30),) * 8)
+        state, decision = policy.decide(state, seen, queue, now)
+        made += [] if decision is None else [decision]
+    assert any(one.shed for one in made) is refuses
+    assert state.model is not None and not state.overload, "and it is over when the device is as it was"

@@ -67,7 +67,7 @@ def test_what_is_read_is_what_was_recorded_and_decides_the_same_again(recorded: 
     found = read(path)
     assert found.policy == AUTO and list(found.run) == run
     made = [one.decision for one in run]
-    assert sum(one is not None for one in made) >= 3, "there is something to replay"
+    assert sum(one is not None for one in made) >= 2, "there is something to replay"
     assert replay(found.policy, found.run) == made
 
 

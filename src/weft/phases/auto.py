@@ -52,6 +52,9 @@ HOLD_CHANGES = 0.15
 # A target that more than this part of the requests misses is out of reach; both are, when even the best way of sharing
 # has that part of them miss one or the other.
 OUT_OF_REACH, HOPELESS = 0.5, 0.5
+# For so many seconds it has to look like that, or no more, before that is believed: a device that others use, too, can
+# be slow for a moment, and who is refused then does not come back.
+BELIEVED = 2.0
 # What it begins with is such a part of the largest chunk: a long step hurts those that decode at once.
 FIRST_CHUNK = 8
 # Where memory is taken to be full until it is known: with half of the device, as on most of those that were measured.
@@ -63,7 +66,8 @@ EMPTY = Queue()
 
 @dataclass(frozen=True, slots=True)
 class AutoState:
-    """sharing: in force since `since`. overload: whether the declared policy holds. tried: trials so far.
+    """sharing: in force since `since`. overload: whether the declared policy holds. looks: whether it looks as if it
+    should, since `turned`. tried: trials so far.
     hold: what the last decision said of it. ended: the last requests that did. fit: the step law of the last minute;
     model: as fast as the device is now."""
 
@@ -72,6 +76,8 @@ class AutoState:
     trial: bool = False
     tried: int = 0
     overload: bool = False
+    looks: bool = False
+    turned: float = 0.0
     hold: int | None = None
     fitted: float = -1e9
     steps: tuple[Stepped, ...] = ()
@@ -125,7 +131,7 @@ class AutoPolicy:
             return state, None  # nothing to decide for
         here = self._outlook(state.sharing, state, load, queue, now)
         if here.score < SAVES and not (state.trial or state.overload):
-            return state, None  # nothing that could be saved is worth a change
+            return replace(state, looks=False), None  # nothing that could be saved is worth a change
         well = not state.trial and self._well(state, queue, now)
         options = [
             self._outlook(one, state, load, queue, now)
@@ -138,7 +144,10 @@ class AutoPolicy:
         trial = None if well else self._trial(state, model, here, known, load, queue, now)
         if trial is not None:
             return trial
-        overload = min(one.part for one in options) > HOPELESS
+        looks = min(one.part for one in options) > HOPELESS
+        if looks is not state.looks:
+            state = replace(state, looks=looks, turned=now)
+        overload = looks if now - state.turned >= BELIEVED else state.overload
         best = self._best(options, overload)
         saved = here.score - best.score
         part = SAVES_PART if best.sharing.regime is state.sharing.regime else SAVES_REGIME
