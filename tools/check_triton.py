@@ -35,8 +35,6 @@ from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
 from weft.kernels.triton_tiles import (
     ACTIVATION,
     ANY,
-    ATTENTION,
-    ATTENTION_QUANTISED,
     LINEAR,
     NORM,
     QUANTISE,
@@ -45,6 +43,7 @@ from weft.kernels.triton_tiles import (
     W4A8,
     W4A16,
     ProductTile,
+    attention_tile,
     key_of,
 )
 
@@ -53,7 +52,7 @@ WGMMA_ROWS = 64  # the least height of a tile for wgmma
 # KiB of shared memory that a program may have.
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 103: 227, 120: 99}
 COUNTS = {"rows", "slices", "width", "splits", "tokens", "k"}  # that change from step to step
-SPILLS = 216  # of attention: what is held beside the loop
+SPILLS = {128: 216, 256: 1008}  # of attention by channels of a head: what is held beside the loop
 # Pointers are 16-byte aligned and row lengths multiples of 16, as torch's are.
 ALIGNED = [["tt.divisibility", 16]]
 
@@ -230,24 +229,33 @@ def _attention_cases(quick: bool, key: int) -> list[Case]:
     types |= dict.fromkeys(("starts", "contexts", "tables", "positions"), "*i32") | {"slots": "*i64"}
     types |= dict.fromkeys(("slices", "width", "splits", "window", "tokens", "heads", "kv_heads", "block_size"), "i32")
     types |= {"scale": "fp32", "eps": "fp32"}
-    high, warps = ROTARY[key]
     made = []
-    for bits, name in ((16, "BF16"), (4, "KV4")) if quick else ((16, "BF16"), (8, "KV8"), (4, "KV4")):
+    sorts = [(16, "BF16", 128), (4, "KV4", 128), (16, "BF16, 256", 256), (8, "KV8", 128), (4, "KV4, 256", 256)]
+    for bits, name, channels in sorts[:3] if quick else sorts:
         given = types | _kv_types(bits)
-        chosen = (ATTENTION if bits == 16 else ATTENTION_QUANTISED)[key]
-        head = {"D": 128, "HALF": 64, "LOG": 7, "BITS": bits}
+        chosen = attention_tile(channels, quantised=bits < 16, key=key)
+        head = {"D": channels, "HALF": channels // 2, "LOG": channels.bit_length() - 1, "BITS": bits}
         shape = {**head, "GROUP": 4, "BLOCK_SIZE": 16, "KV_HEADS": 8, "SLICES": 64, "TOKENS": chosen.tokens}
         shape |= {"SPLIT": chosen.split, "KIND": tl.bfloat16, "WINDOWED": False}
         for kind, kernel in (("prefill", prefill_kernel), ("decode", decode_kernel)):
             rows, *sizes = getattr(chosen, kind)
             options = dict(zip(("num_warps", "num_stages"), sizes, strict=True))
             constants = shape | {"ROWS": rows}
-            words = f"attention, {kind}, {name}"
             made.append(
-                Case(words, kernel, given, constants, FLOATS, options, rows=f"attention on {name}", spills=SPILLS)
+                Case(
+                    f"attention, {kind}, {name}",
+                    kernel,
+                    given,
+                    constants,
+                    FLOATS,
+                    options,
+                    rows=f"attention on {name}",
+                    spills=SPILLS[channels],
+                )
             )
         combine = {**head, "HEADS": 4, "GROUP": 4, "SPLIT": chosen.split, "WINDOWED": False}
         made.append(Case(f"attention, combine, {name}", combine_kernel, given, combine, None, {"num_warps": 1}))
+        high, warps = ROTARY[key]
         rotary = {**head, "ROWS": high}
         made.append(Case(f"norm + rotate + write {name}", rotary_kernel, given, rotary, None, {"num_warps": warps}))
     return made

@@ -27,7 +27,7 @@ import triton.language as tl
 from weft.kernels.base import Batch
 from weft.kernels.triton_kv import TritonKv, gathered_heads, halves, numbers
 from weft.kernels.triton_numbers import helper, product_kind, rounded
-from weft.kernels.triton_tiles import ATTENTION, ATTENTION_QUANTISED, AttentionTile, architecture, processors
+from weft.kernels.triton_tiles import AttentionTile, architecture, attention_tile, processors
 
 _LOG2_E = math.log2(math.e)
 
@@ -297,7 +297,7 @@ def attention(
     """
     rows, slices = len(q), len(batch.contexts)
     _check(q, kv, batch, heads, kv_heads, scale, window)
-    tile = tile or (ATTENTION if kv.signs is None else ATTENTION_QUANTISED)[architecture(q.device)]
+    tile = tile or attention_tile(kv.head_dim, quantised=kv.signs is not None, key=architecture(q.device))
     out = torch.empty_like(q)
     if not rows:
         return out

@@ -45,6 +45,22 @@ ATTENTION_QUANTISED = {
     90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
     100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
+# Heads of more than 128 channels, whatever their bits. On 80 a tile must have as many rows as half a head has channels:
+# otherwise the compiler cuts rows between warps, in decode but not in prefill, and sums weights in another order. And
+# 86, 89 and 120 have 99 KiB for it.
+ATTENTION_WIDE = {
+    INTERPRETER: ATTENTION[INTERPRETER],
+    80: AttentionTile(32, 512, (128, 8, 2), (128, 8, 2), 1),
+    90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
+    100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
+}
+
+
+def attention_tile(head_dim: int, *, quantised: bool, key: int) -> AttentionTile:
+    """key: of the architecture, as in the tables."""
+    if head_dim > 128:
+        return ATTENTION_WIDE[key]
+    return (ATTENTION_QUANTISED if quantised else ATTENTION)[key]
 
 
 @dataclass(frozen=True, slots=True)
