@@ -28,7 +28,7 @@ import numpy as np
 import quantised_models
 from phases_loads import CHANGING, Load, Mix, Scale, load_all
 from phases_servers import PEER, SEATS, UNTUNED, Contestant, ours, peers
-from phases_tables import FIXED, Found, Row, claims, no_room, ratios, row, show
+from phases_tables import FIXED, Found, Row, claims, in_order, no_room, ratios, row, show
 
 import models
 from weft.bench.client import Target, first_model
@@ -170,8 +170,15 @@ def _rows(pieces: Pieces, model: str, machine: Machine) -> list[Row]:
         for name, kind in names:
             here = pieces.find(model=model, what="piece", load=load, policy=name)
             found = summarise(_joined(here), machine.slo)
-            rows.append(row(model, load, machine.parts[load], name, kind, found, None) | {"pieces": len(here)})
-    return rows
+            rounds = {str(one["round"]): _met(one, machine.slo) for one in here}
+            rows.append(row(model, load, machine.parts[load], name, kind, found, None) | {"rounds": rounds})
+    return in_order(rows)
+
+
+def _met(piece: dict[str, Any], slo: Slo) -> tuple[int, int]:
+    """Requests in target, of how many."""
+    count = len(piece["records"])
+    return round((summarise(_joined([piece]), slo).attainment or 0.0) * count), count
 
 
 def _joined(pieces: Sequence[dict[str, Any]]) -> list[Record]:
@@ -200,12 +207,10 @@ def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, flo
     always ahead of each."""
     found = {}
     for load in machine.rates:
-        met: dict[str, dict[int, tuple[float, int]]] = {}  # by policy and round: requests in target, of how many
+        met: dict[str, dict[int, tuple[int, int]]] = {}  # by policy and round: requests in target, of how many
         for piece in pieces.find(model=model, what="piece", load=load):
             if piece["kind"] in FIXED or piece["kind"] == "auto":
-                attained = summarise(_joined([piece]), machine.slo).attainment or 0.0
-                count = len(piece["records"])
-                met.setdefault(piece["policy"], {})[piece["round"]] = (attained * count, count)
+                met.setdefault(piece["policy"], {})[piece["round"]] = _met(piece, machine.slo)
         auto = met.pop("auto", {})
         ours = theirs = 0.0
         for number, (own, _) in auto.items():
@@ -218,7 +223,7 @@ def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, flo
     return found
 
 
-def _elsewhere(rounds: dict[int, tuple[float, int]], number: int) -> float:
+def _elsewhere(rounds: dict[int, tuple[int, int]], number: int) -> float:
     """The part in target in all rounds but this one."""
     others = [one for key, one in rounds.items() if key != number]
     return sum(met for met, _ in others) / max(sum(count for _, count in others), 1)

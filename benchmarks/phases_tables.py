@@ -41,6 +41,18 @@ def row(device: str, load: str, rate: float, name: str, kind: str, found: Summar
     }  # fmt: skip
 
 
+def in_order(rows: Sequence[Row]) -> list[Row]:
+    """By device and load as they come; within these by kind, and chunks by size."""
+    kinds, places = (*FIXED, "pd", "paper", "auto"), list(cells(rows))
+
+    def key(one: Row) -> tuple[int, int, int]:
+        kind = kinds.index(one["kind"]) if one["kind"] in kinds else len(kinds)
+        size = int(one["policy"].split()[-1]) if one["kind"] == "chunk" else 0
+        return places.index((one["device"], one["trace"], one["rate"])), kind, size
+
+    return sorted(rows, key=key)
+
+
 def show(rows: Sequence[Row]) -> str:
     head = ("policy", "TTFT P50", "P90", "P99 s", "TPOT P50", "P90", "P99 ms", "in target", "goodput/s", "switches")
     return common.table(
@@ -68,20 +80,23 @@ def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
 
 
 def ratios(rows: Sequence[Row], against: Callable[[Row], bool]) -> dict[Cell, float]:
-    """auto's attainment over the best of those, in every cell that has them, with the same requests: one that was left
-    out of later rounds is not compared. None within the targets counts as half a request, so that there is a ratio."""
+    """auto's attainment over the best of those, in every cell that has them."""
     found = {}
     for cell, here in cells(rows).items():
-        auto = next((one for one in here if one["policy"] == "auto"), None)
-        others = [_attained(one) for one in here if against(one) and _alike(one, auto)]
-        if auto is not None and others:
-            found[cell] = _attained(auto) / max(others)
+        beside = [ratio(auto, one) for auto in here if auto["policy"] == "auto" for one in here if against(one)]
+        if beside:
+            found[cell] = min(beside)
     return found
 
 
-def _alike(one: Row, auto: Row | None) -> bool:
-    """Whether both have served the same requests; on a simulated device all do."""
-    return auto is not None and one.get("pieces") == auto.get("pieces")
+def ratio(auto: Row, other: Row) -> float:
+    """auto's attainment over another's, with the same requests: in the rounds that both were in. None within the
+    targets counts as half a request, so that there is a ratio."""
+    if "rounds" not in other:  # on a simulated device there is one
+        return _attained(auto) / _attained(other)
+    both = [key for key in other["rounds"] if key in auto["rounds"]]
+    ours, theirs = ([one["rounds"][key][0] for key in both] for one in (auto, other))
+    return max(sum(ours), 0.5) / max(sum(theirs), 0.5)
 
 
 def _attained(one: Row) -> float:
@@ -117,8 +132,8 @@ def no_room(rows: Sequence[Row], wanted: float = 1.1) -> list[str]:
     """Where the mix changes and a fixed policy still does so well that none could be `wanted` times better: notes."""
     found = []
     for (device, trace, rate), here in cells(rows).items():
-        most = max((one.get("pieces", 0) for one in here), default=0)
-        fixed = [one for one in here if one["kind"] in FIXED and one.get("pieces", 0) == most]
+        most = max((len(one.get("rounds", ())) for one in here), default=0)
+        fixed = [one for one in here if one["kind"] in FIXED and len(one.get("rounds", ())) == most]
         if trace == CHANGING and fixed:
             best = max(fixed, key=_attained)
             if _attained(best) * wanted > 1.0:
@@ -133,14 +148,14 @@ def against_best(rows: Sequence[Row]) -> list[str]:
     """One line for each cell: auto, and the best of those that stay the same."""
     found = []
     for (device, trace, rate), here in cells(rows).items():
-        auto = [one for one in here if one["policy"] == "auto"]
-        fixed = [one for one in here if one["kind"] in FIXED and auto and _alike(one, auto[0])]
-        if fixed and auto:
-            best = max(fixed, key=_attained)
-            ratio = _attained(auto[0]) / _attained(best)
+        auto = next((one for one in here if one["policy"] == "auto"), None)
+        fixed = [one for one in here if one["kind"] in FIXED]
+        if auto is not None and fixed:
+            best = min(fixed, key=lambda one: ratio(auto, one))
+            rounds = f" in {len(best['rounds'])} rounds" if "rounds" in best else ""
             found.append(
-                f"{device}, {trace} at {rate:g}: auto {auto[0]['attainment']:.1%}, {best['policy']} "
-                f"{best['attainment']:.1%}: {ratio:.2f}"
+                f"{device}, {trace} at {rate:g}: auto {auto['attainment']:.1%}, {best['policy']} "
+                f"{best['attainment']:.1%}{rounds}: {ratio(auto, best):.2f}"
             )
     return found
 

@@ -126,7 +126,7 @@ def test_what_was_measured_outlives_a_run_that_is_killed(scripts: Any, tmp_path:
     again = cpu.Pieces(path, True)
     assert again.find(what="piece") == pieces.find(what="piece")
     (row,) = cpu._rows(again, "m", cpu._machine(again, "m"))
-    assert row["requests"] == 4 and row["attainment"] == 0.5 and row["pieces"] == 2
+    assert row["requests"] == 4 and row["attainment"] == 0.5 and row["rounds"] == {"0": (1, 2), "1": (1, 2)}
     assert row["goodput"] == pytest.approx(2 / (2.9 - 0.1)), "one piece after the other"
     again.close()
     assert not path.exists()
@@ -150,6 +150,31 @@ def test_luck_is_not_taken_for_the_best_policy(scripts: Any) -> None:
         for turn, met in enumerate(rounds):
             add(policy, kind, turn, met)
     assert cpu.beside_chosen(pieces, "m", machine) == {"conv": pytest.approx(16 / 12)}
+
+
+def test_who_was_left_out_of_later_rounds_is_compared_in_the_earlier_ones(scripts: Any) -> None:
+    tables = scripts("phases_tables")
+    rows = [
+        {"device": "any", "trace": "conv", "rate": 1.0, "policy": policy, "kind": kind, "rounds": rounds,
+         "requests": sum(count for _, count in rounds.values()), "attainment": 0.0}
+        for policy, kind, rounds in (
+            ("auto", "auto", {"0": (8, 10), "1": (2, 10), "2": (5, 10)}),
+            ("chunk 512", "chunk", {"0": (3, 10), "1": (3, 10), "2": (3, 10)}),
+            ("overlap", "overlap", {"0": (4, 10)}),
+            ("llama-server", "peer", {"0": (0, 10), "1": (0, 10)}),
+        )
+    ]  # fmt: skip
+    assert tables.claims(rows)["auto_vs_best_chunk"] == pytest.approx(15 / 9)
+    assert tables.claims(rows)["auto_vs_best_fixed"] == pytest.approx(15 / 9), "overlap had half as many as auto"
+    beside = tables.ratios(rows, lambda one: one["kind"] == "peer")
+    assert beside == {("any", "conv", 1.0): pytest.approx(10 / 0.5)}
+    assert tables.against_best(rows) == ["any, conv at 1: auto 0.0%, chunk 512 0.0% in 3 rounds: 1.67"]
+    other = [rows[1] | {"policy": "chunk 64"}, rows[3] | {"device": "else"}]
+    found = [(one["device"], one["policy"]) for one in tables.in_order([*reversed(rows), *other])]
+    assert found == [
+        *(("any", name) for name in ("chunk 64", "chunk 512", "overlap", "auto", "llama-server")),
+        ("else", "llama-server"),
+    ]
 
 
 def test_disaggregation_has_two_devices_and_twice_the_requests(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
