@@ -1,6 +1,6 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    python benchmarks/weave_link.py [--quick | --short] [--json FILE] [--plot FILE] [--layers N]        as root
+    python benchmarks/weave_link.py [--quick | --short] [--rounds N] [--layers N] [--json FILE] [--plot FILE]        as root
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
@@ -94,7 +94,6 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no namespace stays
     watch = common.LoadWatch()
-    rounds = 3 if arguments.quick else 5 if arguments.short else 7
     cells = list(grid(quick=arguments.quick, short=arguments.short))
     rows = []
     with _namespaces() as link:
@@ -103,13 +102,13 @@ def main() -> None:
             with closing(Ranks(link, layers, precisions, max(cell.tokens for cell in some))) as ranks:
                 for cell in some:
                     link.shape(cell.mbit)
-                    rows.append(row(cell, ranks.job(cell, rounds if cell.mbit else 1)))
+                    rows.append(row(cell, ranks.job(cell, arguments.rounds if cell.mbit else 1)))
                     common.say(f"{cell}: {', '.join(f'{name} {rows[-1][name]}' for name in MODES if name in rows[-1])}")
     print(common.table(HEAD, [_cells(one) for one in rows]), "\n")
     if arguments.plot is not None:
         _plot(arguments.plot, rows)
     note = common.load_note(watch)
-    notes = [f"{arguments.layers} of {LAYERS} layers", *([note] if note else [])]
+    notes = [f"{arguments.layers} of {LAYERS} layers, {arguments.rounds} rounds", *([note] if note else [])]
     common.report(arguments, claims(rows), rows, notes)
 
 
@@ -303,9 +302,11 @@ class Ranks:
 def _arguments() -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 6, with --quick 4)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of each cell (7; 5 with --short, 3 with --quick)")
     parser.add_argument("--short", action="store_true", help="a part of the grid: all claims in ten minutes")
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or (4 if arguments.quick else 6)
+    arguments.rounds = arguments.rounds or (3 if arguments.quick else 5 if arguments.short else 7)
     return arguments
 
 
