@@ -1,6 +1,6 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    python benchmarks/weave_link.py [--quick | --short] [--rounds N] [--layers N] [--json FILE] [--plot FILE]        as root
+    sudo python benchmarks/weave_link.py [--quick | --short] [--rounds N] [--layers N] [--json FILE] [--plot FILE]
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
