@@ -1,6 +1,7 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    sudo python benchmarks/weave_link.py [--quick | --short] [--rounds N] [--layers N] [--json FILE] [--plot FILE]
+    sudo python benchmarks/weave_link.py [--quick | --short | --cells CELL ...] [--rounds N] [--layers N]
+                                         [--json FILE] [--plot FILE]
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
@@ -94,10 +95,11 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no namespace stays
     watch = common.LoadWatch()
-    cells = list(grid(quick=arguments.quick, short=arguments.short))
+    cells = arguments.cells or list(grid(quick=arguments.quick, short=arguments.short))
+    groups = [(cells, arguments.layers)] if arguments.cells else [(BYTES, LAYERS), (cells, arguments.layers)]
     rows = []
     with _namespaces() as link:
-        for some, layers in ((BYTES, LAYERS), (cells, arguments.layers)):
+        for some, layers in groups:
             precisions = [*dict.fromkeys(cell.precision for cell in some)]
             with closing(Ranks(link, layers, precisions, max(cell.tokens for cell in some))) as ranks:
                 for cell in some:
@@ -302,12 +304,28 @@ class Ranks:
 def _arguments() -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 6, with --quick 4)")
+    parser.add_argument(
+        "--cells", type=_cell, nargs="+", metavar="CELL", help="these only: MBIT:PRECISION:TOKENS[:MILLISECONDS]"
+    )
     parser.add_argument("--rounds", type=int, metavar="N", help="of each cell (7; 5 with --short, 3 with --quick)")
     parser.add_argument("--short", action="store_true", help="a part of the grid: all claims in ten minutes")
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or (4 if arguments.quick else 6)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 5 if arguments.short else 7)
     return arguments
+
+
+def _cell(text: str) -> Cell:
+    """MBIT:PRECISION:TOKENS, or with MILLISECONDS of latency behind them."""
+    parts = text.split(":")
+    try:
+        mbit, tokens = int(parts[0]), int(parts[2])
+        latency = float(parts[3]) / 1000 if len(parts) > 3 else 0.0
+    except (ValueError, IndexError):
+        raise argparse.ArgumentTypeError(f"{text!r}; 500:bf16:1024 and 1000:w4a8:512:0.1 would work") from None
+    if len(parts) > 4 or parts[1] not in ("bf16", "w4a8") or min(mbit, tokens) < 1 or latency < 0:
+        raise argparse.ArgumentTypeError(f"{text!r}; 500:bf16:1024 and 1000:w4a8:512:0.1 would work")
+    return Cell(mbit, latency, parts[1], tokens)
 
 
 def _missing() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import socket
 from pathlib import Path
@@ -68,6 +69,14 @@ def test_a_step_takes_as_long_as_the_slower_rank(weave_link: Any) -> None:
     made = weave_link.row(weave_link.Cell(1000, 0.0, "bf16", 1024), weave_link.merged(answers))
     assert made["tax"] == pytest.approx((3 / 3 + 6 / 5) / 2 - 1)
     assert made["tax_of_rank_0"] == pytest.approx((3 / 2 + 6 / 5) / 2 - 1)
+
+
+def test_cells_can_be_named(weave_link: Any) -> None:
+    assert weave_link._cell("500:bf16:1024") == weave_link.Cell(500, 0.0, "bf16", 1024)
+    assert weave_link._cell("1000:w4a8:512:0.1") in weave_link.grid()
+    for wrong in ("500:bf16", "500:fp8:1024", "x:bf16:1024", "0:bf16:1", "500:bf16:1024:-1", "1:bf16:1:1:1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="would work"):
+            weave_link._cell(wrong)
 
 
 def test_the_grid_has_a_cell_for_every_claim(weave_link: Any) -> None:
