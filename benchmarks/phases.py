@@ -101,8 +101,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("traces", nargs="*", type=Path, metavar="TRACE", help=f"files; the load {CHANGING} is added")
     parser.add_argument("--loads", nargs="+", metavar="NAME", help="only these, such as azure2023_conv or changing")
     parser.add_argument("--only", nargs="+", metavar="POLICY", help="such as auto, 'chunk 256' or split")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", metavar="X", help="factors of the loads' rates, or of those found with --cpu"
+    )
     virtual = parser.add_argument_group("simulated")
-    virtual.add_argument("--rates", type=float, nargs="+", metavar="X", help="factors of the loads' rates")
     virtual.add_argument("--seconds", type=float, help="of virtual time; default 120, 30 with --quick")
     virtual.add_argument("--part", choices=("tune", "report", "both"), default="report")
     virtual.add_argument("--log", action="store_true", help="print every decision")

@@ -3,10 +3,10 @@
 One model after the other. Its servers are loaded once and wait; what the machine can do is measured first, by those
 that stay the same, on the part `tune` of the loads: how fast one request alone is (targets are multiples of that), how
 many requests/s of each load can be served, and at which part of that rate, for each load, the best of two fixed
-policies still has most requests in target. Then each load is served in rounds, with requests that nobody has seen
-before, by all in turn, in another order each time. Those that learn get a piece first that does not count. There are as
-many rounds as fit in the time, at least one; from the second on, without those that are far behind the best by then and
-decide no claim.
+policies still has most requests in target. Then each load is served in rounds, at that rate and at others beside it,
+with requests that nobody has seen before, by all in turn, in another order each time. Those that learn get a piece
+first that does not count. There are as many rounds as fit in the time, at least one; from the second on, without those
+that are far behind the best by then and decide no claim.
 
 What was measured is written at once to FILE.pieces, so that a run that was killed goes on with --resume.
 """
@@ -56,12 +56,13 @@ PATIENCE = 1.5  # times what a request may take within both targets; after that 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """How loads are fitted to a model. loads: those that are served, all if empty. part: of the time, beside others."""
+    """How loads are fitted to a model. rates: that each is offered at, times the one that is found for it. part: of the
+    time, beside others."""
 
     azure: Scale
     mooncake: Scale
     mixes: tuple[Mix, ...]
-    loads: tuple[str, ...]
+    rates: tuple[float, ...]
     part: float
 
     @property
@@ -75,15 +76,15 @@ FITS = {
         Scale(1 / 4, 1 / 4, (900, 120)),
         Scale(1 / 32, 1 / 8, (900, 120)),
         (Mix(4.0, 600, 10), Mix(6.0, 60, 80), Mix(4.0, 600, 10)),
-        (),
-        0.45,
+        (0.7, 1.0, 1.4),
+        0.4,
     ),
     "llama-1.1b": Fitted(
         Scale(1 / 16, 1 / 16, (200, 32)),
         Scale(1 / 100, 1 / 32, (200, 32)),
         (Mix(1.0, 150, 4), Mix(2.5, 15, 32), Mix(1.0, 150, 4)),
-        ("azure2023_conv", CHANGING),
-        0.55,
+        (1.0,),
+        0.6,
     ),
 }
 MODELS = tuple(FITS)
@@ -92,7 +93,7 @@ MODELS = tuple(FITS)
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What was measured first. ttft, tpot: of one request alone. rates: of each load, requests/s that can be served.
-    parts: those of them that are offered. seconds: of arrivals in a piece."""
+    parts: those of them that are offered, at the factor 1. seconds: of arrivals in a piece."""
 
     ttft: float
     tpot: float
@@ -165,14 +166,24 @@ def _machine(pieces: Pieces, model: str) -> Machine:
 
 def _rows(pieces: Pieces, model: str, machine: Machine) -> list[Row]:
     rows = []
-    for load in machine.rates:
-        names = dict.fromkeys((one["policy"], one["kind"]) for one in pieces.find(model=model, what="piece", load=load))
-        for name, kind in names:
-            here = pieces.find(model=model, what="piece", load=load, policy=name)
+    for load, factor in _cells(pieces, model, machine):
+        every = pieces.find(model=model, what="piece", load=load, factor=factor)
+        for name, kind in dict.fromkeys((one["policy"], one["kind"]) for one in every):
+            here = [one for one in every if one["policy"] == name]
             found = summarise(_joined(here), machine.slo)
             rounds = {str(one["round"]): _met(one, machine.slo) for one in here}
-            rows.append(row(model, load, machine.parts[load], name, kind, found, None) | {"rounds": rounds})
+            rows.append(row(model, load, factor * machine.parts[load], name, kind, found, None) | {"rounds": rounds})
     return in_order(rows)
+
+
+def _cells(pieces: Pieces, model: str, machine: Machine) -> list[tuple[str, float]]:
+    """The loads, each with the factors of its rate that it was served at."""
+    every = pieces.find(model=model, what="piece")
+    return [
+        (load, factor)
+        for load in machine.rates
+        for factor in sorted({one["factor"] for one in every if one["load"] == load})
+    ]
 
 
 def _met(piece: dict[str, Any], slo: Slo) -> tuple[int, int]:
@@ -202,13 +213,13 @@ def _claims(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, float]:
-    """By load, auto against the fixed policy that was best in the other rounds, round by round: what somebody had who
-    knew which one is best, but not which one will be lucky. Of several that are equally good, the best in hindsight is
-    always ahead of each."""
+    """By load and rate, auto against the fixed policy that was best in the other rounds, round by round: what somebody
+    had who knew which one is best, but not which one will be lucky. Of several that are equally good, the best in
+    hindsight is always ahead of each."""
     found = {}
-    for load in machine.rates:
+    for load, factor in _cells(pieces, model, machine):
         met: dict[str, dict[int, tuple[int, int]]] = {}  # by policy and round: requests in target, of how many
-        for piece in pieces.find(model=model, what="piece", load=load):
+        for piece in pieces.find(model=model, what="piece", load=load, factor=factor):
             if piece["kind"] in FIXED or piece["kind"] == "auto":
                 met.setdefault(piece["policy"], {})[piece["round"]] = _met(piece, machine.slo)
         auto = met.pop("auto", {})
@@ -219,7 +230,7 @@ def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, flo
                 ours += own
                 theirs += there[max(there, key=lambda name: _elsewhere(there[name], number))][number][0]
         if theirs:
-            found[load] = ours / theirs
+            found[f"{load} at {factor * machine.parts[load]:.2f}"] = ours / theirs
     return found
 
 
@@ -232,11 +243,13 @@ def _elsewhere(rounds: dict[int, tuple[int, int]], number: int) -> float:
 def _notes(pieces: Pieces, model: str, machine: Machine) -> list[str]:
     slo, rounds = machine.slo, len({one["round"] for one in pieces.find(model=model, what="piece")})
     rates = ", ".join(f"{name} {machine.parts[name]:.2f} of {rate:.2f}" for name, rate in machine.rates.items())
+    factors = sorted({factor for _, factor in _cells(pieces, model, machine)})
     return [
         f"{model}: one request alone has TTFT {1e3 * machine.ttft:.1f} ms and TPOT {1e3 * machine.tpot:.2f} ms; "
         f"targets TTFT {slo.ttft:.3f} s and TPOT {slo.tpot:.4f} s",
-        f"{model}: requests/s that are offered, of those that {UNTUNED} serves at most: {rates}; for "
-        f"{machine.seconds:.1f} s in each of {rounds} rounds ({LONGER[CHANGING]:g} times as long for {CHANGING})",
+        f"{model}: requests/s that are offered, of those that {UNTUNED} serves at most: {rates}; each "
+        f"{', '.join(f'{one:g}' for one in factors)} times; for {machine.seconds:.1f} s in each of {rounds} rounds "
+        f"({LONGER[CHANGING]:g} times as long for {CHANGING})",
         f"{model}: auto beside the fixed policy that was best in the other rounds: "
         + ", ".join(f"{load} {ratio:.2f}" for load, ratio in beside_chosen(pieces, model, machine).items()),
     ]
@@ -257,9 +270,9 @@ class Contest:
         if arguments.only:
             kept = {*arguments.only, UNTUNED}
             self._entrants = [one for one in self._entrants if {one.name, one.kind} & kept]
-        wanted = arguments.loads or self._fitted.loads
+        self._factors = tuple(arguments.rates or self._fitted.rates)
         every = load_all(arguments.traces, self._fitted.azure, self._fitted.mooncake, self._fitted.mixes)
-        self._loads = [load for load in every if not wanted or load.name in wanted]
+        self._loads = [load for load in every if not arguments.loads or load.name in arguments.loads]
         self._servers: dict[str, Any] = {}
         self._probes: list[float] = []
 
@@ -316,7 +329,7 @@ class Contest:
             found = summarise(await run_load(target, [replace(one, due=0.0) for one in shots], SEATS, _ignore))
             rates[name] = found.request_throughput
             common.say(f"{self._model}, {name}: {rates[name]:.2f} requests/s at most")
-        weights = len(self._entrants) * sum(LONGER.get(load.name, 1.0) for load in self._loads)
+        weights = len(self._entrants) * len(self._factors) * sum(LONGER.get(load.name, 1.0) for load in self._loads)
         seconds = ARRIVING * (end - time.monotonic()) / (ROUNDS * weights)
         machine = Machine(ttft, tpot, rates, {}, max(1.0, 0.72 * seconds))  # less for what comes before the rounds
         machine = replace(machine, parts={load.name: await self._part(load, machine) for load in self._loads})
@@ -346,8 +359,9 @@ class Contest:
     # -- the rounds ------------------------------------------------------------------------------------------------
 
     async def _rounds(self, machine: Machine, end: float) -> None:
-        total = len(self._loads) * len(self._entrants)
-        longest = machine.seconds * sum(LONGER.get(load.name, 1.0) for load in self._loads) / ARRIVING
+        places = [(load, factor) for load in self._loads for factor in self._factors]
+        total = len(places) * len(self._entrants)
+        longest = machine.seconds * sum(LONGER.get(load.name, 1.0) for load, _ in places) / ARRIVING
         common.say(
             f"{self._model}: a round has {total} pieces and takes about {longest * len(self._entrants):.0f} s; there "
             f"are {end - time.monotonic():.0f} s"
@@ -359,35 +373,37 @@ class Contest:
         turn = 0
         while True:
             began, measured = time.monotonic(), 0
-            for number, load in enumerate(self._loads):
-                there = self._left(load, machine)
-                first = (number + turn * len(self._loads)) % len(there)
+            for number, (load, factor) in enumerate(places):
+                there = self._left(load, factor, machine)
+                first = (number + turn * len(places)) % len(there)
                 for one in [*there[first:], *there[:first]]:
-                    measured += await self._piece(one, load, machine, turn)
-                rows = self._so_far(load, machine)
-                print(f"\n{self._model}, {load.name}, {turn + 1} rounds")
+                    measured += await self._piece(one, load, factor, machine, turn)
+                rows = self._so_far(load, factor, machine)
+                print(f"\n{self._model}, {load.name} at {factor * machine.parts[load.name]:.2f}, {turn + 1} rounds")
                 print(show(rows), flush=True)
                 common.say(f"{self._model}: {max(0.0, end - time.monotonic()):.0f} s left")
             turn += 1
-            next_round = sum(len(self._left(load, machine)) for load in self._loads)
+            next_round = sum(len(self._left(load, factor, machine)) for load, factor in places)
             needed = (time.monotonic() - began) * next_round / max(measured, 1)
             if measured and time.monotonic() + needed > end:
                 return
 
-    def _left(self, load: Load, machine: Machine) -> list[Contestant]:
+    def _left(self, load: Load, factor: float, machine: Machine) -> list[Contestant]:
         """Those that are not far behind: all, as long as nothing was measured."""
-        rows = self._so_far(load, machine)
+        rows = self._so_far(load, factor, machine)
         return [one for one in self._entrants if not _behind(one.name, rows)]
 
-    def _so_far(self, load: Load, machine: Machine) -> list[Row]:
-        return [one for one in _rows(self._pieces, self._model, machine) if one["trace"] == load.name]
+    def _so_far(self, load: Load, factor: float, machine: Machine) -> list[Row]:
+        rate, rows = factor * machine.parts[load.name], _rows(self._pieces, self._model, machine)
+        return [one for one in rows if (one["trace"], one["rate"]) == (load.name, rate)]
 
-    async def _piece(self, one: Contestant, load: Load, machine: Machine, turn: int) -> bool:
+    async def _piece(self, one: Contestant, load: Load, factor: float, machine: Machine, turn: int) -> bool:
         """Whether it had to be measured: not if an earlier run has done so."""
-        key = {"model": self._model, "what": "piece", "load": load.name, "round": turn, "policy": one.name}
+        key = {"model": self._model, "what": "piece", "load": load.name, "factor": factor}
+        key |= {"round": turn, "policy": one.name}
         if self._pieces.find(**key):
             return False
-        shots = self._shots(load, machine, "report", turn)
+        shots = self._shots(load, machine, "report", turn, factor)
         if not shots:  # a trace has pauses
             return False
         for _ in range(AGAIN):
@@ -423,12 +439,17 @@ class Contest:
         self._probes.append(min(one.ended - one.sent for one in records))
         return max([*before, self._probes[-1]]) / float(np.median(self._probes[-USUAL:]))
 
-    def _shots(self, load: Load, machine: Machine, part: str, piece: int) -> list[Shot]:
-        """So many requests/s of a load for so long: the trace is run faster or slower as a whole."""
-        base = len(load.make(part, 1.0, 120.0, 0)) / 120.0
+    def _shots(self, load: Load, machine: Machine, part: str, turn: int, factor: float | None = None) -> list[Shot]:
+        """So many requests/s of a load for so long: the trace is run faster or slower as a whole. factor: one of the
+        contest's, which are served one after the other in every turn; without one there are no others."""
+        base = len(load.make(part, 1.0, 120.0)) / 120.0
         seconds = machine.seconds * LONGER.get(load.name, 1.0)
-        rate = machine.parts[load.name] * machine.rates[load.name]
-        return load.shots(part, rate / base, seconds, self._vocabulary, piece)
+        rate = machine.parts[load.name] * machine.rates[load.name] / base
+        if factor is None:
+            return load.shots(part, rate, seconds, self._vocabulary, turn)
+        number, every = self._factors.index(factor), self._factors
+        before = rate * (turn * sum(every) + sum(every[:number]))
+        return load.shots(part, factor * rate, seconds, self._vocabulary, turn * len(every) + number, before)
 
     async def _serve(self, name: str, shots: Sequence[Shot], machine: Machine) -> list[Record]:
         slo, longest = machine.slo, self._fitted.azure.longest[1]

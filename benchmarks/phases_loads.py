@@ -45,15 +45,18 @@ class Mix:
 @dataclass(frozen=True, slots=True)
 class Load:
     """name: of the trace. caching: whether its prompts begin alike, so that the prefix cache takes part.
-    make(part, rate, seconds, piece): the requests of one piece of so many seconds; no two pieces are alike."""
+    make(part, rate, seconds, piece, before): the requests of one piece of so many seconds; no two pieces are alike.
+    before: the rates of the earlier pieces, summed up, where they were not all this one's."""
 
     name: str
     caching: bool
-    make: Callable[[str, float, float, int], list[Row]]
+    make: Callable[..., list[Row]]
 
-    def shots(self, part: str, rate: float, seconds: float, vocabulary: int, piece: int = 0) -> list[Shot]:
+    def shots(
+        self, part: str, rate: float, seconds: float, vocabulary: int, piece: int = 0, before: float | None = None
+    ) -> list[Shot]:
         """The same with prompts, for a server that computes something."""
-        rows = self.make(part, rate, seconds, piece)
+        rows = self.make(part, rate, seconds, piece, before)
         if not rows:
             return []
         rng = np.random.default_rng([SEEDS[part], piece])
@@ -75,9 +78,9 @@ def recorded(path: Path, scale: Scale) -> Load:
     rows = traces.read_trace(path)
     caching = any(size.hashes for _, size in rows)
 
-    def make(part: str, rate: float, seconds: float, piece: int = 0) -> list[Row]:
+    def make(part: str, rate: float, seconds: float, piece: int = 0, before: float | None = None) -> list[Row]:
         factor = scale.rate * rate
-        begin = BEGINS[part] + piece * seconds * factor
+        begin = BEGINS[part] + seconds * scale.rate * (piece * rate if before is None else before)
         if begin + seconds * factor > rows[-1][0]:
             raise SystemExit(f"{path.name} is too short for {seconds:g} s at {factor:g} times its rate, from {begin:g}")
         kept = [row for row in rows if begin <= row[0] < begin + seconds * factor]
@@ -93,7 +96,7 @@ def recorded(path: Path, scale: Scale) -> Load:
 def changing(mixes: Sequence[Mix]) -> Load:
     """Poisson arrivals of one mix after another, each for its part of the time."""
 
-    def make(part: str, rate: float, seconds: float, piece: int = 0) -> list[Row]:
+    def make(part: str, rate: float, seconds: float, piece: int = 0, _before: float | None = None) -> list[Row]:
         rng = np.random.default_rng([SEEDS[part], piece])
         found: list[Row] = []
         length = seconds / len(mixes)

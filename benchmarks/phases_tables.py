@@ -17,6 +17,7 @@ Cell = tuple[str, str, float]  # device, load and rate
 # The kinds of policies that stay the same on one device.
 FIXED = ("chunk", "split", "overlap", "turns")
 LEAST = 1e-9
+WANTED = 1.1  # times as good as every fixed policy is what auto should be where the mix changes
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +105,9 @@ def _attained(one: Row) -> float:
 
 
 def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
-    """The least over all cells, those of the load that changes apart. *_fixed: best chunk, every static split, overlap
-    and turns, chosen in hindsight cell by cell. *_pd: disaggregation, for each of its devices."""
+    """The least over all cells, those of the load that changes apart: there only of rates at which no fixed policy does
+    so well that nothing could be much better, unless there are no such rates. *_fixed: best chunk, every static split,
+    overlap and turns, chosen in hindsight cell by cell. *_pd: disaggregation, for each of its devices."""
     kinds: Mapping[str, Callable[[Row], bool]] = {
         "auto_vs_best_fixed": lambda one: one["kind"] in FIXED,
         "auto_vs_best_chunk": lambda one: one["kind"] == "chunk",
@@ -114,33 +116,40 @@ def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
         "auto_vs_pd": lambda one: one["kind"] == "pd",
     }
     found = {}
+    full = _without_room(rows)
     for name, against in kinds.items():
         known = ratios(rows, against)
+        changing = {cell: value for cell, value in known.items() if cell[1] == CHANGING}
         for part, values in (
-            ("", [value for (_, trace, _), value in known.items() if trace != CHANGING]),
-            ("_changing", [value for (_, trace, _), value in known.items() if trace == CHANGING]),
+            ("", [value for cell, value in known.items() if cell not in changing]),
+            ("_changing", [value for cell, value in changing.items() if cell not in full] or list(changing.values())),
         ):
             if values:
                 found[f"{prefix}{name}{part}"] = min(values)
-    changing = f"{prefix}auto_vs_best_fixed_changing"
-    if changing in found:
-        found[f"{prefix}auto_vs_every_fixed_changing"] = found.pop(changing)
+    if (before := f"{prefix}auto_vs_best_fixed_changing") in found:
+        found[f"{prefix}auto_vs_every_fixed_changing"] = found.pop(before)
     return found
 
 
-def no_room(rows: Sequence[Row], wanted: float = 1.1) -> list[str]:
-    """Where the mix changes and a fixed policy still does so well that none could be `wanted` times better: notes."""
-    found = []
+def no_room(rows: Sequence[Row]) -> list[str]:
+    """Where the mix changes and a fixed policy still does so well that none could be WANTED times better: notes."""
+    return [
+        f"{device}, {trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that nothing "
+        f"could be {WANTED:g} times better"
+        for (device, trace, rate), best in _without_room(rows).items()
+    ]
+
+
+def _without_room(rows: Sequence[Row]) -> dict[Cell, Row]:
+    """Those cells, each with its best fixed policy."""
+    found = {}
     for (device, trace, rate), here in cells(rows).items():
         most = max((len(one.get("rounds", ())) for one in here), default=0)
         fixed = [one for one in here if one["kind"] in FIXED and len(one.get("rounds", ())) == most]
         if trace == CHANGING and fixed:
             best = max(fixed, key=_attained)
-            if _attained(best) * wanted > 1.0:
-                found.append(
-                    f"{device}, {trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that "
-                    f"nothing could be {wanted:g} times better"
-                )
+            if _attained(best) * WANTED > 1.0:
+                found[device, trace, rate] = best
     return found
 
 
@@ -181,14 +190,15 @@ def draw(rows: Sequence[Row], path: Path, targets: Mapping[str, tuple[float, flo
     there is one rate. targets: of TTFT and TPOT, by device."""
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys((one["device"], one["trace"]) for one in rows))
+    names = list(dict.fromkeys(_of(one) for one in rows))
     values = (("attainment", "in target"), ("goodput", "goodput (requests/s)"))
     values += (("ttft_p90", "P90 TTFT (s)"), ("tpot_p90", "P90 TPOT (s)"))
     figure = Figure(figsize=(3.4 * len(names) + 2, 12), layout="constrained")
     panels: Any = figure.subplots(len(values), len(names), squeeze=False)
-    one_rate = len({one["rate"] for one in rows if (one["device"], one["trace"]) == names[0]}) == 1
+    rates = [{one["rate"] for one in rows if _of(one) == name} for name in names]
+    several = [column for column, here in enumerate(rates) if len(here) > 1]
     for column, (device, trace) in enumerate(names):
-        here = [one for one in rows if (one["device"], one["trace"]) == (device, trace)]
+        here, one_rate = [one for one in rows if _of(one) == (device, trace)], column not in several
         for line, (value, words) in enumerate(values):
             axes = panels[line, column]
             (_bars if one_rate else _lines)(axes, here, value)
@@ -197,9 +207,14 @@ def draw(rows: Sequence[Row], path: Path, targets: Mapping[str, tuple[float, flo
                 axes.set_yscale("log")  # has something to scale by now, even where no answer has two tokens
             axes.set(xlabel="" if one_rate else "rate, times the load's", ylabel=words if column == 0 else "")
         panels[0, column].set_title(f"{trace}\n({device})", fontsize=9)
-    if not one_rate:
-        panels[0, -1].legend(fontsize=6, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    if several:
+        lines, policies = panels[0, several[-1]].get_legend_handles_labels()
+        figure.legend(lines, policies, fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=90)
+
+
+def _of(one: Row) -> tuple[str, str]:
+    return one["device"], one["trace"]
 
 
 def _lines(axes: Any, rows: Sequence[Row], value: str) -> None:

@@ -49,6 +49,8 @@ def test_parts_and_pieces_of_a_trace_are_apart_and_scaled(scripts: Any, trace: P
     assert report[0][1].input == 650 and second[0][1].input == 260, "a piece begins where the last one ended"
     assert all(1 <= size.output <= 8 and size.input <= 700 for _, size in (*tune, *report))
     assert load.make("tune", 1.0, 60.0, 0) == tune
+    slower = load.make("tune", 0.5, 60.0, 2, 1.0)
+    assert slower[0] == (0.0, second[0][1]) and len(slower) == 60, "the pieces before had one rate in all"
     with pytest.raises(SystemExit, match="too short for 500 s at 2 times its rate"):
         load.make("report", 1.0, 500.0, 0)
 
@@ -102,6 +104,18 @@ def test_claims_are_the_least_ratio_to_the_best_in_hindsight(scripts: Any) -> No
     assert tables.claims(rows_of(attained) + other, "x_") == found, "devices are not compared with each other"
 
 
+def test_pieces_of_several_rates_have_no_request_in_common(scripts: Any, trace: Path) -> None:
+    cpu, loads = scripts("phases_cpu"), scripts("phases_loads")
+    load = loads.recorded(trace, loads.Scale(1.0, 1.0, (4000, 8)))
+    contest = cpu.Contest.__new__(cpu.Contest)
+    contest._factors, contest._vocabulary = (0.5, 1.0, 1.5), 512
+    machine = cpu.Machine(0.1, 0.05, {"made_up": 2.0}, {"made_up": 0.9}, 20.0)
+    pieces = [contest._shots(load, machine, "report", turn, one) for turn in (0, 1) for one in contest._factors]
+    assert [len(shots) for shots in pieces] == pytest.approx([18, 36, 54] * 2, abs=1)
+    lengths = [shot.input_tokens for shots in pieces for shot in shots]
+    assert lengths == sorted(set(lengths)), "each begins where the one before ended"
+
+
 def test_a_fixed_policy_that_leaves_no_room_is_named(scripts: Any) -> None:
     tables = scripts("phases_tables")
     attained = {("changing", 0.4, "chunk 64", "chunk"): 0.9, ("changing", 0.4, "split 8:4", "split"): 0.92}
@@ -109,6 +123,8 @@ def test_a_fixed_policy_that_leaves_no_room_is_named(scripts: Any) -> None:
     attained |= {("conv", 1.0, "chunk 64", "chunk"): 1.0}
     (note,) = tables.no_room(rows_of(attained))
     assert note == "any, changing at 0.4: split 8:4 has 92.0% in target, so that nothing could be 1.1 times better"
+    attained |= {("changing", 0.4, "auto", "auto"): 0.95, ("changing", 1.0, "auto", "auto"): 0.99}
+    assert tables.claims(rows_of(attained))["auto_vs_every_fixed_changing"] == pytest.approx(1.1), "where there is room"
 
 
 def test_what_was_measured_outlives_a_run_that_is_killed(scripts: Any, tmp_path: Path) -> None:
@@ -118,7 +134,7 @@ def test_what_was_measured_outlives_a_run_that_is_killed(scripts: Any, tmp_path:
     machine = {"ttft": 0.1, "tpot": 0.05, "rates": {"conv": 2.0}, "parts": {"conv": 0.9}, "seconds": 3.0}
     pieces.add(model="m", what="machine", values=machine)
     for turn in (0, 1):
-        key = {"model": "m", "what": "piece", "load": "conv", "round": turn, "policy": "auto"}
+        key = {"model": "m", "what": "piece", "load": "conv", "factor": 1.0, "round": turn, "policy": "auto"}
         pieces.add(**key, kind="auto", seconds=2.0, records=records)
     path.write_text(path.read_text() + '{"model": "m", "what": "pie')  # it was killed here
     with pytest.raises(SystemExit, match="give --resume"):
@@ -138,18 +154,22 @@ def test_luck_is_not_taken_for_the_best_policy(scripts: Any) -> None:
     machine = cpu.Machine(0.1, 0.05, {"conv": 2.0}, {"conv": 0.9})
     pieces = cpu.Pieces(None, False)
 
-    def add(policy: str, kind: str, turn: int, met: int) -> None:
+    def add(policy: str, kind: str, turn: int, met: int, factor: float = 1.0) -> None:
         good, bad = [0.0, 0.0, 0.1, 0.2, 0.2, 20, 3, None], [0.0, 0.0, 9.0, 9.1, 9.1, 20, 3, None]
-        key = {"model": "m", "what": "piece", "load": "conv", "round": turn, "policy": policy}
+        key = {"model": "m", "what": "piece", "load": "conv", "factor": factor, "round": turn, "policy": policy}
         pieces.add(**key, kind=kind, seconds=1.0, records=[good] * met + [bad] * (10 - met))
 
     for policy, kind, rounds in (
-        ("auto", "auto", (8, 8)), ("one", "chunk", (10, 6)), ("two", "split", (6, 10)), ("once", "turns", (10,)),
+        ("auto", "auto", (8, 8)), ("one", "overlap", (10, 6)), ("two", "split", (6, 10)), ("once", "turns", (10,)),
         ("else", "paper", (10, 10)),
     ):  # fmt: skip
         for turn, met in enumerate(rounds):
             add(policy, kind, turn, met)
-    assert cpu.beside_chosen(pieces, "m", machine) == {"conv": pytest.approx(16 / 12)}
+    assert cpu.beside_chosen(pieces, "m", machine) == {"conv at 0.90": pytest.approx(16 / 12)}
+    for policy, met in (("auto", 3), ("chunk 32", 2)):
+        add(policy, policy.split()[0], 0, met, 1.5)
+    found = {(one["rate"], one["policy"]): one["attainment"] for one in cpu._rows(pieces, "m", machine)}
+    assert len(found) == 7 and found[0.9, "auto"] == 0.8 and found[1.35, "auto"] == pytest.approx(0.3)
 
 
 def test_who_was_left_out_of_later_rounds_is_compared_in_the_earlier_ones(scripts: Any) -> None:
