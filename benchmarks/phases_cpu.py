@@ -48,7 +48,7 @@ AGAIN = 3  # times at most that a piece is measured in which others take too muc
 # one after another, of so many tokens; it is slow when they take so many times as long as usual.
 PROBE, PROBE_TOKENS, SLOW, USUAL = 3, (64, 12), 1.15, 30
 BEHIND = 0.15  # of the requests: who has so many fewer in target than the best is left out of the next round
-ROUNDS = 3.0  # that a piece's length is chosen for; those after the first are shorter
+ROUNDS = 2.0  # that a piece's length is chosen for; those after the first are shorter
 ARRIVING = 0.75  # of a piece's time; in the rest those are served that are still there
 LONGER = {CHANGING: 1.5}  # pieces of this load have so many times the others' length
 PATIENCE = 1.5  # times what a request may take within both targets; after that the client hangs up
@@ -77,14 +77,14 @@ FITS = {
         Scale(1 / 32, 1 / 8, (900, 120)),
         (Mix(4.0, 600, 10), Mix(6.0, 60, 80), Mix(4.0, 600, 10)),
         (0.7, 1.0, 1.4),
-        0.4,
+        0.5,
     ),
     "llama-1.1b": Fitted(
         Scale(1 / 16, 1 / 16, (200, 32)),
         Scale(1 / 100, 1 / 32, (200, 32)),
         (Mix(1.0, 150, 4), Mix(2.5, 15, 32), Mix(1.0, 150, 4)),
         (1.0,),
-        0.6,
+        0.5,
     ),
 }
 MODELS = tuple(FITS)
@@ -270,7 +270,7 @@ class Contest:
         if arguments.only:
             kept = {*arguments.only, UNTUNED}
             self._entrants = [one for one in self._entrants if {one.name, one.kind} & kept]
-        self._factors = tuple(arguments.rates or self._fitted.rates)
+        self._factors = tuple(arguments.rates or ((1.0,) if arguments.quick else self._fitted.rates))
         every = load_all(arguments.traces, self._fitted.azure, self._fitted.mooncake, self._fitted.mixes)
         self._loads = [load for load in every if not arguments.loads or load.name in arguments.loads]
         self._servers: dict[str, Any] = {}
