@@ -219,6 +219,20 @@ def test_mixed_steps_fill_the_tpot_target() -> None:
     assert min(one.chunk for one in tight if one.regime is Regime.MIXED and one.chunk) == 36, "prompts still advance"
 
 
+def test_a_rare_long_prompt_is_not_late_for_the_sake_of_a_few_tokens() -> None:
+    """It takes two thirds of the TTFT target by itself; those that decode have just begun, and much time."""
+    targets, largest = Targets(1.0, 0.015), Sharing(Regime.MIXED, WHOLE, DEVICE.chunk)
+    queue, load = Queue(((0.0, 7000),), 4, 20000, ((0.0, 0),) * 4), Load(0.3, (7000,), 350)
+    found = [
+        outlook(one, LAW, None, load, queue, targets, DEVICE, 0.0)
+        for one in candidates(LAW, targets, queue, load, DEVICE)
+        if one.regime is not Regime.SPLIT
+    ]
+    best, others = min(found, key=lambda one: one.score), [one for one in found if one.sharing != largest]
+    assert best.sharing == largest and best.ttft < targets.ttft < min(one.ttft for one in others)
+    assert largest not in candidates(LAW, targets, queue, replace(load, rate=0.9), DEVICE), "prompts are not rare"
+
+
 def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
     def step(at: float, share: float) -> Stepped:
         return Stepped(at, Lane.DECODE, 0.01, 0, 4, 100, share)

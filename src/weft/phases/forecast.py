@@ -34,6 +34,9 @@ TURNS_A_STEP = 8
 FILLS = (0.8, 0.95)
 # Tokens of prompts in a step where decode alone takes too long.
 ADVANCE = 16
+# Where prompts take no more than this part of the device's time, an answer is held up by few of them: steps may then be
+# as large as the device takes them, so that a long prompt need not miss its target for the sake of a few tokens.
+RARE = 0.5
 # A queue closer to this has no mean wait to speak of.
 FULL = 0.98
 
@@ -325,6 +328,8 @@ def candidates(
     # While prompts have a turn, a short answer must not lose the target of all its tokens.
     turn = device.chunk // (TURNS_A_STEP if device.layers > 1 else 2)
     turn = max(1, min(turn, max(one.chunk or 0 for one in found) - batch))
+    if load.rate * load.prompt * steps.predict(device.chunk, load.prompt, 1.0) < RARE * device.chunk:
+        found.append(Sharing(Regime.MIXED, whole, device.chunk, weight))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
     if device.shares > 1:
