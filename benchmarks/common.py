@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import platform
 import statistics
@@ -130,6 +131,18 @@ def resident_bytes(pid: int) -> int:
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
     return 0
+
+
+def simulating_bytes() -> int:
+    """Resident memory of this process and of those that it has forked."""
+    return sum(
+        resident_bytes(pid) for pid in (os.getpid(), *(one.pid or 0 for one in multiprocessing.active_children()))
+    )
+
+
+def simulating_seconds() -> float:
+    """CPU time of this process and of those that it has forked and that have ended."""
+    return sum(os.times()[:4])
 
 
 class LoadWatch:

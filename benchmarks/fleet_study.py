@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -98,19 +96,19 @@ def run(setup: Setup, router: str, arguments: argparse.Namespace) -> Day:
     with Bar(seconds) as bar:
 
         def looked(now: float) -> None:
-            resident = common.resident_bytes(os.getpid()) / 2**20
+            resident = common.simulating_bytes() / 2**20
             day.memory.append((now, day.ended, resident))
             words = f"{router}: {now:.0f} of {seconds:.0f} s, {day.ended} requests, {resident:.0f} MiB"
             bar.show(min(now, seconds), words)
             if len(day.memory) % 4 == 0:
                 common.say(words)
 
-        cpu = time.process_time()
+        cpu = common.simulating_seconds()
         day.outcome = study(
             Fleet(setup, replicas, router, failures), load.stream(arguments.load * replicas / copies), SLO,
-            seconds=seconds, looks=2 * HOURS, on_end=ended, on_time=looked,
+            seconds=seconds, looks=2 * HOURS, processes=arguments.processes, on_end=ended, on_time=looked,
         )  # fmt: skip
-        day.cpu = time.process_time() - cpu
+        day.cpu = common.simulating_seconds() - cpu
     return day
 
 
@@ -198,6 +196,7 @@ def main() -> None:
     parser.add_argument("--day-part", type=float, default=25.0, metavar="S", help="virtual seconds of an hour (25)")
     parser.add_argument("--routers", nargs="+", choices=ROUTERS, default=list(ROUTERS))
     parser.add_argument("--kv-cache-dtype", choices=("bf16", "int8", "int4"), default="int8")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that compute the fleet (1)")
     parser.add_argument("--fail", action=argparse.BooleanOptionalAction, default=True, help="lose a node at hour 15")
     arguments = parser.parse_args()
     if arguments.quick:

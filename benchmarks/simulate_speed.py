@@ -1,6 +1,7 @@
 """How fast the simulator is: an hour of traffic on one GPU, and ten minutes of it on a fleet of a thousand.
 
-    python benchmarks/simulate_speed.py AZURE_CONVERSATION_TRACE [--gpus 96] [--quick] [--json FILE] [--plot FILE]
+    python benchmarks/simulate_speed.py AZURE_CONVERSATION_TRACE [--gpus 96] [--processes 1] [--quick] [--json FILE]
+                                        [--plot FILE]
 
 azure_hour_s: seconds that an hour of the trace takes (its first 35 minutes, repeated) on one simulated A100 with
 Llama-3-8B; azure_hour_h100_s: on an H100, which takes more and smaller steps for the same tokens. fleet_seconds:
@@ -9,13 +10,13 @@ the load of one copy of the trace. The fleet that is run is smaller (--gpus), an
 to the replicas; a fleet of a quarter of it is run beside it to show that the cost of a token does not grow with the
 fleet. --gpus 1000 runs it whole.
 
-One process, one core. CPU seconds are given beside wall seconds, because other load moves the latter.
+The hour takes one core; the fleets as many as --processes. CPU seconds are given beside wall seconds, because other
+load moves the latter.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from weft.sim.study import Fleet, study
 HOUR, MINUTES = 3600.0, 600.0
 GPUS, RANKS = 1000, 8
 SLO = Slo(1.0, 0.05)
+PATIENCE = 10.0  # seconds of a tenth of a run from which on it says how far it is
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +62,18 @@ class Timed:
         }  # fmt: skip
 
 
-def run(name: str, fleet: Fleet, load: Load, seconds: float) -> Timed:
+def run(name: str, fleet: Fleet, load: Load, seconds: float, processes: int = 1) -> Timed:
     """Serve so many seconds of the load."""
     seen: list[int] = []
-    wall, cpu = time.perf_counter(), time.process_time()
-    outcome = study(
-        fleet, load.stream(1.0), SLO, seconds=seconds, looks=10,
-        on_time=lambda _: seen.append(common.resident_bytes(os.getpid())),
-    )  # fmt: skip
-    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    wall, cpu = time.perf_counter(), common.simulating_seconds()
+
+    def look(now: float) -> None:
+        seen.append(common.simulating_bytes())
+        if time.perf_counter() - wall > PATIENCE * len(seen):
+            common.say(f"{now:.0f} of {seconds:.0f} s")
+
+    outcome = study(fleet, load.stream(1.0), SLO, seconds=seconds, looks=10, processes=processes, on_time=look)
+    wall, cpu = time.perf_counter() - wall, common.simulating_seconds() - cpu
     totals = outcome.totals
     if totals.failed:
         common.say(f"{name}: {totals.failed} requests failed: {totals.errors}")
@@ -93,6 +98,7 @@ def main() -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("trace", type=Path, help="azure2023_conv: arrival_s, input_tokens, output_tokens")
     parser.add_argument("--gpus", type=int, default=96, help="of the fleet that is run; 1000 for the whole (96)")
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that compute a fleet (1)")
     arguments = parser.parse_args()
     watch = common.LoadWatch()
     runs = measure(arguments)
@@ -102,7 +108,8 @@ def main() -> None:
         "SIMULATED time; what is measured is what simulating it takes",
         f"the hour: {hour.virtual:.0f} s were run in {hour.wall:.1f} s wall, {hour.cpu:.1f} s CPU",
         f"the fleet: {large.replicas} of {GPUS // RANKS} replicas for {large.virtual:.0f} of {MINUTES:.0f} s were run "
-        f"in {large.wall:.1f} s wall, {large.cpu:.1f} s CPU" + ("; extrapolated" if fleet != large.wall else ""),
+        f"in {large.wall:.1f} s wall, {large.cpu:.1f} s CPU, {arguments.processes} processes"
+        + ("; extrapolated" if fleet != large.wall else ""),
         f"a token of the fleet costs {large.cpu * small.tokens / (large.tokens * small.cpu):.2f} times one of a "
         f"fleet of {small.replicas}",
         *filter(None, [common.load_note(watch)]),
@@ -137,7 +144,7 @@ def measure(arguments: argparse.Namespace) -> list[Timed]:
         common.say(f"{count} replicas of {RANKS}")
         fleet = Fleet(big, count, "least-loaded")
         load = loads(arguments.trace, MINUTES * part, count)
-        found.append(run(f"{count} x {RANKS} H100, Llama-3-70B", fleet, load, MINUTES * part))
+        found.append(run(f"{count} x {RANKS} H100, Llama-3-70B", fleet, load, MINUTES * part, arguments.processes))
     return found
 
 

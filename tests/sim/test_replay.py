@@ -18,6 +18,7 @@ from weft.devices import open_device
 from weft.devices.base import Device
 from weft.loop.build import controller, settings
 from weft.loop.engine import Engine
+from weft.sim.part import Part
 from weft.sim.replica import KEY, Setup
 from weft.sim.router import RoundRobin
 from weft.sim.run import Simulation
@@ -115,9 +116,10 @@ def test_the_simulated_run_plans_what_the_real_one_planned(partition: str, monke
     assert scheduler.running.prefix_hits, "the load exercises the prefix cache"
 
     ends: list[Any] = []
-    simulation = Simulation([Setup(config, capacity, Recorded(recorder.seconds))], RoundRobin([0]), ends.append)
+    part = Part({0: Setup(config, capacity, Recorded(recorder.seconds))})
+    simulation = Simulation(part, RoundRobin([0]), ends.append)
     plans: list[Plan] = []
-    virtual = simulation.replicas[0].device
+    virtual = part.replicas[0].device
     submit = virtual.submit
 
     def watched(plan: Plan) -> Ticket:
@@ -128,5 +130,5 @@ def test_the_simulated_run_plans_what_the_real_one_planned(partition: str, monke
     simulation.run(arrived)
     assert without_tokens(plans) == without_tokens(recorder.plans)
     assert len(ends) == len(load) and virtual.clock() == recorder.clock()
-    again = simulation.replicas[0].scheduler.running
+    again = part.replicas[0].scheduler.running
     assert (again.preemptions, again.prefix_hits) == (scheduler.running.preemptions, scheduler.running.prefix_hits)

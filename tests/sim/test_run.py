@@ -22,6 +22,7 @@ from weft.core.request import RequestEnd
 from weft.devices.virtual import VirtualDevice
 from weft.errors import DeviceError
 from weft.sim import traffic
+from weft.sim.part import Part
 from weft.sim.router import LeastLoaded, PrefixAware, RoundRobin
 from weft.sim.run import Simulation
 
@@ -29,8 +30,8 @@ from weft.sim.run import Simulation
 class Watch:
     """Looks over the shoulder of one replica: plans, results and ends, and the pool after each of them."""
 
-    def __init__(self, simulation: Simulation, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.replica = simulation.replicas[index]
+    def __init__(self, part: Part, index: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.replica = part.replicas[index]
         self.spans: dict[Lane, list[tuple[float, float]]] = {}
         self.slices: dict[int, list[tuple[int, int]]] = {}
         self.names: dict[int, str] = {}
@@ -116,8 +117,9 @@ def test_the_laws_of_conservation(
     records: list[Record] = []
     made = setup(blocks=blocks, partition=partition, enable_prefix_caching=caching, max_model_len=blocks * 16)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        simulation = Simulation([made] * count, LeastLoaded(range(count)), records.append)
-        watches = [Watch(simulation, index, monkeypatch) for index in range(count)]
+        part = Part(dict.fromkeys(range(count), made))
+        simulation = Simulation(part, LeastLoaded(range(count)), records.append)
+        watches = [Watch(part, index, monkeypatch) for index in range(count)]
         rows = rows_of(load)
         simulation.run(iter(rows))
     # Nothing is lost: each request ended once, with all its tokens.
@@ -135,7 +137,7 @@ def test_the_laws_of_conservation(
 
 def test_a_lone_request_takes_the_seconds_of_its_steps(setup: Any) -> None:
     records: list[Record] = []
-    Simulation([setup()], RoundRobin([0]), records.append).run([(2.0, Size(100, 3))])
+    Simulation(Part({0: setup()}), RoundRobin([0]), records.append).run([(2.0, Size(100, 3))])
     (one,) = records
     chunks = [(64, 64), (36, 100), (1, 101), (1, 102)]
     seconds = [1e-3 + 1e-4 * tokens + 1e-7 * context + 4e-3 for tokens, context in chunks]
@@ -150,7 +152,8 @@ def test_the_same_seed_gives_the_same_run(setup: Any, partition: str) -> None:
         found: list[Record] = []
         rng = np.random.default_rng(seed)
         load = traffic.renewal(20.0, 0.5, traffic.uniform(100, 20, 0.8, rng), rng)
-        simulation = Simulation([setup(partition=partition)] * 2, LeastLoaded(range(2)), found.append)
+        part = Part(dict.fromkeys(range(2), setup(partition=partition)))
+        simulation = Simulation(part, LeastLoaded(range(2)), found.append)
         simulation.run(traffic.until(load, 5.0))
         return found
 
@@ -159,7 +162,8 @@ def test_the_same_seed_gives_the_same_run(setup: Any, partition: str) -> None:
 
 def test_what_is_refused_and_what_fails_is_told_with_its_code(setup: Any) -> None:
     records: list[Record] = []
-    simulation = Simulation([setup(max_num_queued_reqs=1, max_num_seqs=1)], RoundRobin([0]), records.append)
+    part = Part({0: setup(max_num_queued_reqs=1, max_num_seqs=1)})
+    simulation = Simulation(part, RoundRobin([0]), records.append)
     simulation.run([(0.0, Size(600, 1)), (0.0, Size(10, 2)), (0.0, Size(11, 2)), (0.0, Size(12, 2))])
     assert {one.input_tokens: one.error for one in records} == {
         600: "context_length_exceeded",
@@ -170,8 +174,9 @@ def test_what_is_refused_and_what_fails_is_told_with_its_code(setup: Any) -> Non
 
 
 def test_a_request_that_can_never_end_is_an_error(setup: Any) -> None:
-    simulation = Simulation([setup()], RoundRobin([0]), lambda _: None)
-    simulation.replicas[0].scheduler.planner.retire(Lane.MIXED)
+    part = Part({0: setup()})
+    simulation = Simulation(part, RoundRobin([0]), lambda _: None)
+    part.replicas[0].scheduler.planner.retire(Lane.MIXED)
     with pytest.raises(DeviceError, match="1 requests are under way"):
         simulation.run([(0.0, Size(5, 5))])
 
@@ -181,10 +186,12 @@ def test_nothing_is_kept_of_requests_that_have_ended(setup: Any) -> None:
         def load() -> Iterator[Row]:
             return ((number * 0.05, Size(40, 4)) for number in range(count))
 
-        simulation = Simulation([setup(enable_prefix_caching=False)], RoundRobin([0]), lambda _: None)
+        part = Part({0: setup(enable_prefix_caching=False)})
+        simulation = Simulation(part, RoundRobin([0]), lambda _: None)
         simulation.run(load())
-        parts = (simulation, simulation.replicas[0], simulation.replicas[0].scheduler, simulation.replicas[0].device)
-        return sum(len(value) for part in parts for value in vars(part).values() if hasattr(value, "__len__"))
+        (replica,) = part.replicas.values()
+        objects = (simulation, part, replica, replica.scheduler, replica.device)
+        return sum(len(value) for one in objects for value in vars(one).values() if hasattr(value, "__len__"))
 
     assert kept(400) == kept(40)
 
@@ -200,8 +207,8 @@ def test_memory_is_flat_once_the_prefix_caches_are_full(setup: Any) -> None:
     def load() -> Iterator[Row]:
         return ((number * 0.05, Size(48, 4, (3 * number, 3 * number + 1, 3 * number + 2), 16)) for number in range(900))
 
-    setups = [setup(), setup()]
-    simulation = Simulation(setups, PrefixAware((0, 1), 64 * 16), lambda _: None)
+    part = Part({0: setup(), 1: setup()})
+    simulation = Simulation(part, PrefixAware((0, 1), 64 * 16), lambda _: None)
     for at in (10.0, 15.0, 30.0, 44.0):  # 200, 300, 600 and 880 requests
         simulation.at(at, look)
     tracemalloc.start()
@@ -209,7 +216,7 @@ def test_memory_is_flat_once_the_prefix_caches_are_full(setup: Any) -> None:
         simulation.run(load())
     finally:
         tracemalloc.stop()
-    pools = [replica.scheduler.pool for replica in simulation.replicas]
+    pools = [replica.scheduler.pool for replica in part.replicas.values()]
     assert all(pool.cached > 0.9 * pool.total for pool in pools)
     # 16 bytes for each request that had ended would be seen; Python's own free lists come and go.
     assert traced[3] - traced[1] < 16 * 580, traced

@@ -81,6 +81,10 @@ def _parser() -> Parser:
         "--fail", type=_failure, action="append", default=[], metavar="AT:COUNT:REPAIR",
         help="at so many seconds, COUNT replicas are gone for REPAIR seconds; may be repeated",
     )  # fmt: skip
+    fleet.add_argument(
+        "--processes", type=int, default=1, metavar="N",
+        help="that compute the replicas, for a large fleet on several cores; the result is the same (1)",
+    )  # fmt: skip
     fleet.add_argument("--partition", default="off", metavar="TEXT", help="as in weft serve (off)")
     simulated.add_engine(parser)
     simulated.add_traffic(parser, "the trace once, or 600")
@@ -99,7 +103,7 @@ def _parser() -> Parser:
 
 def _problems(given: argparse.Namespace) -> list[str]:
     found = []
-    for name in ("tensor_parallel_size", "replicas"):
+    for name in ("tensor_parallel_size", "replicas", "processes"):
         if getattr(given, name) < 1:
             found.append(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least 1")
     if not 0 <= given.prefill_replicas < given.replicas:
@@ -109,6 +113,8 @@ def _problems(given: argparse.Namespace) -> list[str]:
         )
     if given.prefill_replicas and (given.partition != "off" or given.fail):
         found.append("--prefill-replicas does not go with --partition or --fail: its replicas have one phase each")
+    if given.prefill_replicas and given.processes > 1:
+        found.append("--prefill-replicas does not go with --processes: what ends on one replica begins on another")
     if not 0 < given.kv_link < math.inf:
         found.append(f"--kv-link is {given.kv_link}; it must be more than 0")
     for rate in given.rates:
@@ -144,6 +150,7 @@ def _run(fleet: Fleet, load: Load, rate: float, slo: Slo, given: argparse.Namesp
             bar.show(min(now, seconds), f"rate {rate:g}: {now:.0f} of {seconds:.0f} s (simulated)")
 
         outcome = study(
-            fleet, load.stream(rate), slo, seconds=seconds, warm_up=given.warm_up, looks=LOOKS, on_time=show
-        )
+            fleet, load.stream(rate), slo, seconds=seconds, warm_up=given.warm_up, looks=LOOKS,
+            processes=given.processes, on_time=show,
+        )  # fmt: skip
     return Run(rate, load.words(rate), outcome)

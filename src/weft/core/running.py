@@ -116,7 +116,7 @@ class Running:
 
     def _grow_ahead(self, sequence: Sequence, room: int) -> None:
         """Make room behind its last token too, unless it ends there anyway or somebody else would pay for it."""
-        goes_on = room + 1 < sequence.live.max_len
+        goes_on = room + 1 < sequence.max_len
         if goes_on and self.pool.available > self._growth(1):
             sequence.table += self.pool.take(1)
 
@@ -176,7 +176,7 @@ class Running:
             for sequence in line:
                 if self.apart and not self.pool.in_decode(sequence.table):
                     continue
-                end = min(len(sequence.tokens) + steps, sequence.live.max_len)
+                end = min(len(sequence.tokens) + steps, sequence.max_len)
                 total += max(1, -(-end // self.block_size) - len(sequence.table))
         return total
 

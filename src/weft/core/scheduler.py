@@ -80,7 +80,6 @@ class Scheduler:
             stop_ids=stop_ids,
             forbidden=tuple(sorted(stop_ids)),
             open=set(range(params.n)),
-            penalised=params.penalised,
             parked=params.n > 1,
             scores_due=params.prompt_logprobs is not None,
             back=back,
@@ -226,27 +225,28 @@ class Scheduler:
             return
         if sequence.state is PREFILL:
             self.running.decode(sequence)
-            self._prefilled(sequence, events)
-        live, token, tokens = sequence.live, drawn.token, sequence.tokens
+            self._prefilled(sequence, now, events)
+        token, tokens = drawn.token, sequence.tokens
         tokens.append(token)
-        live.generated += 1
         self.generation_tokens += 1
-        if live.first_token is None:
-            live.first_token = now
         length = len(tokens)
         finish = stop_token = None
-        if token in live.stop_ids and length - sequence.prompt_len > live.request.params.min_tokens:
+        if token in sequence.stop_ids and sequence.generated > sequence.live.request.params.min_tokens:
             finish, stop_token = Finish.STOP, token
-        elif length >= live.max_len:
+        elif length >= sequence.max_len:
             finish = Finish.LENGTH
-        events.append(made(TokenOutput, (live.request.id, sequence.index, token, drawn.score, finish, stop_token)))
+        events.append(made(TokenOutput, (sequence.name, sequence.index, token, drawn.score, finish, stop_token)))
         if finish is not None:
             self._end_sequence(sequence, finish, now, events)
         elif length > self._slots:
-            self._end_request(live, Finish.ERROR, now, events, outgrown(length, self.capacity), NeverFits.code)
+            message = outgrown(length, self.capacity)
+            self._end_request(sequence.live, Finish.ERROR, now, events, message, NeverFits.code)
 
-    def _prefilled(self, sequence: Sequence, events: list[Event]) -> None:
+    def _prefilled(self, sequence: Sequence, now: float, events: list[Event]) -> None:
+        """Its prompt is computed, and its first token, or the next one where it was preempted, was drawn."""
         live = sequence.live
+        if live.first_token is None:
+            live.first_token = now
         if sequence.scores_due:
             events.append(PromptScores(live.request.id, tuple(live.scores)))
             live.scores_due = False
@@ -261,6 +261,7 @@ class Scheduler:
     def _end_sequence(self, sequence: Sequence, finish: Finish, now: float, events: list[Event]) -> None:
         live = sequence.live
         self.running.end(sequence)
+        live.generated += sequence.generated
         live.open.discard(sequence.index)
         if sequence.index == 0:
             live.reason = finish
@@ -278,6 +279,8 @@ class Scheduler:
     ) -> None:
         """The one place where a request ends: its open sequences first, then its terminal event."""
         for sequence in live.sequences:
+            if sequence.index in live.open:
+                live.generated += sequence.generated
             if sequence.state is not State.ENDED:
                 self.running.end(sequence)
         live.sequences.clear()  # no cycle: its memory is freed now, not when the garbage collector comes by
@@ -314,6 +317,12 @@ class Scheduler:
             tokens=list(request.prompt),
             prompt_len=len(request.prompt),
             rank=(self.place(request, live.arrived) + live.back, live.number, index),
+            name=request.id,
+            max_len=live.max_len,
+            stop_ids=live.stop_ids,
+            plain=None
+            if request.params.penalised or (live.forbidden and request.params.min_tokens)
+            else request.params,
         )
         live.sequences.append(sequence)
         self.running.add(sequence)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from weft.core.plan import TokenScore
 from weft.core.request import Finish, Request
+from weft.core.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from weft.core.inflight import Flight
@@ -47,9 +48,9 @@ class Live:
     """A request that was accepted and has not ended.
 
     number: in order of arrival. max_len: tokens at which a sequence ends with LENGTH. stop_ids: ids that end one.
-    open: the indices of its sequences that have not ended. penalised: as its parameters say. parked: siblings are not
-    made before the first sequence has prefilled the prompt that they share. scores: of the prompt, while they are
-    gathered. back: seconds by which its place in the queue is later than its arrival.
+    open: the indices of its sequences that have not ended. parked: siblings are not made before the first sequence has
+    prefilled the prompt that they share. scores: of the prompt, while they are gathered. back: seconds by which its
+    place in the queue is later than its arrival. generated: tokens of the sequences that have ended.
     """
 
     request: Request
@@ -60,7 +61,6 @@ class Live:
     stop_ids: frozenset[int]
     forbidden: tuple[int, ...]
     open: set[int]
-    penalised: bool = False
     sequences: list[Sequence] = field(default_factory=list)
     parked: bool = False
     scores: list[TokenScore] = field(default_factory=list)
@@ -82,6 +82,10 @@ class Sequence:
     tokens: prompt and output. computed: how many of them have their KV in the blocks of `table`, by complete tickets.
     digests: the prefix cache's, for the full blocks. published: full blocks that were offered to the prefix cache.
     rank: its place in every line; see `Scheduler.put_back`. flight: the ticket that computes a slice of it now.
+
+    name, max_len, stop_ids: its request's. plain: the request's parameters, where these, the seed and the position are
+    all that a draw needs; None where it needs to know the tokens, too. These are looked at for every token, and a fleet
+    of simulated engines is larger than the processor's caches, so they are here and not two references away.
     """
 
     id: int
@@ -91,12 +95,21 @@ class Sequence:
     tokens: list[int]
     prompt_len: int
     rank: tuple[float, int, int]
+    name: str
+    max_len: int
+    stop_ids: frozenset[int]
+    plain: SamplingParams | None
     state: State = State.WAITING
     computed: int = 0
     table: tuple[int, ...] = ()
     digests: list[bytes] = field(default_factory=list)
     published: int = 0
     flight: Flight | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens of its output so far."""
+        return len(self.tokens) - self.prompt_len
 
     @property
     def scores_due(self) -> bool:

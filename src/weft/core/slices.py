@@ -11,12 +11,9 @@ made = tuple.__new__
 
 def decode_slice(sequence: Sequence, source: tuple[int, ...] = ()) -> Slice:
     """The last token, which was drawn and not computed yet. source: see `Slice`."""
-    tokens, live = sequence.tokens, sequence.live
+    tokens, plain = sequence.tokens, sequence.plain
     start = len(tokens) - 1
-    if live.penalised or live.forbidden:
-        sample = sampling(sequence)
-    else:
-        sample = made(Sampling, (live.request.params, sequence.seed, start + 1, (), (), ()))
+    sample = sampling(sequence) if plain is None else made(Sampling, (plain, sequence.seed, start + 1, (), (), ()))
     return made(Slice, (sequence.id, start, (tokens[start],), sequence.table, sample, None, None, source))
 
 
@@ -40,8 +37,8 @@ def sampling(sequence: Sequence) -> Sampling:
     live, tokens = sequence.live, sequence.tokens
     params, length = live.request.params, len(tokens)
     # `forbidden` keeps stop ids away until min_tokens were generated.
-    forbidden = live.forbidden if length - sequence.prompt_len < params.min_tokens else ()
-    if live.penalised:
+    forbidden = live.forbidden if sequence.generated < params.min_tokens else ()
+    if params.penalised:
         output = tuple(tokens[sequence.prompt_len :])
         return Sampling(params, sequence.seed, length, live.request.prompt, output, forbidden)
     return Sampling(params, sequence.seed, length, (), (), forbidden)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 
 from weft.bench.stats import Record, Slo
 from weft.bench.traces import Row
+from weft.core.plan import Lane
 from weft.errors import ConfigError
+from weft.sim.part import Part, Replicas
+from weft.sim.processes import Processes
 from weft.sim.replica import Setup
 from weft.sim.router import LeastLoaded, PrefixAware, RoundRobin, Router
 from weft.sim.run import Simulation, Transfer
@@ -65,13 +69,15 @@ def study(
     seconds: float | None = None,
     warm_up: float = 0.0,
     looks: int = 0,
+    processes: int = 1,
     on_end: Callable[[Record], None] | None = None,
     on_time: Callable[[float], None] | None = None,
 ) -> Outcome:
     """Serve the traffic to its end.
 
-    looks: how often within `seconds` the timeline is taken, and `on_time` told of the virtual time. on_end: told of
-    each request, too. Raises ConfigError for a fleet that cannot be, DeviceError when a request can never end.
+    looks: how often within `seconds` the timeline is taken, and `on_time` told of the virtual time. processes: that
+    compute the replicas; the result is the same. on_end: told of each request, too. Raises ConfigError for a fleet that
+    cannot be, DeviceError when a request can never end.
     """
     began = time.perf_counter()
     tally = Tally(slo, warm_up)
@@ -81,14 +87,15 @@ def study(
         if on_end is not None:
             on_end(record)
 
-    simulation = _simulation(fleet, ended)
-    timeline = Timeline(simulation.replicas[0].device.lanes())
-    if looks and seconds:
-        _look_every(simulation, timeline, seconds / looks, on_time)
-    for failure in fleet.failures:
-        _fail_at(simulation, failure, fleet)
-    simulation.run(traffic)
-    stats = [replica.engine.stats() for replica in (*simulation.lost, *simulation.replicas)]
+    with closing(_replicas(fleet, processes)) as replicas:
+        simulation = _simulation(fleet, replicas, ended)
+        timeline = Timeline([Lane(one.lane) for one in replicas.stats()[0].lanes])
+        if looks and seconds:
+            _look_every(simulation, timeline, seconds / looks, fleet, on_time)
+        for failure in fleet.failures:
+            _fail_at(simulation, failure, fleet)
+        simulation.run(traffic)
+        stats = replicas.stats()
     queries = sum(one.prefix_queries for one in stats)
     return Outcome(
         totals=tally.totals(),
@@ -115,26 +122,34 @@ def make_router(name: str, indices: Iterable[int], setup: Setup) -> Router:
     raise ConfigError(f"--router is {name!r}; it must be one of {', '.join(ROUTERS)}")
 
 
-def _simulation(fleet: Fleet, ended: Callable[[Record], None]) -> Simulation:
-    everybody = range(fleet.count)
-    setups = [fleet.setup] * fleet.count
-    if not fleet.prefill:
-        return Simulation(setups, make_router(fleet.router, everybody, fleet.setup), ended)
-    if not 0 < fleet.prefill < fleet.count:
+def _replicas(fleet: Fleet, processes: int) -> Replicas:
+    if fleet.prefill and not 0 < fleet.prefill < fleet.count:
         raise ConfigError(
             f"--prefill-replicas is {fleet.prefill} of --replicas {fleet.count}; each phase needs at least one"
         )
+    if fleet.prefill and processes > 1:
+        raise ConfigError("--prefill-replicas does not go with --processes: what ends on one replica begins on another")
+    setups = [fleet.setup] * fleet.count
+    if fleet.prefill:
+        setups[fleet.prefill :] = [received(fleet.setup)] * (fleet.count - fleet.prefill)
+    processes = min(processes, fleet.count)
+    return Part(dict(enumerate(setups))) if processes == 1 else Processes(setups, processes)
+
+
+def _simulation(fleet: Fleet, replicas: Replicas, ended: Callable[[Record], None]) -> Simulation:
+    everybody = range(fleet.count)
+    if not fleet.prefill:
+        return Simulation(replicas, make_router(fleet.router, everybody, fleet.setup), ended)
     first = make_router(fleet.router, everybody[: fleet.prefill], fleet.setup)
-    setups[fleet.prefill :] = [received(fleet.setup)] * (fleet.count - fleet.prefill)
     second = make_router("least-loaded", everybody[fleet.prefill :], fleet.setup)
-    return Simulation(setups, first, ended, decode=second, transfer=fleet.transfer)
+    return Simulation(replicas, first, ended, decode=second, transfer=fleet.transfer)
 
 
 def _look_every(
-    simulation: Simulation, timeline: Timeline, interval: float, on_time: Callable[[float], None] | None
+    simulation: Simulation, timeline: Timeline, interval: float, fleet: Fleet, on_time: Callable[[float], None] | None
 ) -> None:
     def look(now: float) -> None:
-        timeline.look(simulation.replicas, now)
+        timeline.look(simulation.replicas.stats()[: fleet.count], fleet.setup.capacity.shares, now)
         if on_time is not None:
             on_time(now)
         simulation.at(now + interval, look)

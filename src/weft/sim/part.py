@@ -1,0 +1,149 @@
+"""Replicas of a simulated fleet, and one heap of what happens next on them.
+
+Every replica is an engine of its own with a clock of its own, which is never ahead of the fleet's; what happens next
+anywhere is done next. Between two requests that it is given, what a replica does depends on nobody else.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol
+
+from weft.bench.traces import Size
+from weft.core.request import Event, Finish, RequestEnd
+from weft.errors import InvalidRequest, QueueFull
+from weft.ipc.messages import Stats
+from weft.sim.replica import Replica, Setup
+from weft.sim.traffic import prompt
+
+
+class Placed(NamedTuple):
+    """A request that a replica gets at a time. number: names the request, and makes its prompt. output: tokens that it
+    is to generate. done: tokens behind the prompt that the client has got from elsewhere."""
+
+    replica: int
+    at: float
+    number: int
+    size: Size
+    output: int
+    done: int = 0
+
+
+class Ended(NamedTuple):
+    """A request is under way on a replica no more. first: when its first token came from there, if it did. tokens: that
+    it generated there. error: a code; None where it has all its tokens."""
+
+    at: float
+    replica: int
+    number: int
+    first: float | None = None
+    tokens: int = 0
+    error: str | None = None
+
+
+class Lost(NamedTuple):
+    """A request that was under way on a replica that failed. As in `Ended`."""
+
+    number: int
+    first: float | None
+    tokens: int
+
+
+class Replicas(Protocol):
+    """What a fleet asks of its replicas, wherever they are."""
+
+    def place(self, placed: Placed) -> None:
+        """Give a request to a replica. Its time is no earlier than that of anything before."""
+        ...
+
+    def advance(self, limit: float) -> list[Ended]:
+        """Let time pass up to `limit`, or to an end: what has ended since it was last asked, in order. Empty when
+        nothing more ends until then."""
+        ...
+
+    def fail(self, indices: Iterable[int], now: float) -> list[Lost]:
+        """Make these replicas anew. What they had under way, by replica and then by urgency."""
+        ...
+
+    def stats(self) -> list[Stats]:
+        """Of the replicas, in order, and then of those that failed."""
+        ...
+
+    def close(self) -> None:
+        """Nobody will ask again."""
+        ...
+
+
+class Part:
+    """In this process. setups: by the replicas' indices."""
+
+    def __init__(self, setups: Mapping[int, Setup]) -> None:
+        self.replicas = {index: Replica(setup) for index, setup in setups.items()}
+        self._setups = setups
+        self._failed: list[Replica] = []
+        self._heard: list[Ended] = []
+        self._due = dict.fromkeys(setups, math.inf)
+        self._ends: list[tuple[float, int]] = []
+
+    def place(self, placed: Placed) -> None:
+        tokens = prompt(placed.size, placed.number) + (0,) * placed.done
+        try:
+            events = self.replicas[placed.replica].submit(str(placed.number), tokens, placed.output, placed.at)
+        except (InvalidRequest, QueueFull) as error:
+            self._heard.append(Ended(placed.at, placed.replica, placed.number, error=error.code))
+            return
+        self._hear(placed.at, placed.replica, events)
+        self._await(placed.replica)
+
+    def advance(self, limit: float) -> list[Ended]:
+        while not self._heard and (end := self.next_end) <= limit and end < math.inf:
+            index = heapq.heappop(self._ends)[1]
+            self._due[index] = math.inf
+            self._hear(end, index, self.replicas[index].step())
+            self._await(index)
+        heard, self._heard = self._heard, []
+        return heard
+
+    def fail(self, indices: Iterable[int], now: float) -> list[Lost]:
+        found: list[Lost] = []
+        for index in indices:
+            failed = self.replicas[index]
+            for one in failed.under_way():
+                found.append(Lost(int(one.name), one.live.first_token, one.generated))
+            self._failed.append(failed)
+            self.replicas[index] = Replica(self._setups[index], now)
+            self._due[index] = math.inf
+        return found
+
+    def stats(self) -> list[Stats]:
+        return [one.engine.stats() for one in (*self.replicas.values(), *self._failed)]
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    @property
+    def next_end(self) -> float:
+        """When the next step ends. An entry of the heap that is not what is due is no longer true."""
+        if self._heard:
+            return self._heard[0].at
+        ends, due = self._ends, self._due
+        while ends and due[ends[0][1]] != ends[0][0]:
+            heapq.heappop(ends)
+        return ends[0][0] if ends else math.inf
+
+    def _await(self, index: int) -> None:
+        """A replica's next end may have moved."""
+        end = self.replicas[index].device.next_end
+        if end != self._due[index]:
+            self._due[index] = end
+            if end < math.inf:
+                heapq.heappush(self._ends, (end, index))
+
+    def _hear(self, at: float, index: int, events: list[Event]) -> None:
+        for event in events:
+            if type(event) is RequestEnd:
+                error = None if event.reason is Finish.LENGTH else event.code
+                number, first = int(event.request), event.timing.first_token
+                self._heard.append(Ended(at, index, number, first, event.generated_tokens, error))

@@ -1,0 +1,104 @@
+"""A fleet in several processes is the fleet in one."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from weft.bench.stats import Record, Slo
+from weft.bench.traces import Row, Size
+from weft.errors import ConfigError, DeviceError
+from weft.sim.part import Placed
+from weft.sim.processes import Processes
+from weft.sim.replica import Setup
+from weft.sim.run import Transfer
+from weft.sim.study import Failure, Fleet, Outcome, study
+
+Make = Callable[..., Setup]
+
+# Many at the same moment, and names that meet, so that every choice of a router could be another one.
+loads = st.lists(
+    st.tuples(
+        st.sampled_from([0.0, 0.003, 0.05]),
+        st.builds(
+            lambda read, written, names: Size(read, written, tuple(names), 16),
+            st.integers(1, 400),
+            st.integers(1, 40),
+            st.lists(st.integers(0, 2), max_size=4),
+        ),
+    ),
+    min_size=1,
+    max_size=40,
+)
+
+
+def rows_of(gaps: list[tuple[float, Size]]) -> list[Row]:
+    at, rows = 0.0, []
+    for gap, size in gaps:
+        at += gap
+        rows.append((at, size))
+    return rows
+
+
+def served(fleet: Fleet, rows: list[Row], processes: int) -> tuple[Outcome, list[Record]]:
+    records: list[Record] = []
+    outcome = study(fleet, rows, Slo(1.0, 0.1), seconds=1.0, looks=5, processes=processes, on_end=records.append)
+    return outcome, records
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    load=loads,
+    router=st.sampled_from(["round-robin", "least-loaded", "prefix-aware"]),
+    partition=st.sampled_from(["off", "3:1", "auto"]),
+    count=st.integers(2, 5),
+    processes=st.integers(2, 4),
+    fails=st.none() | st.floats(0.0, 0.5),
+)
+def test_the_result_is_the_same(
+    setup: Make,
+    load: list[tuple[float, Size]],
+    router: str,
+    partition: str,
+    count: int,
+    processes: int,
+    fails: float | None,
+) -> None:
+    failures = () if fails is None else (Failure(fails, count - 1, 0.2),)
+    made = setup(partition=partition, blocks=40, max_num_seqs=4, max_num_queued_reqs=6)
+    fleet = Fleet(made, count, router, failures)
+    one, ours = served(fleet, rows_of(load), 1)
+    several, theirs = served(fleet, rows_of(load), processes)
+    assert theirs == ours and len(ours) == len(load)
+    for name in ("steps", "step_tokens", "preemptions", "cached", "switches", "retried"):
+        assert getattr(several, name) == getattr(one, name), name
+    assert several.timeline.running == one.timeline.running and several.timeline.kv == one.timeline.kv
+    assert several.totals.ttft == pytest.approx(one.totals.ttft, nan_ok=True)
+
+
+def test_a_process_that_dies_ends_the_simulation(setup: Make) -> None:
+    replicas = Processes([setup()] * 3, 2)
+    try:
+        replicas.place(Placed(0, 0.0, 1, Size(20, 30), 30))
+        replicas.place(Placed(1, 0.0, 2, Size(20, 3), 3))
+        assert [one.number for one in replicas.advance(math.inf)] == [2, 1]
+        os.kill(replicas.pids[1], signal.SIGKILL)
+        replicas.place(Placed(1, 5.0, 3, Size(20, 3), 3))
+        with pytest.raises(DeviceError, match=r"process 1 of the simulation died, exit code -9"):
+            replicas.advance(math.inf)
+    finally:
+        replicas.close()
+    assert not any(Path(f"/proc/{pid}").exists() for pid in replicas.pids)
+
+
+def test_phases_on_replicas_of_their_own_stay_in_one_process(setup: Make) -> None:
+    fleet = Fleet(setup(), 3, prefill=1, transfer=Transfer(1.0, 1e9))
+    with pytest.raises(ConfigError, match="--prefill-replicas does not go with --processes"):
+        served(fleet, [(0.0, Size(5, 5))], 2)
