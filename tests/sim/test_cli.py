@@ -98,6 +98,8 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
         (["simulate", "--replicas", "0"], "--replicas is 0; it must be at least 1"),
         (["simulate", "--replicas", "2", "--prefill-replicas", "2"], "--prefill-replicas is 2"),
         (["simulate", "--replicas", "2", "--prefill-replicas", "1", "--partition", "1:1"], "not go with --partition"),
+        (["simulate", "--replicas", "2", "--prefill-replicas", "1", "--processes", "2"], "not go with --processes"),
+        (["simulate", "--processes", "0"], "--processes is 0; it must be at least 1"),
         (["simulate", "--fail", "1:2"], "'1:2' is not AT:COUNT:REPAIR"),
         (["simulate", "--partition", "1"], "--partition is '1'"),
         (["plan", "--partitions", "off", "pd:1:1"], "--partitions is 'pd:1:1'; simulated phases on devices of"),

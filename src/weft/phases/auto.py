@@ -1,9 +1,9 @@
 """`--partition auto`: shares the device in the way that is predicted to miss the fewest targets.
 
-The ways: one lane for both phases with chunked prefill (steps as long as answers have time for within the TPOT target),
-turns, and any split that the device allows. The step law is fitted from every step; shares that were not seen are tried
-for a moment, but only while there are misses to be saved. A change must save enough (hysteresis), and no change comes
-soon after another (dwell).
+The ways: one lane for both phases with chunked prefill (steps as long as answers have time for within the TPOT target, or
+as large as the device takes them), turns, and any split that the device allows. The step law is fitted from every step;
+shares that were not seen are tried for a moment, but only while there are misses to be saved. A change must save enough
+(hysteresis), and no change comes soon after another (dwell).
 
 Prompts wait in the order of arrival. One that could not make the TTFT target any more when it came is put back: it
 would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
