@@ -220,7 +220,7 @@ def test_mixed_steps_fill_the_tpot_target() -> None:
 
 
 def test_a_rare_long_prompt_is_not_late_for_the_sake_of_a_few_tokens() -> None:
-    """It takes two thirds of the TTFT target by itself; those that decode have just begun, and much time."""
+    """It takes two thirds of the TTFT target by itself; those that decode have just begun, and have much time."""
     targets, largest = Targets(1.0, 0.015), Sharing(Regime.MIXED, WHOLE, DEVICE.chunk)
     queue, load = Queue(((0.0, 7000),), 4, 20000, ((0.0, 0),) * 4), Load(0.3, (7000,), 350)
     found = [
@@ -231,6 +231,7 @@ def test_a_rare_long_prompt_is_not_late_for_the_sake_of_a_few_tokens() -> None:
     best, others = min(found, key=lambda one: one.score), [one for one in found if one.sharing != largest]
     assert best.sharing == largest and best.ttft < targets.ttft < min(one.ttft for one in others)
     assert largest not in candidates(LAW, targets, queue, replace(load, rate=0.9), DEVICE), "prompts are not rare"
+    assert largest not in candidates(LAW, targets, queue, replace(load, prompts=(2000,)), DEVICE), "nor long"
 
 
 def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
@@ -445,6 +446,26 @@ def test_a_split_that_does_well_and_beside_which_no_other_share_is_known_is_left
     found, decision = policy.decide(state, (), Queue(decoding=40, context=40000), 0.0)
     assert decision is None or decision.sharing == state.sharing
     assert found.sharing == state.sharing
+
+
+@pytest.mark.parametrize(("rest", "over"), [(0.5, False), (5.0, True)])
+def test_an_overload_is_over_when_the_device_had_nothing_to_do(rest: float, over: bool) -> None:
+    policy = AutoPolicy(TARGETS, DEVICE, shed=True)
+    state = replace(
+        policy.start(),
+        sharing=Sharing(Regime.TURNS, Partition(1, 7), 64, size_weight=1e-3),
+        overload=True,
+        looks=True,
+        steps=(Stepped(0.0, Lane.DECODE, 0.05, 500, 8, 900, 1.0),),
+        fit=LAW,
+        model=LAW,
+    )
+    now = rest + 0.05
+    seen = (Arrived(rest, 500), Stepped(now, Lane.DECODE, 0.05, 500, 0, 0, 1.0))
+    found, decision = policy.decide(state, seen, Queue((), 1, 500, ((0.0, 0),)), now)
+    assert found.overload is not over and (found.sharing.size_weight == 0.0) is over
+    if over:
+        assert decision is not None and decision.sharing == policy.start().sharing and not decision.shed
 
 
 @pytest.mark.parametrize(("slow", "refuses"), [(1.0, False), (6.0, True)])

@@ -1,9 +1,9 @@
 """`--partition auto`: shares the device in the way that is predicted to miss the fewest targets.
 
-The ways: one lane for both phases with chunked prefill (steps as long as answers have time for within the TPOT target, or
-as large as the device takes them), turns, and any split that the device allows. The step law is fitted from every step;
-shares that were not seen are tried for a moment, but only while there are misses to be saved. A change must save enough
-(hysteresis), and no change comes soon after another (dwell).
+The ways: one lane for both phases with chunked prefill (steps as long as answers have time for within the TPOT target,
+or as large as the device takes them), turns, and any split that the device allows. The step law is fitted from every
+step; shares that were not seen are tried for a moment, but only while there are misses to be saved. A change must save
+enough (hysteresis), and no change comes soon after another (dwell).
 
 Prompts wait in the order of arrival. One that could not make the TTFT target any more when it came is put back: it
 would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
@@ -119,9 +119,17 @@ class AutoPolicy:
     def decide(
         self, state: AutoState, seen: tuple[Observation, ...], queue: Queue, now: float
     ) -> tuple[AutoState, Decision | None]:
+        rest = resting(state, seen)
         state = self._learn(state, seen, now)
-        state, decision = self._choose(state, queue, now)
+        afresh = rest >= REST and state.overload
+        state, decision = self._afresh(state, now) if afresh else self._choose(state, queue, now)
         return self._hold(state, decision, queue, now)
+
+    def _afresh(self, state: AutoState, now: float) -> tuple[AutoState, Decision]:
+        """The device has had nothing to do: whatever was too much for it is over, and what comes now begins anew."""
+        sharing = self.start().sharing
+        state = replace(state, sharing=sharing, since=now, trial=False, overload=False, looks=False, turned=now)
+        return state, Decision(now, sharing, "one lane for both phases again, since the device had nothing to do")
 
     def _choose(self, state: AutoState, queue: Queue, now: float) -> tuple[AutoState, Decision | None]:
         model, load = state.model, self._load(state, now, queue)
@@ -357,11 +365,15 @@ def likely_output(ended: Sequence[int], under_way: Sequence[int]) -> float:
     return (usual * len(ended) + sum(longer)) / (len(ended) + len(longer)) if ended or longer else usual
 
 
+def resting(state: AutoState, seen: Iterable[Observation]) -> float:
+    """Seconds between the last step that is known and the first new one in which the device had nothing to do."""
+    first = next((one for one in seen if isinstance(one, Stepped)), None)
+    return first.at - first.seconds - state.steps[-1].at if state.steps and first is not None else 0.0
+
+
 def rested(state: AutoState, new: list[Stepped]) -> AutoState:
     """The state without the time in which the device had nothing to do: neither drift nor forgetting goes on then."""
-    if not (state.steps and new):
-        return state
-    rest = new[0].at - new[0].seconds - state.steps[-1].at
+    rest = resting(state, new)
     if rest < REST:
         return state
     steps = tuple(replace(one, at=one.at + rest) for one in state.steps)

@@ -34,9 +34,10 @@ TURNS_A_STEP = 8
 FILLS = (0.8, 0.95)
 # Tokens of prompts in a step where decode alone takes too long.
 ADVANCE = 16
-# Where prompts take no more than this part of the device's time, an answer is held up by few of them: steps may then be
-# as large as the device takes them, so that a long prompt need not miss its target for the sake of a few tokens.
-RARE = 0.5
+# Where prompts take no more than this part of the device's time, and one of them such a part of the TTFT target, steps
+# may be as large as the device takes them: answers are held up by few prompts, and a long one need not miss its target
+# for the sake of a few tokens.
+RARE, LONG = 0.5, 0.25
 # A queue closer to this has no mean wait to speak of.
 FULL = 0.98
 
@@ -328,7 +329,8 @@ def candidates(
     # While prompts have a turn, a short answer must not lose the target of all its tokens.
     turn = device.chunk // (TURNS_A_STEP if device.layers > 1 else 2)
     turn = max(1, min(turn, max(one.chunk or 0 for one in found) - batch))
-    if load.rate * load.prompt * steps.predict(device.chunk, load.prompt, 1.0) < RARE * device.chunk:
+    token = steps.predict(device.chunk, load.prompt, 1.0) / device.chunk
+    if load.rate * load.prompt * token < RARE and max(load.prompts, default=0) * token > LONG * targets.ttft:
         found.append(Sharing(Regime.MIXED, whole, device.chunk, weight))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
