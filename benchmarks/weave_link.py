@@ -12,7 +12,7 @@ first.
 
     plain                     all-reduce over gloo, then every rank normalises all rows: the baseline
     fused                     reduce-scatter, norm of own rows, all-gather; one strand
-    woven, two strands        the seams in a thread of their own (where latency is added, in one in Python)
+    woven, two strands        the seams in a thread of their own
     woven                     three strands
     woven, quantised gather   rows travel as the next linear takes them (W4A8)
     no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten

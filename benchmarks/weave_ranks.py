@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
 
+from weft import _native
 from weft.core.plan import Slice
 from weft.devices.group import STRANDS, WAVE
 from weft.kernels.cpu import CpuKernels
@@ -29,11 +30,10 @@ from weft.models.measure import measure
 from weft.models.ranked import cut_step
 from weft.models.rope import Rotary
 from weft.models.shard import Part, shard_config
-from weft.weave.background import Background
 from weft.weave.choice import Mode, choose_mode
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.distributed import AllReduceCollective, connect, meet
-from weft.weave.native import NativeBackground
+from weft.weave.native import NativeBackground, NativeCollective
 from weft.weave.rows import JoinRows
 from weft.weave.sockets import open_sockets
 from weft.weave.split import choose_strands
@@ -47,7 +47,7 @@ ROUNDS_OF_A_SEAM = 2  # one after the other, in an all-reduce of two ranks as we
 
 
 class Delayed:
-    """A collective over a link with more latency: `seconds` for each round of a seam."""
+    """A collective over a link with more latency: each seam takes `seconds` longer."""
 
     def __init__(self, inner: Collective) -> None:
         self.rank, self.ranks, self.owned, self.gather = inner.rank, inner.ranks, inner.owned, inner.gather
@@ -58,7 +58,7 @@ class Delayed:
     def finish(self, pending: Any) -> Joined:
         joined = self._inner.finish(pending)
         if self.seconds:
-            time.sleep(ROUNDS_OF_A_SEAM * self.seconds)
+            time.sleep(self.seconds)
         return joined
 
 
@@ -154,15 +154,13 @@ class Rank:
         reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
         self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
         self.fused = Delayed(open_sockets(*group(FUSED), self.kernels, **reach))
-        self.woven = NativeBackground(open_sockets(*group(WOVEN), own, **reach), (core,))
-        self.behind = Delayed(open_sockets(*group("late"), own, **reach))
-        self.late = Background(self.behind, (core,))
+        self.behind = _native.DistantSeams(open_sockets(*group(WOVEN), own, **reach).group)
+        self.woven = NativeBackground(NativeCollective(self.behind, own), (core,))
         self.silent = Silent(self.rank, FusedRows(self.kernels))
 
     def modes(self, model: Model) -> dict[str, tuple[Collective, int, bool]]:
         """(collective, strands, quantised gather) by name."""
-        most = max(STRANDS)
-        woven = self.late if self.behind.seconds else self.woven
+        most, woven = max(STRANDS), self.woven
         found: dict[str, tuple[Collective, int, bool]] = {
             PLAIN: (self.plain, 1, False),
             FUSED: (self.fused, 1, False),
@@ -187,7 +185,7 @@ class Rank:
     def job(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds and bytes by mode, and the mode that the cost model chooses."""
         for delayed in (self.plain, self.fused, self.behind):
-            delayed.seconds = job["latency"]
+            delayed.seconds = ROUNDS_OF_A_SEAM * job["latency"]
         model, tokens = self.models[job["precision"]], job["tokens"]
         modes = self.modes(model)
         self._compare(model, tokens, modes)

@@ -3,6 +3,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "bind.h"
+#include "distant.h"
 #include "links.h"
 #include "packed.h"
 #include "seam.h"
@@ -54,6 +55,9 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
            arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked());
   nb::class_<Links, Seams>(module, "Links")
       .def(nb::init<int, std::vector<int>, double>(), arg("rank"), arg("files"), arg("timeout"));
+  nb::class_<DistantSeams, Seams>(module, "DistantSeams")
+      .def(nb::init<Seams&>(), arg("seams"), nb::keep_alive<1, 2>())
+      .def_prop_rw("seconds", &DistantSeams::seconds, &DistantSeams::set_seconds);
   nb::class_<SeamThread, Seams>(module, "SeamThread")
       .def(nb::init<Seams&, const std::vector<int>&>(), arg("seams"), arg("cores"), nb::keep_alive<1, 2>());
 

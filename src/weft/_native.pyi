@@ -261,6 +261,12 @@ class Links(Seams):
 
     def __init__(self, rank: int, files: list[int], timeout: float) -> None: ...
 
+class DistantSeams(Seams):
+    """Other seams, each of which takes so many seconds longer: those of a link with more latency (csrc/distant.h)."""
+
+    seconds: float
+    def __init__(self, seams: Seams) -> None: ...
+
 class SeamThread(Seams):
     """Other seams, carried out by a thread of its own on these cores (none: where its maker may run), in the order in
     which they were started: any number before the first is finished (csrc/seam_thread.h). `finish` is of the first."""

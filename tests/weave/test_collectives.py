@@ -520,6 +520,29 @@ def lonely(kernels: Any) -> Iterator[Any]:
     collective.close()
 
 
+def test_distant_seams_take_longer_and_are_the_same_otherwise(kernels: Any) -> None:
+    if available() == (REFERENCE,):
+        pytest.skip("the C++ extension is not built")
+    from weft import _native
+    from weft.weave.native import NativeBackground, NativeCollective
+
+    distant = _native.DistantSeams(_native.Links(0, [-1], 1.0))
+    collective = NativeBackground(NativeCollective(distant, kernels))
+    x, weight = torch.randn(3, 8), torch.ones(8)
+    found, took = [], []
+    for seconds in (0.0, 0.2):
+        distant.seconds = seconds
+        begun = time.monotonic()
+        pending = collective.start(Join(x, None, weight, 1e-5, (0, 3)))
+        started = time.monotonic() - begun
+        found.append(collective.finish(pending).hidden)
+        took.append((started, time.monotonic() - begun))
+    collective.close()
+    assert took[1][0] < 0.2 <= took[1][1], "who starts a seam does not wait"
+    assert torch.equal(found[0], found[1])
+    assert torch.allclose(found[0], torch.nn.functional.rms_norm(x, (8,), weight, 1e-5), atol=1e-5)
+
+
 def test_a_communication_thread_in_cpp_stays_on_its_cores(lonely: Any) -> None:
     names = {int(task.name): (task / "comm").read_text().strip() for task in Path("/proc/self/task").iterdir()}
     (thread,) = (task for task, name in names.items() if name == "weft-seams-0")
