@@ -14,8 +14,7 @@ from typing import NamedTuple, Protocol
 from weft.bench.traces import Size
 from weft.core.request import Event, Finish, RequestEnd
 from weft.errors import InvalidRequest, QueueFull
-from weft.ipc.messages import Stats
-from weft.sim.replica import Replica, Setup
+from weft.sim.replica import Replica, Setup, State
 from weft.sim.traffic import prompt
 
 
@@ -67,7 +66,7 @@ class Replicas(Protocol):
         """Make these replicas anew. What they had under way, by replica and then by urgency."""
         ...
 
-    def stats(self) -> list[Stats]:
+    def states(self) -> list[State]:
         """Of the replicas, in order, and then of those that failed."""
         ...
 
@@ -117,8 +116,8 @@ class Part:
             self._due[index] = math.inf
         return found
 
-    def stats(self) -> list[Stats]:
-        return [one.engine.stats() for one in (*self.replicas.values(), *self._failed)]
+    def states(self) -> list[State]:
+        return [one.state() for one in (*self.replicas.values(), *self._failed)]
 
     def close(self) -> None:
         """Nothing to free."""

@@ -18,21 +18,20 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from weft.errors import DeviceError, WeftError
-from weft.ipc.messages import Stats
 from weft.sim.part import Ended, Lost, Part, Placed
-from weft.sim.replica import Setup
+from weft.sim.replica import Setup, State
 
 CLOSING = 5.0  # seconds that a process has to end by itself
 
 
 class Ask(msgspec.Struct, array_like=True):
-    """Do this in order: place, advance to `limit`, fail at `now`; and tell the stats, if asked to."""
+    """Do this in order: place, advance to `limit`, fail at `now`; and tell the states, if asked to."""
 
     placed: list[Placed] = []
     limit: float = -math.inf
     failed: list[int] = []
     now: float = 0.0
-    stats: bool = False
+    states: bool = False
 
 
 class Told(msgspec.Struct, array_like=True):
@@ -41,7 +40,7 @@ class Told(msgspec.Struct, array_like=True):
     ended: list[Ended] = []
     next_end: float = math.inf
     lost: list[Lost] = []
-    stats: list[Stats] = []
+    states: list[State] = []
     error: str | None = None
 
 
@@ -95,14 +94,14 @@ class Processes:
             lost += self._receive(number).lost
         return lost
 
-    def stats(self) -> list[Stats]:
+    def states(self) -> list[State]:
         count = len(self._pipes)
         for number in range(count):
-            self._send(number, Ask(stats=True))
-        found = [self._receive(number).stats for number in range(count)]
+            self._send(number, Ask(states=True))
+        found = [self._receive(number).states for number in range(count)]
         own = [len(range(first, self._size, count)) for first in range(count)]
         there = [found[index % count][index // count] for index in range(self._size)]
-        return there + [one for stats, size in zip(found, own, strict=True) for one in stats[size:]]
+        return there + [one for states, size in zip(found, own, strict=True) for one in states[size:]]
 
     def close(self) -> None:
         for pipe in self._pipes:
@@ -161,7 +160,7 @@ def _answer(part: Part, ask: Ask) -> Told:
         told.ended += ended
     if ask.failed:
         told.lost = part.fail(ask.failed, ask.now)
-    if ask.stats:
-        told.stats = part.stats()
+    if ask.states:
+        told.states = part.states()
     told.next_end = part.next_end
     return told

@@ -29,6 +29,34 @@ class Setup:
     cost: Cost
 
 
+@dataclass(frozen=True, slots=True)
+class LaneState:
+    """share: units of the device. busy: seconds of device time since the start. steps: since then."""
+
+    lane: str
+    share: int
+    busy: float
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What a replica looks like: what a study reads of Engine.stats. used: blocks that are held or pinned. tokens:
+    computed by all lanes since the start. switches: of the partition."""
+
+    running: int
+    waiting: int
+    used: int
+    free: int
+    cached: int
+    preemptions: int
+    prefix_queries: int
+    prefix_hits: int
+    tokens: int
+    switches: int
+    lanes: tuple[LaneState, ...]
+
+
 class Replica:
     """began: the virtual time at which it starts."""
 
@@ -53,6 +81,22 @@ class Replica:
     def step(self) -> list[Event]:
         """Let time pass until the next end."""
         return self.engine.step(None)
+
+    def state(self) -> State:
+        stats = self.engine.stats()
+        return State(
+            running=stats.running,
+            waiting=stats.waiting,
+            used=stats.blocks_held + stats.blocks_pinned,
+            free=stats.blocks_free,
+            cached=stats.blocks_cached,
+            preemptions=stats.preemptions,
+            prefix_queries=stats.prefix_queries,
+            prefix_hits=stats.prefix_hits,
+            tokens=stats.iteration_tokens,
+            switches=stats.partition_switches,
+            lanes=tuple(LaneState(one.lane, one.share, one.busy, one.steps) for one in stats.lanes),
+        )
 
     def under_way(self) -> Iterator[Sequence]:
         """What would be lost if it failed now."""

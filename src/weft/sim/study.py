@@ -89,23 +89,23 @@ def study(
 
     with closing(_replicas(fleet, processes)) as replicas:
         simulation = _simulation(fleet, replicas, ended)
-        timeline = Timeline([Lane(one.lane) for one in replicas.stats()[0].lanes])
+        timeline = Timeline([Lane(one.lane) for one in replicas.states()[0].lanes])
         if looks and seconds:
             _look_every(simulation, timeline, seconds / looks, fleet, on_time)
         for failure in fleet.failures:
             _fail_at(simulation, failure, fleet)
         simulation.run(traffic)
-        stats = replicas.stats()
-    queries = sum(one.prefix_queries for one in stats)
+        states = replicas.states()
+    queries = sum(one.prefix_queries for one in states)
     return Outcome(
         totals=tally.totals(),
         tally=tally,
         timeline=timeline,
-        steps=sum(lane.steps for one in stats for lane in one.lanes),
-        step_tokens=sum(one.iteration_tokens for one in stats),
-        preemptions=sum(one.preemptions for one in stats),
-        cached=sum(one.prefix_hits for one in stats) / queries if queries else 0.0,
-        switches=sum(one.partition_switches for one in stats),
+        steps=sum(lane.steps for one in states for lane in one.lanes),
+        step_tokens=sum(one.tokens for one in states),
+        preemptions=sum(one.preemptions for one in states),
+        cached=sum(one.prefix_hits for one in states) / queries if queries else 0.0,
+        switches=sum(one.switches for one in states),
         retried=simulation.retried,
         wall=time.perf_counter() - began,
     )
@@ -149,7 +149,7 @@ def _look_every(
     simulation: Simulation, timeline: Timeline, interval: float, fleet: Fleet, on_time: Callable[[float], None] | None
 ) -> None:
     def look(now: float) -> None:
-        timeline.look(simulation.replicas.stats()[: fleet.count], fleet.setup.capacity.shares, now)
+        timeline.look(simulation.replicas.states()[: fleet.count], fleet.setup.capacity.shares, now)
         if on_time is not None:
             on_time(now)
         simulation.at(now + interval, look)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from weft.bench.stats import PERCENTILES, Record, Slo, Spread
 from weft.core.plan import Lane
-from weft.ipc.messages import Stats
+from weft.sim.replica import State
 
 GROWTH = 1.01
 # Values below this many seconds are one bucket.
@@ -157,20 +157,20 @@ class Timeline:
         self.running, self.waiting = array("d"), array("d")
         self._before: dict[Lane, float] = {}
 
-    def look(self, stats: Sequence[Stats], shares: int, now: float) -> None:
-        """stats: of every replica. shares: that the lanes of each divide."""
+    def look(self, states: Sequence[State], shares: int, now: float) -> None:
+        """states: of every replica. shares: that the lanes of each divide."""
         passed = now - (self.at[-1] if self.at else 0.0)
         self.at.append(now)
         for lane in self.share:
-            own = [(one.share / shares, one.busy) for found in stats for one in found.lanes if one.lane == lane.value]
+            own = [(one.share / shares, one.busy) for found in states for one in found.lanes if one.lane == lane.value]
             busy = sum(seconds for _, seconds in own)
             since = max(0.0, busy - self._before.get(lane, 0.0))  # less where a replica was lost
             self.share[lane].append(sum(share for share, _ in own) / max(len(own), 1))
             self.busy[lane].append(since / (passed * len(own)) if passed > 0 and own else 0.0)
             self._before[lane] = busy
-        used = sum(one.blocks_held + one.blocks_pinned for one in stats)
-        totals = used + sum(one.blocks_free + one.blocks_cached for one in stats)
+        used = sum(one.used for one in states)
+        totals = used + sum(one.free + one.cached for one in states)
         self.kv.append(used / totals)
-        self.cached.append(sum(one.blocks_cached for one in stats) / totals)
-        self.running.append(sum(one.running for one in stats))
-        self.waiting.append(sum(one.waiting for one in stats))
+        self.cached.append(sum(one.cached for one in states) / totals)
+        self.running.append(sum(one.running for one in states))
+        self.waiting.append(sum(one.waiting for one in states))
