@@ -16,7 +16,7 @@ from weft.bench.stats import Record, Slo
 from weft.bench.traces import Row, Size
 from weft.errors import ConfigError, DeviceError
 from weft.sim.part import Placed
-from weft.sim.processes import Processes
+from weft.sim.processes import Ask, Processes
 from weft.sim.replica import Setup
 from weft.sim.run import Transfer
 from weft.sim.study import Failure, Fleet, Outcome, study
@@ -96,6 +96,19 @@ def test_a_process_that_dies_ends_the_simulation(setup: Make) -> None:
     finally:
         replicas.close()
     assert not any(Path(f"/proc/{pid}").exists() for pid in replicas.pids)
+
+
+def test_a_process_whose_fleet_is_gone_ends_without_a_word(setup: Make, capfd: pytest.CaptureFixture[str]) -> None:
+    replicas = Processes([setup()] * 2, 2)
+    for number in range(2):
+        replicas.place(Placed(number, 0.0, number, Size(20, 40_000), 200))
+    for number, pipe in enumerate(replicas._pipes):
+        replicas._send(number, Ask(placed=replicas._placed[number], limit=math.inf))
+        pipe.close()  # as if the fleet had been killed while they compute
+    for process in replicas._processes:
+        process.join(10.0)
+    assert [process.exitcode for process in replicas._processes] == [0, 0]
+    assert capfd.readouterr().err == ""
 
 
 def test_phases_on_replicas_of_their_own_stay_in_one_process(setup: Make) -> None:

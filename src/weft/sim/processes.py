@@ -13,7 +13,9 @@ import math
 import multiprocessing
 import signal
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
+from typing import NoReturn
 
 import msgspec
 
@@ -138,13 +140,14 @@ def _serve(pipe: Connection, setups: dict[int, Setup], others: list[Connection])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that asks decides
     for other in others:
         other.close()
-    part = Part(setups)
+    with suppress(EOFError, ConnectionError):  # nobody asks any more, or waits for the answer
+        _answer_all(pipe, Part(setups))
+
+
+def _answer_all(pipe: Connection, part: Part) -> NoReturn:
     encode, decode = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder(Ask).decode
     while True:
-        try:
-            ask = decode(pipe.recv_bytes())
-        except EOFError:
-            return
+        ask = decode(pipe.recv_bytes())
         try:
             told = _answer(part, ask)
         except WeftError as error:
