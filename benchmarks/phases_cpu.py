@@ -403,10 +403,10 @@ class Contest:
         key |= {"round": turn, "policy": one.name}
         if self._pieces.find(**key):
             return False
-        shots = self._shots(load, machine, "report", turn, factor)
-        if not shots:  # a trace has pauses
-            return False
-        for _ in range(AGAIN):
+        for again in range(AGAIN):
+            shots = self._shots(load, machine, "report", turn, factor, again)
+            if not shots:  # a trace has pauses
+                return False
             began, watch = time.monotonic(), common.LoadWatch()
             records = await self._serve(one.name, shots, machine)
             seconds, others = time.monotonic() - began, watch.other_load()[0]
@@ -439,7 +439,9 @@ class Contest:
         self._probes.append(min(one.ended - one.sent for one in records))
         return max([*before, self._probes[-1]]) / float(np.median(self._probes[-USUAL:]))
 
-    def _shots(self, load: Load, machine: Machine, part: str, turn: int, factor: float | None = None) -> list[Shot]:
+    def _shots(
+        self, load: Load, machine: Machine, part: str, turn: int, factor: float | None = None, again: int = 0
+    ) -> list[Shot]:
         """So many requests/s of a load for so long: the trace is run faster or slower as a whole. factor: one of the
         contest's, which are served one after the other in every turn; without one there are no others."""
         base = len(load.make(part, 1.0, 120.0)) / 120.0
@@ -449,7 +451,7 @@ class Contest:
             return load.shots(part, rate, seconds, self._vocabulary, turn)
         number, every = self._factors.index(factor), self._factors
         before = rate * (turn * sum(every) + sum(every[:number]))
-        return load.shots(part, factor * rate, seconds, self._vocabulary, turn * len(every) + number, before)
+        return load.shots(part, factor * rate, seconds, self._vocabulary, turn * len(every) + number, before, again)
 
     async def _serve(self, name: str, shots: Sequence[Shot], machine: Machine) -> list[Record]:
         slo, longest = machine.slo, self._fitted.azure.longest[1]

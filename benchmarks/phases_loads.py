@@ -53,13 +53,21 @@ class Load:
     make: Callable[..., list[Row]]
 
     def shots(
-        self, part: str, rate: float, seconds: float, vocabulary: int, piece: int = 0, before: float | None = None
+        self,
+        part: str,
+        rate: float,
+        seconds: float,
+        vocabulary: int,
+        piece: int = 0,
+        before: float | None = None,
+        again: int = 0,
     ) -> list[Shot]:
-        """The same with prompts, for a server that computes something."""
+        """The same with prompts, for a server that computes something. again: how often it has served this piece: the
+        prompts are others then, of the same lengths, since it may still have the KV of the first ones."""
         rows = self.make(part, rate, seconds, piece, before)
         if not rows:
             return []
-        rng = np.random.default_rng([SEEDS[part], piece])
+        rng = np.random.default_rng([SEEDS[part], piece, *([again] if again else [])])
         return traffic.shots([due for due, _ in rows], [size for _, size in rows], vocabulary, 0, rng)
 
 

@@ -56,13 +56,16 @@ def test_parts_and_pieces_of_a_trace_are_apart_and_scaled(scripts: Any, trace: P
 
 
 def test_no_two_pieces_have_a_prompt_in_common(scripts: Any, trace: Path) -> None:
-    """Or a server's prefix cache would know in one round what it has computed in another."""
+    """Or a server's prefix cache would know in one round, or in another try, what it has computed before."""
     loads = scripts("phases_loads")
     for load in (loads.recorded(trace, loads.Scale(0.5, 2.0, (700, 8))), loads.changing((loads.Mix(2.0, 60, 5),))):
         pieces = [load.shots(part, 1.0, 20.0, 512, piece) for part in ("tune", "report") for piece in (0, 1)]
+        pieces += [load.shots("report", 1.0, 20.0, 512, 1, again=again) for again in (1, 2)]
         begins = [shot.prompt[:16] for piece in pieces for shot in piece]
         assert len(set(begins)) == len(begins) >= 80
         assert pieces[0] == load.shots("tune", 1.0, 20.0, 512, 0)
+        shapes = [[(shot.due, shot.input_tokens, shot.output_tokens) for shot in piece] for piece in pieces]
+        assert shapes[-3] == shapes[-2] == shapes[-1] != shapes[0], "a piece that is measured again is the same load"
 
 
 def test_the_changing_load_is_heavy_in_prompts_then_in_answers_then_in_prompts(scripts: Any) -> None:
