@@ -287,6 +287,14 @@ def test_a_load_that_changes_is_seen_in_its_rate_and_its_prompts_at_once() -> No
     assert policy._load(state, 500.1).rate == 0.0, "one request is no rate"
 
 
+def test_a_few_requests_at_once_are_no_rate_and_very_many_are_one() -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    many = tuple(Arrived(number / 200, 100) for number in range(1, 401))
+    assert policy._load(policy._learn(policy.start(), many[:10], 0.05), 0.05).rate <= 10.0
+    load = policy._load(policy._learn(policy.start(), many, 2.0), 2.0)
+    assert load.rate == pytest.approx(200.0, rel=0.05) and len(load.prompts) == pytest.approx(200, abs=2)
+
+
 # -- decisions -------------------------------------------------------------------------------------------------------
 
 

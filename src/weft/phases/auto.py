@@ -21,9 +21,10 @@ from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost,
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
-# Kept of each kind: steps of one share and size, and in all; arrivals, and for so many seconds.
+# Kept of each kind: steps of one share and size, and in all; arrivals.
 STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 12, 240, 200, 48, 24
-RATE_SECONDS = 20.0
+# Arrivals are kept for so many seconds; all of the last ones, since some that come at once are no rate yet.
+RATE_SECONDS, RATE_LEAST = 20.0, 1.0
 # Steps of one kind that are kept are so far apart: a thousand of a moment would tell of that moment only.
 SPACING = 0.05
 # Steps of so many seconds tell how fast the device is just now.
@@ -171,8 +172,7 @@ class AutoPolicy:
     def _learn(self, state: AutoState, seen: tuple[Observation, ...], now: float) -> AutoState:
         steps = [one for one in seen if isinstance(one, Stepped)]
         state = rested(state, steps)
-        arrivals = [*state.arrivals, *(one for one in seen if isinstance(one, Arrived))]
-        arrivals = [one for one in arrivals[-ARRIVALS:] if now - one.at <= RATE_SECONDS]
+        arrivals = recent([*state.arrivals, *(one for one in seen if isinstance(one, Arrived))], now)
         load = self._load(replace(state, arrivals=tuple(arrivals)), now)
         firsts = list(state.firsts)
         if state.model is not None:
@@ -218,7 +218,7 @@ class AutoPolicy:
     def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
         arrivals = state.arrivals
-        rate = (len(arrivals) - 1) / max(now - arrivals[0].at, 1.0) if arrivals else 0.0
+        rate = (len(arrivals) - 1) / max(now - arrivals[0].at, RATE_LEAST) if arrivals else 0.0
         output = likely_output([one.output for one in state.ended], [done for _, done in queue.answers])
         return Load(rate, tuple(one.tokens for one in arrivals), output)
 
@@ -363,6 +363,12 @@ def likely_output(ended: Sequence[int], under_way: Sequence[int]) -> float:
     usual = sum(ended) / len(ended) if ended else UNKNOWN_OUTPUT
     longer = [one for one in under_way if one > usual]
     return (usual * len(ended) + sum(longer)) / (len(ended) + len(longer)) if ended or longer else usual
+
+
+def recent(arrivals: Sequence[Arrived], now: float) -> list[Arrived]:
+    """Those that tell how often requests come now: the last few, and all of the last moment, where it has more."""
+    first = next((i for i, one in enumerate(arrivals) if now - one.at <= RATE_LEAST), len(arrivals))
+    return [one for one in arrivals[min(first, max(0, len(arrivals) - ARRIVALS)) :] if now - one.at <= RATE_SECONDS]
 
 
 def resting(state: AutoState, seen: Iterable[Observation]) -> float:
