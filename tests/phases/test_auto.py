@@ -19,7 +19,7 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices.cost import CostModel
 from weft.devices.virtual import VirtualDevice
 from weft.loop.engine import Engine
-from weft.phases.auto import SPACING, STEPS_EACH, TRIAL_ARRIVALS, AutoPolicy, kept
+from weft.phases.auto import TRIAL_ARRIVALS, AutoPolicy
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
 from weft.phases.forecast import Device, Load, _waits_longer, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
@@ -234,17 +234,6 @@ def test_a_rare_long_prompt_is_not_late_for_the_sake_of_a_few_tokens() -> None:
     assert largest not in candidates(LAW, targets, queue, replace(load, prompts=(2000,)), DEVICE), "nor long"
 
 
-def test_what_is_known_of_a_share_outlives_a_long_stay_at_another() -> None:
-    def step(at: float, share: float) -> Stepped:
-        return Stepped(at, Lane.DECODE, 0.01, 0, 4, 100, share)
-
-    known = kept([step(i * 0.1, 0.25) for i in range(50)], [step(10 + i * 0.1, 0.75) for i in range(5000)])
-    assert len([one for one in known if one.share == 0.25]) == STEPS_EACH
-    at = [one.at for one in known if one.share == 0.75]
-    assert all(b - a >= SPACING for a, b in itertools.pairwise(at)), "many of one moment are of one moment"
-    assert max(one.at for one in known) == pytest.approx(10 + 499.9)
-
-
 def test_where_nobody_decodes_for_long_prompts_have_the_whole_device_in_every_split() -> None:
     whole = DEVICE.chunk / LAW.predict(DEVICE.chunk, 800)
     half = DEVICE.chunk / LAW.predict(DEVICE.chunk, 800, 0.5, 1.0)
@@ -285,14 +274,6 @@ def test_a_load_that_changes_is_seen_in_its_rate_and_its_prompts_at_once() -> No
     assert load.rate == pytest.approx(10.0, rel=0.05) and load.prompt == 50
     state, _ = policy.decide(state, (Arrived(500.0, 50),), EMPTY, 500.1)
     assert policy._load(state, 500.1).rate == 0.0, "one request is no rate"
-
-
-def test_a_few_requests_at_once_are_no_rate_and_very_many_are_one() -> None:
-    policy = AutoPolicy(TARGETS, DEVICE)
-    many = tuple(Arrived(number / 200, 100) for number in range(1, 401))
-    assert policy._load(policy._learn(policy.start(), many[:10], 0.05), 0.05).rate <= 10.0
-    load = policy._load(policy._learn(policy.start(), many, 2.0), 2.0)
-    assert load.rate == pytest.approx(200.0, rel=0.05) and len(load.prompts) == pytest.approx(200, abs=2)
 
 
 # -- decisions -------------------------------------------------------------------------------------------------------

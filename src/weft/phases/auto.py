@@ -13,24 +13,19 @@ make its deadline even so is refused, if that was allowed.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
 from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, outlook
+from weft.phases.history import kept, likely_output, rate, recent
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
-# Kept of each kind: steps of one share and size, and in all; arrivals.
-STEPS_EACH, STEPS_MOST, FIRSTS_MOST, ARRIVALS, OUTPUTS = 12, 240, 200, 48, 24
-# Arrivals are kept for so many seconds; all of the last ones, since some that come at once are no rate yet.
-RATE_SECONDS, RATE_LEAST = 20.0, 1.0
-# Steps of one kind that are kept are so far apart: a thousand of a moment would tell of that moment only.
-SPACING = 0.05
+# Kept: times to a first token, and requests that ended.
+FIRSTS_MOST, OUTPUTS = 200, 24
 # Steps of so many seconds tell how fast the device is just now.
 NOW = 1.0
-# Tokens of an answer, before there was one.
-UNKNOWN_OUTPUT = 100.0
 # After so many seconds without a step the device has rested: what is known of it is no older than before.
 REST = 1.0
 # A change has to save so many misses within the horizon, and such a part of them. Forecasts of one regime err alike, so
@@ -217,10 +212,8 @@ class AutoPolicy:
 
     def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
-        arrivals = state.arrivals
-        rate = (len(arrivals) - 1) / max(now - arrivals[0].at, RATE_LEAST) if arrivals else 0.0
         output = likely_output([one.output for one in state.ended], [done for _, done in queue.answers])
-        return Load(rate, tuple(one.tokens for one in arrivals), output)
+        return Load(rate(state.arrivals, now), tuple(one.tokens for one in state.arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
         """Tokens of prompts per second on the whole device."""
@@ -357,20 +350,6 @@ def words(sharing: Sharing, shares: int) -> str:
     return f"split, {prefill}:{decode} of {shares}"
 
 
-def likely_output(ended: Sequence[int], under_way: Sequence[int]) -> float:
-    """Mean tokens of an answer: of those that ended, and of those that are longer than these already. Answers that get
-    longer show in the one long before they show in the other."""
-    usual = sum(ended) / len(ended) if ended else UNKNOWN_OUTPUT
-    longer = [one for one in under_way if one > usual]
-    return (usual * len(ended) + sum(longer)) / (len(ended) + len(longer)) if ended or longer else usual
-
-
-def recent(arrivals: Sequence[Arrived], now: float) -> list[Arrived]:
-    """Those that tell how often requests come now: the last few, and all of the last moment, where it has more."""
-    first = next((i for i, one in enumerate(arrivals) if now - one.at <= RATE_LEAST), len(arrivals))
-    return [one for one in arrivals[min(first, max(0, len(arrivals) - ARRIVALS)) :] if now - one.at <= RATE_SECONDS]
-
-
 def resting(state: AutoState, seen: Iterable[Observation]) -> float:
     """Seconds between the last step that is known and the first new one in which the device had nothing to do."""
     first = next((one for one in seen if isinstance(one, Stepped)), None)
@@ -385,23 +364,3 @@ def rested(state: AutoState, new: list[Stepped]) -> AutoState:
     steps = tuple(replace(one, at=one.at + rest) for one in state.steps)
     firsts = tuple(replace(one, at=one.at + rest) for one in state.firsts)
     return replace(state, steps=steps, firsts=firsts, fitted=state.fitted + rest)
-
-
-def kept(before: Iterable[Stepped], new: Iterable[Stepped]) -> tuple[Stepped, ...]:
-    """Steps of each share and size, so that what is known of one share outlives a long stay at another, and that what
-    is known of small steps and of large ones is of some time, not of one moment."""
-    groups: dict[tuple[float, int, int], list[Stepped]] = {}
-    for one in before:
-        groups.setdefault(_kind(one), []).append(one)
-    for one in new:
-        group = groups.setdefault(_kind(one), [])
-        if not group or one.at >= group[-1].at + SPACING:
-            group.append(one)
-    newest = [one for group in groups.values() for one in group[-STEPS_EACH:]]
-    newest.sort(key=lambda one: one.at)
-    return tuple(newest[-STEPS_MOST:])
-
-
-def _kind(one: Stepped) -> tuple[float, int, int]:
-    """The share, and the sizes of both parts to a factor of two."""
-    return round(one.share, 2), one.prompt.bit_length(), one.output.bit_length()
