@@ -6,6 +6,8 @@
 // Work is cut into items of one panel (64 columns) and a range of rows. Within an item, tiles of up to ROWS rows follow
 // one another and the panel stays in the L2 cache; meanwhile they prefetch the next panel, so that reading memory and
 // computing overlap. One tile (few rows) is bound by memory, and there the hardware's prefetcher is the better one.
+#include <type_traits>
+
 #include "multiply.h"
 
 namespace weft::WEFT_LEVEL {
@@ -46,9 +48,93 @@ WEFT_INLINE void finish(const f32v (&sums)[COUNT], const float* bias, Out* y, in
   if (to == part && count > 0) memcpy(y, part, size_t(count) * sizeof *y);
 }
 
+#if !defined(WEFT_LEVEL_avx512)
+
+// Channels of a row that are floats at a time: those of a tile, and its sums, stay in the L1 cache.
+constexpr int64_t CHUNK = 512;
+
+// Becomes `count` floats, and a zero behind an odd number of them.
+WEFT_INLINE void widen_row(const bf16* from, int64_t count, float* to) {
+  int64_t i = 0;
+  for (; i + lanes <= count; i += lanes) store(to + i, load_bf16(from + i));
+  for (; i < count; i++) to[i] = widen(from[i]);
+  to[i] = 0;
+}
+
+// So many steps along `in`, for WIDTH vectors of columns. What there is more of, rows or columns, is held only in sums.
+// Fetches LINES of each step of `next` on the way.
+template <int HEIGHT, int WIDTH, int LINES>
+WEFT_INLINE void add_widened(const char* w, const float (&x)[HEIGHT][CHUNK + 2], int64_t steps, float* sums,
+                             const char* next) {
+  f32v part[HEIGHT][WIDTH];
+  WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+    WEFT_UNROLL for (int v = 0; v < WIDTH; v++) part[r][v] = load<f32v>(sums + r * PANEL + v * lanes);
+  }
+  const auto add = [&](int r, int v, u32v weights, f32v first, f32v second) {
+    part[r][v] = fma((f32v)(weights << 16), first, part[r][v]);
+    part[r][v] = fma((f32v)(weights & 0xffff0000u), second, part[r][v]);
+  };
+  for (int64_t step = 0; step < steps; step++, w += STEP_BYTES) {
+    WEFT_UNROLL for (int line = 0; line < LINES; line++) __builtin_prefetch(next + step * STEP_BYTES + line * 64, 0, 2);
+    if constexpr (HEIGHT > WIDTH) {
+      u32v weights[WIDTH];
+      WEFT_UNROLL for (int v = 0; v < WIDTH; v++) weights[v] = load<u32v>(w + v * sizeof(u32v));
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+        const f32v first = splat(x[r][2 * step]), second = splat(x[r][2 * step + 1]);
+        WEFT_UNROLL for (int v = 0; v < WIDTH; v++) add(r, v, weights[v], first, second);
+      }
+    } else {
+      f32v first[HEIGHT], second[HEIGHT];
+      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+        first[r] = splat(x[r][2 * step]);
+        second[r] = splat(x[r][2 * step + 1]);
+      }
+      WEFT_UNROLL for (int v = 0; v < WIDTH; v++) {
+        const u32v weights = load<u32v>(w + v * sizeof(u32v));
+        WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) add(r, v, weights, first[r], second[r]);
+      }
+    }
+  }
+  WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+    WEFT_UNROLL for (int v = 0; v < WIDTH; v++) store(sums + r * PANEL + v * lanes, part[r][v]);
+  }
+}
+
+// A tile (below) where the CPU multiplies floats only: inputs become floats once for all columns, chunk by chunk, and sums
+// wait in memory meanwhile, which changes no bit of them. A lone tile fetches the next chunk: it passes over each of them
+// several times, in steps that are too far apart for the hardware's prefetcher.
+template <class Out, int HEIGHT, bool PREFETCH>
+void widened_tile(const Job<BFloat16, Out>& job, int64_t panel, int64_t row, const char* next) {
+  constexpr int WIDTH = vectors(HEIGHT), LINES = WIDTH < PANEL_VECTORS ? 4 : 0;
+  const int64_t in = job.weights.in;
+  alignas(64) float x[HEIGHT][CHUNK + 2];
+  alignas(64) float sums[HEIGHT * PANEL] = {};
+  for (int64_t begin = 0; begin < in; begin += CHUNK) {
+    const int64_t count = in - begin < CHUNK ? in - begin : CHUNK, bytes = begin / 2 * STEP_BYTES;
+    for (int r = 0; r < HEIGHT; r++) widen_row(job.x + (row + r) * in + begin, count, x[r]);
+    const char* w = job.panel(panel) + bytes;
+    const char* ahead = PREFETCH ? next + bytes : w + CHUNK / 2 * STEP_BYTES;
+    add_widened<HEIGHT, WIDTH, PREFETCH ? 2 : LINES>(w, x, (count + 1) / 2, sums, ahead);
+    for (int first = WIDTH; first < PANEL_VECTORS; first += WIDTH)
+      add_widened<HEIGHT, WIDTH, 0>(w + first * sizeof(f32v), x, (count + 1) / 2, sums + first * lanes, ahead);
+  }
+  const int64_t column = panel * PANEL;
+  const float* bias = job.weights.bias == nullptr ? nullptr : job.weights.bias + column;
+  for (int r = 0; r < HEIGHT; r++) {
+    f32v all[PANEL_VECTORS];
+    for (int v = 0; v < PANEL_VECTORS; v++) all[v] = load<f32v>(sums + r * PANEL + v * lanes);
+    finish<Out, PANEL_VECTORS>(all, bias, job.y + (row + r) * job.weights.out + column, job.weights.out - column);
+  }
+}
+
+#endif
+
 // HEIGHT rows from `row` on, all columns of a panel. PREFETCH: fetches half of the lines of `next` on the way.
 template <class T, class Out, int HEIGHT, bool PREFETCH>
 void tile(const Job<T, Out>& job, int64_t panel, int64_t row, const char* next) {
+#if !defined(WEFT_LEVEL_avx512)
+  if constexpr (std::is_same_v<T, BFloat16>) return widened_tile<Out, HEIGHT, PREFETCH>(job, panel, row, next);
+#endif
   constexpr int WIDTH = vectors(HEIGHT);
   const int64_t in = job.weights.in, full = in / T::DEPTH;
   const typename T::Element* x = job.x + row * in;

@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-# Around the tile heights (4, 6), the cut of rows, the panel (64 columns) and the pair of bfloat16.
+# Around the tile heights (4, 6), the cut of rows, the panel (64 columns), the pair of bfloat16 and the chunk of channels
+# (512) whose inputs become floats.
 rows = st.one_of(st.integers(1, 20), st.integers(1, 130))
-inputs = st.one_of(st.integers(1, 9), st.integers(1, 300))
+inputs = st.one_of(st.integers(1, 9), st.integers(1, 300), st.sampled_from([511, 512, 513, 1024, 1031]))
 outputs = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 128, 129]), st.integers(1, 260))
 
 
@@ -36,6 +37,8 @@ def exact(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> t
 @given(m=rows, k=inputs, n=outputs, with_bias=st.booleans(), dtype=dtypes, seed=st.integers(0, 2**31))
 @example(m=128, k=511, n=192, with_bias=True, dtype=torch.bfloat16, seed=0)
 @example(m=130, k=257, n=65, with_bias=True, dtype=torch.float32, seed=0)
+@example(m=1, k=1030, n=65, with_bias=True, dtype=torch.bfloat16, seed=0)
+@example(m=7, k=1537, n=70, with_bias=True, dtype=torch.bfloat16, seed=0)
 def test_it_is_the_product_in_float32(
     backends: Any, m: int, k: int, n: int, with_bias: bool, dtype: torch.dtype, seed: int
 ) -> None:
