@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from tests import row_products
 
 TINY = {
     "architectures": ["LlamaForCausalLM"],
@@ -26,6 +27,8 @@ TINY = {
 
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+if row_products.wanted():
+    row_products.compute_rows_alone()
 
 
 if find_spec("hypothesis") is not None:  # a bare GPU image has none

@@ -23,6 +23,12 @@ from weft.devices.cuda import open_cuda
 from weft.devices.group import Group
 from weft.loop.nodes import free_port
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests import row_products
+
+if row_products.wanted():
+    row_products.compute_rows_alone()
+
 GREEDY = SamplingParams(temperature=0.0, logprobs=1, ignore_eos=True)
 LENGTHS, STEPS = (21, 3), 3
 ROOM = 2  # blocks of each sequence

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 many = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 dtypes = st.sampled_from([torch.float32, torch.bfloat16])
-# Around the tile heights (4, 6), the cut of rows, the panel (64 columns), the pair of bfloat16 and the chunk of channels
-# (512) whose inputs become floats.
+# Around the tile heights (4, 6), the cut of rows, the panel (64 columns), the pair of bfloat16 and the channels (512)
+# whose inputs become floats at a time.
 rows = st.one_of(st.integers(1, 20), st.integers(1, 130))
 inputs = st.one_of(st.integers(1, 9), st.integers(1, 300), st.sampled_from([511, 512, 513, 1024, 1031]))
 outputs = st.one_of(st.integers(1, 9), st.sampled_from([63, 64, 65, 128, 129]), st.integers(1, 260))
