@@ -19,7 +19,10 @@ LEAST = 4  # a quarter of the chunk
 
 
 def seconds(plan: Plan, cost: StepCost = COST) -> float:
-    return cost.fixed + cost.token * plan.tokens + cost.slot * sum(piece.end for piece in plan.slices)
+    prompts = [piece for piece in plan.slices if len(piece.tokens) > 1]
+    attended = cost.read * sum(piece.end for piece in prompts)
+    attended += cost.pair * sum(len(piece.tokens) * (piece.start + piece.end + 1) / 2 for piece in prompts)
+    return cost.fixed + cost.token * plan.tokens + cost.slot * sum(piece.end for piece in plan.slices) + attended
 
 
 def begun(drive: Any, tokens: int, each: float) -> Any:
@@ -41,6 +44,20 @@ def test_a_step_takes_what_the_answer_has_saved_and_the_time_of_one_token(drive:
     plan = driver.plan(Lane.DECODE)
     left = PACED.tpot * (tokens + 1) - tokens * each  # until its next token is due
     assert seconds(plan) <= SPEND * left < seconds(plan) + COST.token + COST.slot, "and one token more would not fit"
+
+
+def test_a_part_of_a_long_prompt_costs_what_it_attends_to(drive: Any) -> None:
+    """So that the parts get shorter, and each step is as long as it may be."""
+    cost, driver = StepCost(0.1, 0.02, 1e-4, read=1e-3, pair=2e-4), begun(drive, 0, 0.0)
+    driver.scheduler.share(PACED, cost)
+    lengths = []
+    while len(lengths) < 8:
+        plan = driver.plan(Lane.DECODE)
+        assert 0.95 * SPEND * PACED.tpot < seconds(plan, cost) <= SPEND * PACED.tpot
+        lengths.append(plan.tokens - 1)
+        driver.now += PACED.tpot  # nothing is saved
+        driver.land(Lane.DECODE)
+    assert lengths == sorted(lengths, reverse=True) and lengths[0] > 2 * lengths[-1]
 
 
 def test_an_answer_that_is_behind_catches_up_while_prompts_get_their_least(drive: Any) -> None:

@@ -355,6 +355,23 @@ def test_a_request_whose_time_is_up_before_its_turn_lets_others_pass_and_is_serv
     assert engine.stats().partition_put_back == (order[-1] == "late")
 
 
+@pytest.mark.parametrize("tokens", [2, 5, 16, 17, 40])
+@pytest.mark.parametrize("companions", [0, 3])
+def test_however_a_prompt_is_cut_its_tokens_attend_to_all_before_them_once(tokens: int, companions: int) -> None:
+    policy = Watching(Sharing(Regime.MIXED, WHOLE, 8))
+    engine, device = virtual(policy)
+    heard = Heard(device.clock)
+    for number in range(companions):
+        engine.submit(ask(str(number), [number], 30))
+    engine.submit(ask("a", range(tokens), 3))
+    heard.drain(engine)
+    steps = [one for one in policy.seen if isinstance(one, Stepped)]
+    whole = tokens * (tokens + 1) // 2
+    # A last part of one token is a decode step in all but name.
+    assert sum(one.pairs for one in steps) in (whole, whole - tokens)
+    assert all(one.read <= one.context and (one.read > 0) == (one.pairs > 0) for one in steps)
+
+
 def test_a_prompt_that_alone_takes_too_long_lets_others_pass_from_the_start() -> None:
     engine, device = virtual(Watching(Sharing(Regime.SPLIT, Partition(4, 4)), hold=20, within=9.0, shed=False))
     heard = Heard(device.clock)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -166,6 +167,35 @@ def test_each_part_of_a_step_that_is_cut_costs_the_fixed_part_anew() -> None:
     found = fit_steps(steps, 12.0)
     assert isinstance(found, StepModel) and found.fixed == pytest.approx(truth.fixed, rel=0.1)
     assert found.predict(512, 3000, 0.5, parts=8) == pytest.approx(truth.predict(512, 3000, 0.5, parts=8), rel=0.03)
+
+
+def chunks(prompt: int, chunk: int, truth: StepModel, decoding: int, rng: random.Random, at: float) -> list[Stepped]:
+    """The steps of one prompt, beside so many that decode, each with 500 slots."""
+    made = []
+    for start in range(0, prompt, chunk):
+        tokens = min(chunk, prompt - start)
+        read, pairs = start + tokens, tokens * start + tokens * (tokens + 1) // 2
+        step = Stepped(at, Lane.DECODE, 1.0, tokens, decoding, read + 500 * decoding, 1.0, read=read, pairs=pairs)
+        made.append(replace(step, at=at + 0.1 * len(made), seconds=truth.of_step(step) * rng.uniform(0.97, 1.03)))
+    return made
+
+
+def test_long_prompts_do_not_look_like_a_device_that_has_become_slower() -> None:
+    """Small chunks late in a prompt of 30,000 tokens, whose attention is most of what they cost."""
+    rng, truth = random.Random(8), StepModel(0.0, 0.017, 1.1e-4, 1e-7, read=1e-6, pair=2e-9)
+    seen = [one for k in range(12) for one in chunks(rng.randint(500, 12000), 2048, truth, k % 5, rng, 3.0 * k)]
+    seen += [one for k in range(12) for one in chunks(rng.randint(500, 4000), 256, truth, 1 + k % 5, rng, 40.0 + k)]
+    model = fit_one_share(seen, now=60.0)
+    late = chunks(30000, 128, truth, 1, rng, 60.0)[-40:]
+    assert isinstance(model, StepModel) and drift(model, late) == pytest.approx(1.0, abs=0.1)
+    without = replace(truth, read=0.0, pair=0.0)
+    assert drift(without, late) > 1.5, "that is what it would look like"
+
+
+def test_from_few_steps_attention_is_not_told_from_other_costs() -> None:
+    rng, truth = random.Random(9), StepModel(0.0, 0.01, 1e-4, 1e-7, read=1e-6, pair=2e-9)
+    found = fit_one_share(chunks(20000, 2048, truth, 1, rng, 0.0), now=2.0)
+    assert isinstance(found, StepModel) and (found.read, found.pair) == (0.0, 0.0)
 
 
 def test_from_one_share_the_costs_there_are_known() -> None:

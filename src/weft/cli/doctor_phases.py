@@ -98,6 +98,8 @@ def _step_lines(model: StepModel | None) -> list[str]:
         f"  base        {model.base * 1e3:10.4f} ms on the whole device",
         f"  token       {model.token * 1e6:10.4f} us",
         f"  slot        {model.slot * 1e9:10.4f} ns of context",
+        f"  read        {model.read * 1e9:10.4f} ns of context that prompts read",
+        f"  pair        {model.pair * 1e12:10.4f} ps of a prompt's token and a slot that it attends to",
         f"  saturation  {saturation}",
         f"  contention  {contention}",
     ]

@@ -178,11 +178,14 @@ class Sharing:
 
 @dataclass(frozen=True, slots=True)
 class StepCost:
-    """What a step takes on the whole device: fixed + token * T + slot * C seconds, for T tokens that read C slots."""
+    """What a step takes on the whole device: fixed + token * T + slot * C seconds, for T tokens that read C slots; and
+    read * R + pair * P for prompts, which read R of the slots, in P pairs of a token and a slot that it attends to."""
 
     fixed: float
     token: float
     slot: float
+    read: float = 0.0
+    pair: float = 0.0
 
     @property
     def worthwhile(self) -> float:

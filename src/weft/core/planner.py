@@ -232,6 +232,9 @@ def _affordable(decoding: list[Sequence], read: int, tpot: float, cost: StepCost
         if began is not None:
             own = tpot * (len(one.tokens) - one.prompt_len) - (now - began)
             left = min(left, own if own > -LOST * tpot else tpot)
-    seconds = SPEND * left - cost.fixed - cost.token * len(decoding) - cost.slot * slots
-    each = cost.token + cost.slot
-    return int(min(seconds / each, 2**31)) if seconds > 0 and each > 0 else 0
+    seconds = SPEND * left - cost.fixed - cost.token * len(decoding) - cost.slot * slots - cost.read * read
+    each = cost.token + cost.slot + cost.read + cost.pair * read
+    if seconds <= 0 or each <= 0:
+        return 0
+    # n tokens take each * n + pair * n^2 / 2 seconds: a token attends to those of its own step, too.
+    return int(min(2.0 * seconds / (each + math.sqrt(each * each + 2.0 * cost.pair * seconds)), 2**31))

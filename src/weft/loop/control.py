@@ -166,8 +166,9 @@ class Control:
             output = sum(1 for piece in plan.slices if len(piece.tokens) == 1 and piece.sample is not None)
             context = sum(piece.end for piece in plan.slices)
             prompt = plan.tokens - output
-            seen = Stepped(now, lane, flying.parts, prompt, output, context, flying.share, rival, plan.parts)
-            self._controller.tell(seen)
+            read, pairs = _attended(plan)
+            about = (flying.share, rival, plan.parts, read, pairs)
+            self._controller.tell(Stepped(now, lane, flying.parts, prompt, output, context, *about))
 
     # -- what follows ----------------------------------------------------------------------------------------------
 
@@ -242,3 +243,10 @@ class Control:
     @staticmethod
     def _other(lane: Lane) -> Lane:
         return Lane.DECODE if lane is Lane.PREFILL else Lane.PREFILL
+
+
+def _attended(plan: Plan) -> tuple[int, int]:
+    """(slots that prompts read, pairs of a token of a prompt and a slot that it attends to)."""
+    prompts = [piece for piece in plan.slices if len(piece.tokens) > 1 or piece.sample is None]
+    pairs = sum(len(piece.tokens) * (2 * piece.start + len(piece.tokens) + 1) // 2 for piece in prompts)
+    return sum(piece.end for piece in prompts), pairs

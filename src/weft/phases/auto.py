@@ -17,8 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
-from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, outlook
-from weft.phases.history import kept, likely_output, rate, recent
+from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, of_prompts, outlook
+from weft.phases.history import NEVER, Usual, kept, likely_output, rate, recent
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
@@ -64,8 +64,8 @@ EMPTY = Queue()
 class AutoState:
     """sharing: in force since `since`. overload: whether the declared policy holds. looks: whether it looks as if it
     should, since `turned`. tried: trials so far.
-    hold: what the last decision said of it. ended: the last requests that did. fit: the step law of the last minute;
-    model: as fast as the device is now."""
+    hold: what the last decision said of it. usual: how often requests come in the long run. ended: the last requests
+    that did. fit: the step law of the last minute; model: as fast as the device is now."""
 
     sharing: Sharing
     since: float = 0.0
@@ -78,6 +78,7 @@ class AutoState:
     fitted: float = -1e9
     steps: tuple[Stepped, ...] = ()
     arrivals: tuple[Arrived, ...] = ()
+    usual: Usual = NEVER
     firsts: tuple[TtftSample, ...] = ()
     ended: tuple[Finished, ...] = ()
     fit: StepModel | None = None
@@ -167,8 +168,10 @@ class AutoPolicy:
     def _learn(self, state: AutoState, seen: tuple[Observation, ...], now: float) -> AutoState:
         steps = [one for one in seen if isinstance(one, Stepped)]
         state = rested(state, steps)
-        arrivals = recent([*state.arrivals, *(one for one in seen if isinstance(one, Arrived))], now)
-        load = self._load(replace(state, arrivals=tuple(arrivals)), now)
+        new = [one for one in seen if isinstance(one, Arrived)]
+        arrivals, usual = recent([*state.arrivals, *new], now), state.usual.then(len(new), now)
+        state = replace(state, arrivals=tuple(arrivals), usual=usual)
+        load = self._load(state, now)
         firsts = list(state.firsts)
         if state.model is not None:
             whole = self._speed(state.model, load)
@@ -180,7 +183,6 @@ class AutoPolicy:
                     firsts.append(TtftSample(one.at, share, used, one.ttft))
         state = replace(
             state,
-            arrivals=tuple(arrivals),
             firsts=tuple(firsts[-FIRSTS_MOST:]),
             steps=kept(state.steps, steps),
             ended=(state.ended + tuple(one for one in seen if isinstance(one, Finished)))[-OUTPUTS:],
@@ -213,11 +215,11 @@ class AutoPolicy:
     def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
         output = likely_output([one.output for one in state.ended], [done for _, done in queue.answers])
-        return Load(rate(state.arrivals, now), tuple(one.tokens for one in state.arrivals), output)
+        return Load(rate(state.arrivals, state.usual, now), tuple(one.tokens for one in state.arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
         """Tokens of prompts per second on the whole device."""
-        return self.device.chunk / model.predict(self.device.chunk, load.prompt, 1.0)
+        return self.device.chunk / of_prompts(model, self.device.chunk, load.prompt)
 
     # -- what to do ----------------------------------------------------------------------------------------------
 

@@ -206,23 +206,23 @@ def _pace(
 ) -> tuple[float, float, float, float]:
     """(TPOT beside prefill, TPOT without, tokens of prompts per second beside decode, and without)."""
     alone = steps.predict(batch, slots, 1.0)
-    lone = device.chunk / steps.predict(device.chunk, prompt, 1.0)
+    lone = device.chunk / of_prompts(steps, device.chunk, prompt)
     chunk = float(min(sharing.chunk or device.chunk, device.chunk))
     if sharing.regime is Regime.MIXED:
         least, most = max(1.0, chunk / PROMPTS_LEAST), max(1.0, device.chunk - batch)
         if sharing.tpot is not None:
-            chunk = tokens_within(steps, sharing.tpot, slots + prompt)
+            chunk = tokens_within(steps, sharing.tpot, slots, prompt)
         chunk = min(max(least, chunk - batch), most)
-        step = steps.predict(batch + chunk, slots + prompt, 1.0)
+        step = steps.predict(batch + chunk, slots + prompt, **_attended(chunk, prompt))
         return step, alone, chunk / step, lone
     x, y = sharing.partition.prefill / device.shares, sharing.partition.decode / device.shares
     if sharing.regime is Regime.TURNS:
         # A turn has the work of a chunk: of a larger step, where the device can cut it (see Planner).
         part, tokens = x / (x + y), min(device.chunk, chunk * device.layers)
-        seconds = steps.predict(tokens, prompt, 1.0, parts=math.ceil(tokens / chunk))
+        seconds = of_prompts(steps, tokens, prompt, parts=math.ceil(tokens / chunk))
         return alone / (1.0 - part), alone, tokens / seconds * part, lone
     over = max(1.0, x + y)
-    beside = chunk / steps.predict(chunk, prompt, x / over, 1.0)
+    beside = chunk / of_prompts(steps, chunk, prompt, x / over, 1.0)
     return steps.predict(batch, slots, y / over, 1.0), alone, beside, lone
 
 
@@ -275,7 +275,7 @@ def _arriving(
     if used < FULL:
         mean = service + burst * used / (1.0 - used)
         if ttft is not None:
-            whole = device.chunk / steps.predict(device.chunk, load.prompt, 1.0)
+            whole = device.chunk / of_prompts(steps, device.chunk, load.prompt)
             # However it is shared, what counts is the part of the whole device's speed that prompts get.
             mean = min(max(ttft.predict(min(1.0, speed / whole), incoming / whole), service), 1e6)
             burst = max(mean - service, 1e-6) * (1.0 - used) / used
@@ -317,10 +317,10 @@ def candidates(
     """Every way of sharing worth a forecast: mixed steps with some part of the TPOT target for each token, turns,
     splits. Not overlap, of which the law says what it says of an even split."""
     whole = Partition(device.shares, device.shares)
-    batch, slots = max(queue.decoding, 1), queue.context + load.prompt
+    batch, slots = max(queue.decoding, 1), float(queue.context)
     found = []
     for part in FILLS:
-        chunk = int(min(tokens_within(steps, part * targets.tpot, slots), device.chunk))
+        chunk = int(min(tokens_within(steps, part * targets.tpot, slots, load.prompt), device.chunk))
         if chunk > 0:
             found.append(Sharing(Regime.MIXED, whole, chunk, weight, part * targets.tpot))
     # Even where decode alone misses its target, prompts must advance.
@@ -329,7 +329,7 @@ def candidates(
     # While prompts have a turn, a short answer must not lose the target of all its tokens.
     turn = device.chunk // (TURNS_A_STEP if device.layers > 1 else 2)
     turn = max(1, min(turn, max(one.chunk or 0 for one in found) - batch))
-    token = steps.predict(device.chunk, load.prompt, 1.0) / device.chunk
+    token = of_prompts(steps, device.chunk, load.prompt) / device.chunk
     if load.rate * load.prompt * token < RARE and max(load.prompts, default=0) * token > LONG * targets.ttft:
         found.append(Sharing(Regime.MIXED, whole, device.chunk, weight))
     for prefill in (1, 2, 3, 4, 5, 6, 7):
@@ -342,10 +342,25 @@ def candidates(
 
 def cost(steps: StepModel) -> StepCost:
     """The same for the planner: of a step that has the whole device to itself."""
-    return StepCost(steps.predict(0.0, 0.0), steps.token, steps.predict(0.0, 1.0) - steps.predict(0.0, 0.0))
+    slot = steps.predict(0.0, 1.0) - steps.predict(0.0, 0.0)
+    return StepCost(steps.predict(0.0, 0.0), steps.token, slot, steps.read, steps.pair)
 
 
-def tokens_within(steps: StepModel, seconds: float, context: float) -> float:
-    """Tokens of a step on the whole device that takes so long; infinite where tokens cost nothing."""
-    left = seconds - steps.predict(0.0, context, 1.0)
-    return max(0.0, left / steps.token) if steps.token > 0 else math.inf
+def of_prompts(
+    steps: StepModel, tokens: float, prompt: float, share: float = 1.0, rival: float = 0.0, parts: float = 1.0
+) -> float:
+    """Seconds of a step of so many tokens of prompts that are `prompt` tokens long."""
+    return steps.predict(tokens, prompt, share, rival, parts, **_attended(tokens, prompt))
+
+
+def _attended(tokens: float, prompt: float) -> dict[str, float]:
+    """What so many tokens of prompts of such a length read and attend to, on average over the parts of a prompt."""
+    return {"read": max(tokens, 0.5 * (tokens + prompt)), "pairs": 0.5 * tokens * prompt}
+
+
+def tokens_within(steps: StepModel, seconds: float, context: float, prompt: float) -> float:
+    """Tokens of prompts of such a length in a step on the whole device that takes so long, beside decode that reads
+    `context` slots; infinite where they cost nothing."""
+    each = steps.token + 0.5 * steps.read + 0.5 * steps.pair * prompt
+    left = seconds - steps.predict(0.0, context + prompt, read=0.5 * prompt)
+    return max(0.0, left / each) if each > 0 else math.inf

@@ -1,14 +1,17 @@
 """Latency models, fitted online from what was observed. Pure functions; standard library and numpy.
 
     TTFT = a / (x - load) + b                                               semi-PD, equations 1 to 3
-    step = (b * parts + token * T / share + (a + slot * C) / min(share, saturation)) * (1 + contention * rival)
+    step = (b * parts + (token * T + read * R + pair * P) / share + (a + slot * C) / min(share, saturation))
+           * (1 + contention * rival)
 
 The first is the paper's: x is the prefill lane's share, load the work that arrives (seconds of the whole device for
 each second). The second contains the paper's TPOT = a / y + b as the case of one batch and no rival, and adds what the
 paper leaves out: memory is read no faster from the saturation point on (decode fills its bandwidth with part of the
 cores), and a lane that computes beside another takes longer, whatever its share. It holds for a step of any lane: T
-tokens of prompts or of output, C slots of context, so that steps of every regime teach the same law. What a step costs
-whatever is in it is paid by each of the parts that it is cut into.
+tokens of prompts or of output, C slots of context, so that steps of every regime teach the same law. Attention of
+prompts is a cost of its own: P pairs of a token and a slot that it attends to, and R slots that are read for however
+few tokens; without it, steps of a long prompt's last parts would look as if the device had become slower. What a step
+costs whatever is in it is paid by each of the parts that it is cut into.
 
 A fit never extrapolates from one share: that would be the model's word, not the data's. Newer samples count more
 (`half_life`), so that the fit follows a device or a load that drifts, and samples of a share that was left long ago
@@ -18,7 +21,7 @@ stop counting as knowledge of it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -44,6 +47,9 @@ SPREAD_LEAST = 0.02
 SATURATIONS = tuple(round(0.1 * i, 2) for i in range(1, 11))
 # Turns of reweighting; more of them change nothing that matters.
 TURNS = 8
+# What prompts attend to is told from their other costs by so many steps, and where it makes the error so much smaller:
+# otherwise it would be noise that is explained.
+ATTENTION_SAMPLES, ATTENTION_GAIN = 16, 0.9
 # A column that varies less than this (relative) cannot be told from the constant.
 VARIES = 0.05
 
@@ -84,7 +90,8 @@ class TtftModel:
 
 @dataclass(frozen=True, slots=True)
 class StepModel:
-    """Seconds of a step of T tokens that reads C slots, on a share, beside a rival (part of the time, 0 to 1).
+    """Seconds of a step of T tokens that reads C slots, on a share, beside a rival (part of the time, 0 to 1). Of the
+    slots prompts read R, and attend to them in P pairs.
 
     saturation, contention: None where the samples do not tell; predictions then take 1 and 0.
     """
@@ -98,13 +105,27 @@ class StepModel:
     samples: int = 0
     shares: tuple[float, ...] = ()
     error: float = 0.0
+    read: float = 0.0
+    pair: float = 0.0
 
     def predict(
-        self, tokens: float, context: float, share: float = 1.0, rival: float = 0.0, parts: float = 1.0
+        self,
+        tokens: float,
+        context: float,
+        share: float = 1.0,
+        rival: float = 0.0,
+        parts: float = 1.0,
+        read: float = 0.0,
+        pairs: float = 0.0,
     ) -> float:
         memory = (self.base + self.slot * context) / min(share, self.saturation or 1.0)
-        alone = self.fixed * parts + self.token * tokens / share + memory
-        return alone * (1.0 + (self.contention or 0.0) * rival)
+        work = self.token * tokens + self.read * read + self.pair * pairs
+        return (self.fixed * parts + work / share + memory) * (1.0 + (self.contention or 0.0) * rival)
+
+    def of_step(self, step: Stepped) -> float:
+        """What a step like this one takes."""
+        tokens = step.prompt + step.output
+        return self.predict(tokens, step.context, step.share, step.rival, step.parts, step.read, step.pairs)
 
     def scaled(self, factor: float) -> StepModel:
         """The law of a device on which everything takes `factor` times as long."""
@@ -114,6 +135,8 @@ class StepModel:
             base=factor * self.base,
             token=factor * self.token,
             slot=factor * self.slot,
+            read=factor * self.read,
+            pair=factor * self.pair,
         )
 
 
@@ -158,8 +181,7 @@ def drift(model: StepModel, samples: Sequence[Stepped]) -> float:
     everything alike, long before a fit can follow. The median by time; 1 where there are too few to tell."""
     if len(samples) < LEVEL_SAMPLES:
         return 1.0
-    rows = [(one.prompt + one.output, one.context, one.share, one.rival, one.parts) for one in samples]
-    predicted = np.array([model.predict(*row) for row in rows])
+    predicted = np.array([model.of_step(one) for one in samples])
     return _median(np.array([one.seconds for one in samples]) / np.maximum(predicted, 1e-12), predicted)
 
 
@@ -174,37 +196,44 @@ def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: 
     points = [one for one in SATURATIONS if one > shares[0] * 1.01] if len(shares) > 2 else [1.0]
     contention = _contention_start(rival)
 
-    def at(point: float) -> tuple[float, StepModel]:
-        return _fit_at(point, y, share, tokens, context, rival, contention, weights, parts if fixed else None)
+    def best_of(work: Mapping[str, Array]) -> tuple[float, StepModel]:
+        def at(point: float) -> tuple[float, StepModel]:
+            return _fit_at(point, y, share, work, context, rival, contention, weights, parts if fixed else None)
 
-    best = min(map(at, points), key=lambda one: one[0])
-    if len(points) > 1:
-        point = best[1].saturation or 1.0
-        between = [one for one in (point - 0.05, point + 0.05) if shares[0] * 1.01 < one <= 1.0]
-        best = min([best, *map(at, between)], key=lambda one: one[0])
+        best = min(map(at, points), key=lambda one: one[0])
+        if len(points) > 1:
+            point = best[1].saturation or 1.0
+            between = [one for one in (point - 0.05, point + 0.05) if shares[0] * 1.01 < one <= 1.0]
+            best = min([best, *map(at, between)], key=lambda one: one[0])
+        return best
+
+    best = best_of({"token": tokens})
+    if len(good) >= ATTENTION_SAMPLES:
+        other = best_of({"token": tokens, "read": _column(good, "read"), "pair": _column(good, "pairs")})
+        if other[0] < ATTENTION_GAIN * best[0]:
+            best = other
     model = best[1]
     # A point at or beyond the greatest share seen is not a point: nothing was seen to saturate.
     told = len(shares) > 2 and model.saturation is not None and model.saturation < shares[-1] * 0.999
-    rows = zip(tokens, context, share, rival, parts, strict=True)
-    predicted = np.array([model.predict(*row) for row in rows])
-    return StepModel(
-        model.fixed,
-        model.base,
-        model.token,
-        model.slot,
-        model.saturation if told else (1.0 if len(shares) > 2 else None),
-        model.contention,
-        len(good),
-        shares,
-        _error(y, predicted, weights),
+    predicted = np.array([model.of_step(one) for one in good])
+    return replace(
+        model,
+        saturation=model.saturation if told else (1.0 if len(shares) > 2 else None),
+        samples=len(good),
+        shares=shares,
+        error=_error(y, predicted, weights),
     )
+
+
+def _column(steps: Sequence[Stepped], name: str) -> Array:
+    return np.array([float(getattr(one, name)) for one in steps])
 
 
 def _fit_at(
     point: float,
     y: Array,
     share: Array,
-    tokens: Array,
+    work: Mapping[str, Array],
     context: Array,
     rival: Array,
     contention: float | None,
@@ -219,7 +248,8 @@ def _fit_at(
     columns = {"base": inverse}
     if parts is not None:
         columns = {"fixed": parts, **columns}
-    for name, values, scale in (("token", tokens, 1.0 / share), ("slot", context, inverse)):
+    scaled = {name: (values, 1.0 / share) for name, values in work.items()} | {"slot": (context, inverse)}
+    for name, (values, scale) in scaled.items():
         if np.ptp(values) > VARIES * max(float(np.max(values)), 1e-12):
             columns[name] = values * scale
 
@@ -240,8 +270,10 @@ def _fit_at(
     # samples equally well, the one with less of a cost that no share changes.
     loss = float(np.average(np.minimum(np.abs(y / whole - 1.0), 1.0), weights=weights))
     loss += 0.002 * got.get("fixed", 0.0) / float(np.median(y))
-    overhead, base, token, slot = (got.get(name, 0.0) for name in ("fixed", "base", "token", "slot"))
-    return loss, StepModel(overhead, base, token, slot, point, value)
+    overhead, base, token, slot, read, pair = (
+        got.get(name, 0.0) for name in ("fixed", "base", "token", "slot", "read", "pair")
+    )
+    return loss, StepModel(overhead, base, token, slot, point, value, read=read, pair=pair)
 
 
 def _added(columns: dict[str, Array], inverse: Array, y: Array, rival: Array, weights: Array) -> float:

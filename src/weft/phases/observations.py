@@ -24,7 +24,8 @@ class Stepped:
 
     prompt, output: tokens of prompts, and tokens that follow a sequence's last one, which the step computed.
     context: KV slots that it read. share: of the device, when it began. rival: the part of its time in which the other
-    lane computed, too, 0 to 1. parts: turns that it took.
+    lane computed, too, 0 to 1. parts: turns that it took. read: of the context, what prompts read; pairs: of a token of
+    a prompt and a slot that it attends to.
     """
 
     at: float
@@ -36,6 +37,8 @@ class Stepped:
     share: float
     rival: float = 0.0
     parts: int = 1
+    read: int = 0
+    pairs: int = 0
 
 
 @dataclass(frozen=True, slots=True)

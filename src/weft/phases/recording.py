@@ -24,7 +24,7 @@ from weft.phases.paper import PaperPolicy
 
 logger = logging.getLogger("weft.partition")
 
-VERSION = 3
+VERSION = 4
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
@@ -150,7 +150,7 @@ def _decision_row(decision: Decision) -> dict[str, Any]:
         "within": decision.within,
         "back": decision.back,
         "shed": decision.shed,
-        "cost": None if cost is None else [cost.fixed, cost.token, cost.slot],
+        "cost": None if cost is None else [cost.fixed, cost.token, cost.slot, cost.read, cost.pair],
     }
 
 

@@ -84,11 +84,11 @@ def _steps(before: AutoState, seen: list[Stepped]) -> list[Pair]:
         Pair(
             _what(one),
             one.share,
-            before.model.predict(tokens, one.context, one.share, one.rival, one.parts),
+            before.model.of_step(one),
             one.seconds,
         )
         for one in seen
-        if one.seconds > 0 and (tokens := one.prompt + one.output)
+        if one.seconds > 0 and (one.prompt + one.output)
     ]
 
 
