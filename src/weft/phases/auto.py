@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
 from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, of_prompts, outlook
-from weft.phases.history import NEVER, Usual, kept, likely_output, rate, recent
+from weft.phases.history import kept, likely_output, rate, recent
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 
@@ -64,8 +64,8 @@ EMPTY = Queue()
 class AutoState:
     """sharing: in force since `since`. overload: whether the declared policy holds. looks: whether it looks as if it
     should, since `turned`. tried: trials so far.
-    hold: what the last decision said of it. usual: how often requests come in the long run. ended: the last requests
-    that did. fit: the step law of the last minute; model: as fast as the device is now."""
+    hold: what the last decision said of it. ended: the last requests that did. fit: the step law of the last minute;
+    model: as fast as the device is now."""
 
     sharing: Sharing
     since: float = 0.0
@@ -78,7 +78,6 @@ class AutoState:
     fitted: float = -1e9
     steps: tuple[Stepped, ...] = ()
     arrivals: tuple[Arrived, ...] = ()
-    usual: Usual = NEVER
     firsts: tuple[TtftSample, ...] = ()
     ended: tuple[Finished, ...] = ()
     fit: StepModel | None = None
@@ -168,9 +167,8 @@ class AutoPolicy:
     def _learn(self, state: AutoState, seen: tuple[Observation, ...], now: float) -> AutoState:
         steps = [one for one in seen if isinstance(one, Stepped)]
         state = rested(state, steps)
-        new = [one for one in seen if isinstance(one, Arrived)]
-        arrivals, usual = recent([*state.arrivals, *new], now), state.usual.then(len(new), now)
-        state = replace(state, arrivals=tuple(arrivals), usual=usual)
+        arrivals = recent([*state.arrivals, *(one for one in seen if isinstance(one, Arrived))], now)
+        state = replace(state, arrivals=tuple(arrivals))
         load = self._load(state, now)
         firsts = list(state.firsts)
         if state.model is not None:
@@ -215,7 +213,7 @@ class AutoPolicy:
     def _load(self, state: AutoState, now: float, queue: Queue = EMPTY) -> Load:
         """Of the same requests how often they come and how long they are, so that a change shows in both at once."""
         output = likely_output([one.output for one in state.ended], [done for _, done in queue.answers])
-        return Load(rate(state.arrivals, state.usual, now), tuple(one.tokens for one in state.arrivals), output)
+        return Load(rate(state.arrivals, now), tuple(one.tokens for one in state.arrivals), output)
 
     def _speed(self, model: StepModel, load: Load) -> float:
         """Tokens of prompts per second on the whole device."""

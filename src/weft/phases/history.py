@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 from weft.phases.observations import Arrived, Stepped
 
@@ -14,8 +12,6 @@ STEPS_EACH, STEPS_MOST, ARRIVALS = 12, 240, 48
 SPACING = 0.05
 # Arrivals are kept for so many seconds; all of the last ones, since some that come at once are no rate yet.
 RATE_SECONDS, RATE_LEAST = 20.0, 1.0
-# What is usual is of so many seconds, more or less, and worth so many arrivals.
-USUAL_SECONDS, LIKE = 300.0, 1.0
 # Tokens of an answer, before there was one.
 UNKNOWN_OUTPUT = 100.0
 
@@ -46,32 +42,9 @@ def recent(arrivals: Sequence[Arrived], now: float) -> list[Arrived]:
     return [one for one in arrivals[-max(ARRIVALS, moment) :] if now - one.at <= RATE_SECONDS]
 
 
-@dataclass(frozen=True, slots=True)
-class Usual:
-    """How often requests come in the long run: so many in so many seconds, of which older ones count less."""
-
-    count: float = 0.0
-    seconds: float = 0.0
-    at: float = 0.0
-
-    def then(self, arrivals: int, now: float) -> Usual:
-        """With those that came since."""
-        left = math.exp(-(now - self.at) / USUAL_SECONDS)
-        return Usual(self.count * left + arrivals, self.seconds * left + (now - self.at), now)
-
-
-NEVER = Usual()
-
-
-def rate(arrivals: Sequence[Arrived], usual: Usual, now: float) -> float:
-    """Requests/s: of those that came lately and, as if it were a few more of them, of what is usual. Two requests that
-    follow each other closely are no other rate, a dozen are."""
-    if not arrivals:
-        return 0.0
-    span = max(now - arrivals[0].at, RATE_LEAST)
-    if not usual.count:
-        return (len(arrivals) - 1) / span
-    return (len(arrivals) - 1 + LIKE) / (span + LIKE * max(usual.seconds, RATE_LEAST) / usual.count)
+def rate(arrivals: Sequence[Arrived], now: float) -> float:
+    """Requests/s of those that are kept."""
+    return (len(arrivals) - 1) / max(now - arrivals[0].at, RATE_LEAST) if arrivals else 0.0
 
 
 def likely_output(ended: Sequence[int], under_way: Sequence[int]) -> float:
