@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -49,7 +48,7 @@ class Talks:
             raise Unavailable("gone")
         if messages[-1]["content"] == "interrupt":
             yield "so "
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)  # to this thread, which has it before it goes on
             yield "far"
             yield "never"
             return
