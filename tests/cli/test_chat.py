@@ -80,6 +80,15 @@ def test_a_question_that_fails_is_forgotten(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().err == "too long\n\ngone\n"
 
 
+@pytest.fixture
+def keyboard() -> Iterator[None]:
+    """Ctrl+C as a terminal's program has it; one that a shell has put into the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("keyboard")
 @pytest.mark.parametrize("interrupt", [default_interrupt, gentle_interrupt])
 def test_ctrl_c_stops_the_answer_and_not_the_conversation(interrupt: Any, capsys: pytest.CaptureFixture[str]) -> None:
     talks = Talks()
