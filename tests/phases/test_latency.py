@@ -185,6 +185,9 @@ def test_long_prompts_do_not_look_like_a_device_that_has_become_slower() -> None
     rng, truth = random.Random(8), StepModel(0.0, 0.017, 1.1e-4, 1e-7, read=1e-6, pair=2e-9)
     seen = [one for k in range(12) for one in chunks(rng.randint(500, 12000), 2048, truth, k % 5, rng, 3.0 * k)]
     seen += [one for k in range(12) for one in chunks(rng.randint(500, 4000), 256, truth, 1 + k % 5, rng, 40.0 + k)]
+    for k in range(48):  # decode, which reads as much and takes little for it
+        step = Stepped(52.0 + k / 8, Lane.DECODE, 1.0, 0, 1 + k % 24, 1500 * (1 + k % 24), 1.0)
+        seen.append(replace(step, seconds=truth.of_step(step) * rng.uniform(0.97, 1.03)))
     model = fit_one_share(seen, now=60.0)
     late = chunks(30000, 128, truth, 1, rng, 60.0)[-40:]
     assert isinstance(model, StepModel) and drift(model, late) == pytest.approx(1.0, abs=0.1)
