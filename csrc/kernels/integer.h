@@ -9,10 +9,14 @@ namespace weft::WEFT_LEVEL {
 typedef int8_t i8v __attribute__((vector_size(lanes)));
 typedef int16_t i16v __attribute__((vector_size(lanes * 4)));
 
-// What to fetch during a tile: so many cache lines for each 8 channels, from here on.
+// What to fetch while a block meets some rows: so many cache lines from here on, a few with each 8 channels, because the
+// CPU waits where there are many of them at once.
 struct Ahead {
   const char* from;
   int64_t lines;
+  void fetch(int64_t eight) const {
+    for (int64_t line = eight; line < lines; line += BLOCK / 8) __builtin_prefetch(from + line * 64, 0, 3);
+  }
 };
 
 WEFT_INLINE i32v splat(int32_t x) { return i32v{} + x; }
@@ -36,7 +40,7 @@ template <int HEIGHT, int BITS>
 WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
                                 const Ahead& ahead) {
   for (int pair = 0; pair < BLOCK / 8; pair++) {
-    for (int64_t line = pair; line < ahead.lines; line += BLOCK / 8) __builtin_prefetch(ahead.from + line * 64, 0, 3);
+    ahead.fetch(pair);
     WEFT_UNROLL for (int half = 0; half < 2; half++) {
       u32v w[TILE_VECTORS];
       WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
@@ -84,27 +88,44 @@ WEFT_INLINE i32v widen_pairs(i16v x) {
 #endif
 }
 
-template <int BITS>
-constexpr int QUADS = BITS == 4 ? 8 : 1;  // that 16 bits hold: 8 * 2 * 15 * 127 < 2^15
+// A value that is in a register by now. GCC would change the order of the sums, and have all products in memory first.
+WEFT_INLINE void settle(i16v& x) {
+#if defined(WEFT_LEVEL_avx2)
+  __asm__("" : "+x"(x));
+#endif
+}
+
+// Adds the products of four channels of each column, and of each row of x, to sums of 16 bits.
+template <int BITS, int HEIGHT>
+WEFT_INLINE void add_quad(const u32v (&weights)[TILE_VECTORS], const int8_t* x, i16v (&sums)[HEIGHT][TILE_VECTORS]) {
+  WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
+    const u32v input = splat(load<uint32_t>(x + r * BLOCK));
+    WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
+      sums[r][v] += add_pairs<BITS>(weights[v], input);
+      settle(sums[r][v]);
+    }
+  }
+}
 
 template <int HEIGHT, int BITS>
 WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sums)[HEIGHT][TILE_VECTORS],
                                 const Ahead& ahead) {
-  for (int64_t line = 0; line < ahead.lines; line++) __builtin_prefetch(ahead.from + line * 64, 0, 3);
-  for (int first = 0; first < BLOCK / 4; first += QUADS<BITS>) {
+  constexpr int STEP = BITS == 4 ? 32 : 4;  // channels that 16 bits hold: 32 / 2 * 15 * 127 < 2^15
+  for (int first = 0; first < BLOCK; first += STEP) {
     i16v narrow[HEIGHT][TILE_VECTORS] = {};
-    for (int quad = first; quad < first + QUADS<BITS>; quad++) {
-      u32v w[TILE_VECTORS];
-      WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
-        const char* from = weights + v * sizeof(u32v);
-        if (BITS == 8)
-          w[v] = load<u32v>(from + quad * PANEL * 4) ^ 0x80808080u;  // less 128
-        else
-          w[v] = low_nibbles(load<u32v>(from + quad / 2 * PANEL * 4) >> (quad % 2 * 4));
-      }
-      WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
-        const u32v input = splat(load<uint32_t>(x + r * BLOCK + quad * 4));
-        WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) narrow[r][v] += add_pairs<BITS>(w[v], input);
+    u32v bytes[TILE_VECTORS], w[TILE_VECTORS];
+    for (int k = first; k < first + STEP; k += 32 / BITS) {
+      if (k % 8 == 0) ahead.fetch(k / 8);
+      WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++)
+        bytes[v] = load<u32v>(weights + k * PANEL * BITS / 8 + v * sizeof(u32v));
+      if (BITS == 8) {
+        WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) w[v] = bytes[v] ^ 0x80808080u;  // less 128
+        add_quad<BITS>(w, x + k, narrow);
+      } else {
+        WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) w[v] = low_nibbles(bytes[v]);
+        add_quad<BITS>(w, x + k, narrow);
+        WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) w[v] = low_nibbles(bytes[v] >> 4);
+        add_quad<BITS>(w, x + k + 4, narrow);
       }
     }
     WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
