@@ -21,7 +21,7 @@ from weft.devices.virtual import VirtualDevice
 from weft.loop.engine import Engine
 from weft.phases.auto import TRIAL_ARRIVALS, AutoPolicy
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
-from weft.phases.forecast import Device, Load, _waits_longer, candidates, outlook
+from weft.phases.forecast import Device, Load, Outlook, _waits_longer, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Arrived, Decision, Finished, Queue, Stepped, Targets
 
@@ -390,6 +390,24 @@ def test_a_trial_waits_for_requests_to_go_by_and_holds_no_prompt_back() -> None:
             assert arrived >= TRIAL_ARRIVALS and one.decision.hold == hold
         hold = hold if one.decision is None else one.decision.hold
     assert trials >= 1
+
+
+@pytest.mark.parametrize(("splits", "tried"), [(9.9, True), (10.1, False)])
+def test_a_split_that_looks_as_good_as_what_is_known_is_tried(
+    splits: float, tried: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second share makes the law surer; a forecast without it is no reason to stay where requests are late."""
+
+    def foretold(sharing: Sharing, *_: Any) -> Outlook:
+        misses = splits if sharing.regime is Regime.SPLIT else 10.0
+        return Outlook(sharing, misses, misses, 0.2, 0.2, 0.2, 1.0, 0.03, 5000.0)
+
+    monkeypatch.setattr("weft.phases.auto.outlook", foretold)
+    policy, law = AutoPolicy(TARGETS, DEVICE), replace(LAW, saturation=None, shares=(1.0,))
+    arrivals = tuple(Arrived(-0.1 * at, 900) for at in range(20, 0, -1))
+    state = replace(policy.start(), since=-100.0, fitted=0.0, arrivals=arrivals, fit=law, model=law)
+    _, decision = policy.decide(state, (), Queue(((0.0, 900),) * 4, 20, 20000, ((1.0, 30),) * 20), 0.0)
+    assert (decision is not None and "a trial of split" in decision.reason) is tried
 
 
 def test_prompts_go_in_the_order_of_arrival_unless_the_targets_are_out_of_reach() -> None:

@@ -258,7 +258,7 @@ class AutoPolicy:
         likely = replace(state, model=_likely(model))
         scores = {one: self._outlook(one, likely, load, queue, now).score for one in splits}
         splits.sort(key=scores.__getitem__)
-        if known - scores[splits[0]] < max(SAVES, SAVES_PART * known):
+        if scores[splits[0]] >= known:
             return None
         sharing = splits[state.tried % len(splits)]
         reason = (
