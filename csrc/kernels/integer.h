@@ -25,6 +25,9 @@ WEFT_INLINE u32v low_nibbles(u32v x) { return x & 0x0f0f0f0fu; }
 #if defined(WEFT_LEVEL_avx512)
 
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 sums, 4 weights, an input and a mask, of 32 registers
+// So many rows or more fetch what is ahead. Fewer are bound by memory; here they pass over a block once, in order, and
+// the hardware's prefetcher is the better one.
+constexpr int FETCH_ROWS = 3;
 
 // What the weights have too much, for they are the unsigned operand. The sums begin with -excess * (sum of the row).
 template <int BITS>
@@ -61,6 +64,7 @@ WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sum
 #else
 
 constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;  // 8 sums of 16 bits, 2 weights, an input and masks, of 16 registers
+constexpr int FETCH_ROWS = 1;  // here they pass over it several times, which the hardware does not see through
 
 template <int BITS>
 constexpr int32_t excess = BITS == 4 ? 8 : 0;

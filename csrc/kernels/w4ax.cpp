@@ -88,12 +88,12 @@ void tile(const char* block, const Rows& rows, int64_t height, bool first_block,
 }
 
 // A block of weights with `count` rows of a group, starting at x; done(row, end) after each tile. The tiles fetch the next
-// block meanwhile, evenly; but one or two rows are bound by memory, and there the hardware's prefetcher is the better one.
+// block meanwhile, evenly.
 template <int BITS, bool GENERAL, class Done>
 void multiply_rows(const char* block, const Rows& x, int64_t count, bool first_block, float* sums, Done done) {
   constexpr int64_t BYTES = W4AxWeights::block_bytes(BITS == 8, GENERAL);
   const int64_t tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
-  const int64_t lines = count < 3 ? 0 : (BYTES / 64 + tiles - 1) / tiles;
+  const int64_t lines = count < FETCH_ROWS ? 0 : (BYTES / 64 + tiles - 1) / tiles;
   for (int64_t t = 0, row = 0, end; t < tiles; t++, row = end) {
     // Tiles of nearly equal height: 16 rows are 6 + 5 + 5, not 6 + 6 + 4.
     end = count * (t + 1) / tiles;
