@@ -62,8 +62,8 @@ WEFT_INLINE void widen_row(const bf16* from, int64_t count, float* to) {
 }
 
 // So many steps along `in`, for WIDTH vectors of columns. What there is more of, rows or columns, is held only in sums.
-// Fetches LINES of each step of `next` on the way.
-template <int HEIGHT, int WIDTH, int LINES>
+// Fetches LINES of every EVERY-th step of `next` on the way.
+template <int HEIGHT, int WIDTH, int LINES, int EVERY>
 WEFT_INLINE void add_widened(const char* w, const float (&x)[HEIGHT][CHUNK + 2], int64_t steps, float* sums,
                              const char* next) {
   f32v part[HEIGHT][WIDTH];
@@ -75,7 +75,8 @@ WEFT_INLINE void add_widened(const char* w, const float (&x)[HEIGHT][CHUNK + 2],
     part[r][v] = fma((f32v)(weights & 0xffff0000u), second, part[r][v]);
   };
   for (int64_t step = 0; step < steps; step++, w += STEP_BYTES) {
-    WEFT_UNROLL for (int line = 0; line < LINES; line++) __builtin_prefetch(next + step * STEP_BYTES + line * 64, 0, 2);
+    const char* ahead = next + step / EVERY * EVERY * STEP_BYTES;
+    WEFT_UNROLL for (int line = 0; line < LINES; line++) __builtin_prefetch(ahead + line * 64, 0, 2);
     if constexpr (HEIGHT > WIDTH) {
       u32v weights[WIDTH];
       WEFT_UNROLL for (int v = 0; v < WIDTH; v++) weights[v] = load<u32v>(w + v * sizeof(u32v));
@@ -102,10 +103,14 @@ WEFT_INLINE void add_widened(const char* w, const float (&x)[HEIGHT][CHUNK + 2],
 
 // A tile (below) where the CPU multiplies floats only: inputs become floats once for all columns, chunk by chunk, and sums
 // wait in memory meanwhile, which changes no bit of them. A lone tile fetches the next chunk: it passes over each of them
-// several times, in steps that are too far apart for the hardware's prefetcher.
+// several times, in steps that are too far apart for the hardware's prefetcher. Each pass fetches its part, so that memory
+// is read all the time.
 template <class Out, int HEIGHT, bool PREFETCH>
 void widened_tile(const Job<BFloat16, Out>& job, int64_t panel, int64_t row, const char* next) {
-  constexpr int WIDTH = vectors(HEIGHT), LINES = WIDTH < PANEL_VECTORS ? 4 : 0;
+  constexpr int WIDTH = vectors(HEIGHT), PASSES = PANEL_VECTORS / WIDTH;
+  // Of the four lines of a step that lies ahead, so many in all passes together.
+  constexpr int LINES = PREFETCH ? 2 : PASSES > 1 ? 4 : 0;
+  constexpr int EVERY = LINES > 0 && PASSES > LINES ? PASSES / LINES : 1, EACH = LINES * EVERY / PASSES;
   const int64_t in = job.weights.in;
   alignas(64) float x[HEIGHT][CHUNK + 2];
   alignas(64) float sums[HEIGHT * PANEL] = {};
@@ -114,9 +119,11 @@ void widened_tile(const Job<BFloat16, Out>& job, int64_t panel, int64_t row, con
     for (int r = 0; r < HEIGHT; r++) widen_row(job.x + (row + r) * in + begin, count, x[r]);
     const char* w = job.panel(panel) + bytes;
     const char* ahead = PREFETCH ? next + bytes : w + CHUNK / 2 * STEP_BYTES;
-    add_widened<HEIGHT, WIDTH, PREFETCH ? 2 : LINES>(w, x, (count + 1) / 2, sums, ahead);
-    for (int first = WIDTH; first < PANEL_VECTORS; first += WIDTH)
-      add_widened<HEIGHT, WIDTH, 0>(w + first * sizeof(f32v), x, (count + 1) / 2, sums + first * lanes, ahead);
+    for (int pass = 0; pass < PASSES; pass++) {
+      const char* part = ahead + pass / EVERY * EACH * 64 + pass % EVERY * STEP_BYTES;
+      const int first = pass * WIDTH;
+      add_widened<HEIGHT, WIDTH, EACH, EVERY>(w + first * sizeof(f32v), x, (count + 1) / 2, sums + first * lanes, part);
+    }
   }
   const int64_t column = panel * PANEL;
   const float* bias = job.weights.bias == nullptr ? nullptr : job.weights.bias + column;
