@@ -224,7 +224,8 @@ def write_json(
         "quick": arguments.quick,
         "machine": machine(),
         "commit": commit(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        # Of paths the names only: where this machine has its files is of no use to anybody else.
+        "command": [Path(word).name if "/" in word else word for word in sys.argv],
         **(more or {}),
     }
     unfinished = arguments.json.with_suffix(".unfinished")

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
 from pathlib import Path
 
 import common
@@ -43,9 +42,7 @@ def main() -> None:
         print(f"{name} = {value:.3f}")
     if arguments.plot is not None:
         draw([one for one in found.rows if one.get("part", "report") == "report"], arguments.plot, found.targets)
-    # Of paths the names only: where this machine has its files is of no use to anybody else.
-    command = [Path(word).name if "/" in word else word for word in sys.argv]
-    common.write_json(arguments, found.claims, found.rows, notes, {"command": command})
+    common.write_json(arguments, found.claims, found.rows, notes)
 
 
 def run_simulated(arguments: argparse.Namespace) -> Found:

@@ -49,11 +49,15 @@ def test_a_figure_is_the_median_with_its_spread(scripts: Any, values: list[float
     assert str(scripts("common").Figure.of(values)) == text
 
 
-def test_the_report_has_claims_rows_machine_and_commit(scripts: Any, tmp_path: Path) -> None:
+def test_the_report_has_claims_rows_machine_and_commit(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "any.py"), str(tmp_path / "trace.csv"), "--part", "both"])
     common = scripts("common")
     arguments = argparse.Namespace(json=tmp_path / "out.json", quick=True)
     common.report(arguments, {"claim": 1.5}, [{"value": common.Figure.of([1.0]), "path": tmp_path, "nan": math.nan}])
     content = json.loads(arguments.json.read_text())
+    assert content["command"] == ["any.py", "trace.csv", "--part", "both"], "names, not where this machine has them"
     assert content["claims"] == {"claim": 1.5}
     assert content["rows"][0]["value"]["median"] == 1.0 and content["rows"][0]["nan"] is None
     assert content["machine"]["cores"] >= 1 and content["commit"]
