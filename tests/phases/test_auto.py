@@ -393,7 +393,7 @@ def test_a_trial_waits_for_requests_to_go_by_and_holds_no_prompt_back() -> None:
 
 
 @pytest.mark.parametrize(("splits", "tried"), [(9.9, True), (10.1, False)])
-def test_a_split_that_looks_as_good_as_what_is_known_is_tried(
+def test_a_split_that_looks_better_if_only_by_a_little_is_tried(
     splits: float, tried: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A second share makes the law surer; a forecast without it is no reason to stay where requests are late."""
