@@ -9,10 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Plan, Sampling, Slice
 from weft.core.sampling import SamplingParams
 from weft.devices.virtual import VirtualDevice
 from weft.errors import CheckpointError, ConfigError
+from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu, find_link, gpu_names, link_names, read_gpu
 from weft.sim.models import find_model, model_names
 from weft.sim.precision import PRECISIONS, find_precision
@@ -47,6 +49,18 @@ def test_more_tokens_or_context_never_take_less(
     taller = rows + more if rows > 1 else rows
     assert cost(model, gpu).seconds(plan((taller, before + context), *others)) >= taken * (1 - 1e-9)
     assert cost(model, gpu).seconds(plan(*slices, (more, context))) >= taken * (1 - 1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(MODELS, st.sampled_from([1, 4, 8]), st.sampled_from(["bf16", "w4a8"]), st.booleans(), SLICES)
+def test_no_step_takes_less_than_the_least(
+    model: str, ranks: int, precision: str, weave: bool, slices: list[tuple[int, int]]
+) -> None:
+    found = cost_of(find_model(model), find_gpu("h100"), ranks, precision, weave=weave)
+    setup = setup_of(found, EngineConfig(num_blocks=40_000, max_model_len=4096))
+    rows, before = zip(*slices, strict=True)
+    for samples in (0, len(slices)):
+        assert 0 < setup.least <= found.whole(list(rows), list(before), samples)
 
 
 @settings(max_examples=30, deadline=None)

@@ -72,7 +72,8 @@ class Admission:
             raise InvalidRequest("the prompt is empty; it needs at least one token", param="prompt")
         vocabulary = self._capacity.vocabulary
         try:
-            fits = max(array("Q", prompt)) < vocabulary  # unsigned: a negative one overflows
+            array("Q", prompt)  # unsigned: a negative one overflows
+            fits = max(prompt) < vocabulary
         except OverflowError:
             fits = False
         except TypeError as error:

@@ -22,6 +22,8 @@ __all__ = ["Scheduler", "SchedulerSettings"]
 STEP_FAILED = StepFailed.code or ""
 # Looked up for every token, and a member of an enum takes several times as long to find as a name.
 PREFILL, ENDED = State.PREFILL, State.ENDED
+# One for all, since it is looked into for every token, too.
+NO_IDS: frozenset[int] = frozenset()
 
 
 class Scheduler:
@@ -70,7 +72,7 @@ class Scheduler:
         params, number = request.params, next(self._numbers)
         limit = self.capacity.max_model_len
         ends = params.stop_token_ids if params.ignore_eos else (*params.stop_token_ids, *request.eos)
-        stop_ids = frozenset(token for token in ends if 0 <= token < self.capacity.vocabulary)
+        stop_ids = frozenset(token for token in ends if 0 <= token < self.capacity.vocabulary) or NO_IDS
         live = Live(
             request=request,
             number=number,

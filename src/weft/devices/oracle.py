@@ -11,10 +11,10 @@ import math
 from array import array
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from hashlib import blake2b
 
 from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Slice, Ticket, TokenScore
+from weft.core.slices import made
 
 WORD = array("i").itemsize
 SLOT_BYTES = 2 * WORD
@@ -190,10 +190,6 @@ class Lengths:
         ticket = Ticket(plan.step, plan.lane)
         if not plan.last:
             return Result(ticket, seconds=seconds)
-        drawn = [_token(piece.sequence) for piece in plan.slices if piece.sample is not None]
+        token = self.TOKEN
+        drawn = [made(Sampled, (piece.sequence, token, None)) for piece in plan.slices if piece.sample is not None]
         return Result(ticket, tuple(drawn), seconds=seconds)
-
-
-@lru_cache(maxsize=4096)
-def _token(sequence: int) -> Sampled:
-    return Sampled(sequence, Lengths.TOKEN)

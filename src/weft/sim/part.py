@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from weft.bench.traces import Size
 from weft.core.request import Event, Finish, RequestEnd
-from weft.errors import InvalidRequest, QueueFull
+from weft.errors import DeviceError, InvalidRequest, QueueFull
 from weft.sim.replica import Replica, Setup, State
 from weft.sim.traffic import prompt
 
@@ -83,6 +83,8 @@ class Part:
         self._setups = setups
         self._failed: list[Replica] = []
         self._heard: list[Ended] = []
+        self._begun: set[int] = set()
+        self._foretold: dict[int, list[Ended]] = {}
         self._due = dict.fromkeys(setups, math.inf)
         self._ends: list[tuple[float, int]] = []
 
@@ -93,17 +95,43 @@ class Part:
         except (InvalidRequest, QueueFull) as error:
             self._heard.append(Ended(placed.at, placed.replica, placed.number, error=error.code))
             return
-        self._hear(placed.at, placed.replica, events)
+        self._heard += _ends(placed.at, placed.replica, events)
         self._await(placed.replica)
 
     def advance(self, limit: float) -> list[Ended]:
         while not self._heard and (end := self.next_end) <= limit and end < math.inf:
             index = heapq.heappop(self._ends)[1]
             self._due[index] = math.inf
-            self._hear(end, index, self.replicas[index].step())
+            self._begun.discard(index)
+            ends = _ends(end, index, self.replicas[index].step())
+            foretold = self._foretold.pop(index, None)
+            if foretold is None:
+                self._heard += ends
+            elif ends != foretold:
+                raise DeviceError(f"replica {index} was to end {foretold}, and has ended {ends}: a bug of the simulator")
             self._await(index)
         heard, self._heard = self._heard, []
         return heard
+
+    def foretell(self) -> list[Ended]:
+        """What ends with steps that began since it was last asked. `advance` does not tell it again. Only for setups
+        where that is certain; see `Setup.least`."""
+        found: list[Ended] = []
+        for index in sorted(self._begun):
+            replica = self.replicas[index]
+            at, own = replica.device.next_end, []
+            for one in replica.ending():
+                first = at if one.live.first_token is None else one.live.first_token
+                own.append(Ended(at, index, int(one.name), first, one.max_len - one.prompt_len))
+            self._foretold[index] = own
+            found += own
+        self._begun.clear()
+        return found
+
+    @property
+    def room(self) -> int:
+        """Requests that every replica's queue takes yet."""
+        return min(one.room for one in self.replicas.values())
 
     def fail(self, indices: Iterable[int], now: float) -> list[Lost]:
         found: list[Lost] = []
@@ -112,6 +140,8 @@ class Part:
             for one in failed.under_way():
                 found.append(Lost(int(one.name), one.live.first_token, one.generated))
             self._failed.append(failed)
+            self._begun.discard(index)
+            self._foretold.pop(index, None)
             self.replicas[index] = Replica(self._setups[index], now)
             self._due[index] = math.inf
         return found
@@ -138,11 +168,15 @@ class Part:
         if end != self._due[index]:
             self._due[index] = end
             if end < math.inf:
+                self._begun.add(index)
                 heapq.heappush(self._ends, (end, index))
 
-    def _hear(self, at: float, index: int, events: list[Event]) -> None:
-        for event in events:
-            if type(event) is RequestEnd:
-                error = None if event.reason is Finish.LENGTH else event.code
-                number, first = int(event.request), event.timing.first_token
-                self._heard.append(Ended(at, index, number, first, event.generated_tokens, error))
+
+def _ends(at: float, index: int, events: list[Event]) -> list[Ended]:
+    """Of the events of a replica at a time, those that somebody hears of."""
+    return [_ended(at, index, event) for event in events if type(event) is RequestEnd]
+
+
+def _ended(at: float, index: int, event: RequestEnd) -> Ended:
+    error = None if event.reason is Finish.LENGTH else event.code
+    return Ended(at, index, int(event.request), event.timing.first_token, event.generated_tokens, error)

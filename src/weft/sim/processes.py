@@ -4,6 +4,11 @@ What a replica does depends on others only through the router, which knows what 
 everybody computes up to the next arrival or timer, tells what has ended by then, and the fleet goes on as it does in
 one process, with the same result. A process with nothing to do until then is not asked.
 
+To be asked at every arrival is to wait for the slowest every time. Where it is certain, as soon as a step begins, which
+requests it ends, nobody is asked again until a step that has not begun yet could have ended: that is, for as long as a
+step takes at least (the lookahead of Chandy and Misra, "Distributed simulation", 1979). The router goes on with what
+is foretold, and what it sends in that time is given to the replicas together.
+
 What crosses a pipe is msgspec's, of known types. Processes are forked, so that setups need not cross at all.
 """
 
@@ -12,6 +17,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import signal
+from collections import deque
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
@@ -27,20 +33,25 @@ CLOSING = 5.0  # seconds that a process has to end by itself
 
 
 class Ask(msgspec.Struct, array_like=True):
-    """Do this in order: place, advance to `limit`, fail at `now`; and tell the states, if asked to."""
+    """Do this in order: place, each at its time, advance to `limit`, fail at `now`; and tell the states, if asked to.
+    foretell: tell what ends with the steps that are under way then."""
 
     placed: list[Placed] = []
     limit: float = -math.inf
+    foretell: bool = False
     failed: list[int] = []
     now: float = 0.0
     states: bool = False
 
 
 class Told(msgspec.Struct, array_like=True):
-    """next_end: when the next step ends. error: why the process cannot go on."""
+    """ended: what was not foretold before. next_end: when the next step ends. room: requests that every queue takes
+    yet. error: why the process cannot go on."""
 
     ended: list[Ended] = []
+    foretold: list[Ended] = []
     next_end: float = math.inf
+    room: int = 0
     lost: list[Lost] = []
     states: list[State] = []
     error: str | None = None
@@ -52,7 +63,7 @@ class Processes:
 
     def __init__(self, setups: Sequence[Setup], count: int) -> None:
         context = multiprocessing.get_context("fork")
-        self._size = len(setups)
+        self._setups = setups
         self._encode = msgspec.msgpack.Encoder().encode
         self._decode = msgspec.msgpack.Decoder(Told).decode
         self._pipes: list[Connection] = []
@@ -67,42 +78,52 @@ class Processes:
             self._processes.append(process)
         self._placed: list[list[Placed]] = [[] for _ in range(count)]
         self._next_ends = [math.inf] * count
+        self._rooms = [0] * count
+        # All that ends before `known` is among `ends`, in order, or was told. Nobody is asked about it.
+        self._ahead = min(setup.least for setup in setups)
+        self._known = -math.inf
+        self._ends: deque[Ended] = deque()
+        self._now = -math.inf
 
     @property
     def pids(self) -> list[int]:
         return [process.pid or 0 for process in self._processes]
 
     def place(self, placed: Placed) -> None:
-        self._placed[placed.replica % len(self._pipes)].append(placed)
+        number = placed.replica % len(self._pipes)
+        if not self._setups[placed.replica].takes(placed.size.input + placed.done, self._rooms[number]):
+            self._known = -math.inf  # it may end at once
+        self._rooms[number] -= 1
+        self._placed[number].append(placed)
 
     def advance(self, limit: float) -> list[Ended]:
         """All that ends up to `limit`."""
-        busy = zip(self._placed, self._next_ends, strict=True)
-        asked = [number for number, (placed, end) in enumerate(busy) if placed or (end <= limit and end < math.inf)]
-        for number in asked:
-            self._send(number, Ask(placed=self._placed[number], limit=limit))
-            self._placed[number] = []
-        ended: list[Ended] = []
-        for number in asked:
-            ended += self._receive(number).ended
-        # What ends in one step stays in its order, as a router's choices depend on it.
-        return sorted(ended, key=lambda one: (one.at, one.replica))
+        if limit >= self._known:
+            self._ask(limit)
+        self._now = limit
+        ended = []
+        while self._ends and self._ends[0].at <= limit:
+            ended.append(self._ends.popleft())
+        return ended
 
     def fail(self, indices: Iterable[int], now: float) -> list[Lost]:
-        lost: list[Lost] = []
-        for index in indices:
+        self._ask(now)
+        gone, lost = list(indices), []
+        for index in gone:
             number = index % len(self._pipes)
             self._send(number, Ask(failed=[index], now=now))
             lost += self._receive(number).lost
+        self._ends = deque(one for one in self._ends if one.replica not in gone)
         return lost
 
     def states(self) -> list[State]:
+        self._ask(self._now)
         count = len(self._pipes)
         for number in range(count):
             self._send(number, Ask(states=True))
         found = [self._receive(number).states for number in range(count)]
-        own = [len(range(first, self._size, count)) for first in range(count)]
-        there = [found[index % count][index // count] for index in range(self._size)]
+        own = [len(range(first, len(self._setups), count)) for first in range(count)]
+        there = [found[index % count][index // count] for index in range(len(self._setups))]
         return there + [one for states, size in zip(found, own, strict=True) for one in states[size:]]
 
     def close(self) -> None:
@@ -113,6 +134,23 @@ class Processes:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+    def _ask(self, limit: float) -> None:
+        """Have everybody compute up to `limit`."""
+        busy = zip(self._placed, self._next_ends, strict=True)
+        asked = [number for number, (placed, end) in enumerate(busy) if placed or (end <= limit and end < math.inf)]
+        for number in asked:
+            self._send(number, Ask(placed=self._placed[number], limit=limit, foretell=self._ahead > 0))
+            self._placed[number] = []
+        ends = list(self._ends)
+        for number in asked:
+            told = self._receive(number)
+            if told.ended and told.ended[0].at < self._known:
+                raise DeviceError(f"{told.ended[0]} was not foretold: a bug of the simulator")
+            ends += told.ended + told.foretold
+        # What ends in one step stays in its order, as a router's choices depend on it.
+        self._ends = deque(sorted(ends, key=lambda one: (one.at, one.replica)))
+        self._known = limit + self._ahead
 
     def _send(self, number: int, ask: Ask) -> None:
         try:
@@ -127,7 +165,7 @@ class Processes:
             raise self._gone(number) from error
         if told.error is not None:
             raise DeviceError(told.error)
-        self._next_ends[number] = told.next_end
+        self._next_ends[number], self._rooms[number] = told.next_end, told.room
         return told
 
     def _gone(self, number: int) -> DeviceError:
@@ -158,12 +196,19 @@ def _answer_all(pipe: Connection, part: Part) -> NoReturn:
 def _answer(part: Part, ask: Ask) -> Told:
     told = Told()
     for placed in ask.placed:
+        _advance(part, placed.at, told)
         part.place(placed)
-    while ended := part.advance(ask.limit):
-        told.ended += ended
+    _advance(part, ask.limit, told)
+    if ask.foretell:
+        told.foretold = part.foretell()
     if ask.failed:
         told.lost = part.fail(ask.failed, ask.now)
     if ask.states:
         told.states = part.states()
-    told.next_end = part.next_end
+    told.next_end, told.room = part.next_end, part.room
     return told
+
+
+def _advance(part: Part, limit: float, told: Told) -> None:
+    while ended := part.advance(limit):
+        told.ended += ended

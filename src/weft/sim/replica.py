@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from weft.config import EngineConfig, parse_partition
-from weft.core.plan import Capacity, Partition
+from weft.core.plan import Capacity, Lane, Partition, Plan, Slice
 from weft.core.request import Event, Request
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler
@@ -17,6 +17,8 @@ from weft.loop.engine import Engine
 
 # Nobody can make prompts collide on purpose here, and runs have to be the same each time.
 KEY = b"simulated"
+# A cost may be off by so much where numbers are rounded.
+ROUNDED = 1.0 - 1e-6
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,21 @@ class Setup:
     config: EngineConfig
     capacity: Capacity
     cost: Cost
+
+    @property
+    def least(self) -> float:
+        """Seconds that any step takes at least, where it is certain which requests a step ends as soon as it begins:
+        on one mixed lane, which nobody takes a step away from. 0.0 where nothing is certain."""
+        capacity, slots = self.capacity, self.capacity.blocks * self.capacity.block_size
+        if parse_partition(self.config.partition) is not None or capacity.max_model_len > slots:
+            return 0.0
+        return ROUNDED * self.cost.seconds(Plan(0, Lane.MIXED, (Slice(0, 0, (0,), (0,)),)))
+
+    def takes(self, tokens: int, room: int) -> bool:
+        """Whether a replica with `room` for requests in its queue takes a prompt of so many tokens for certain."""
+        capacity = self.capacity
+        fits = tokens < min(capacity.max_model_len, capacity.blocks * capacity.block_size)
+        return fits and room > 0 and self.config.max_num_queued_tokens is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +98,18 @@ class Replica:
     def step(self) -> list[Event]:
         """Let time pass until the next end."""
         return self.engine.step(None)
+
+    def ending(self) -> Iterator[Sequence]:
+        """Whom the steps under way end, in their order, if nobody takes a step away; see `Setup.least`."""
+        for flight in self.scheduler.inflight:
+            for piece, sequence in flight.wanted:
+                if piece.sample is not None and len(sequence.tokens) + 1 >= sequence.max_len:
+                    yield sequence
+
+    @property
+    def room(self) -> int:
+        """Requests that the queue takes yet."""
+        return self.scheduler.settings.max_num_queued_reqs - self.scheduler.admission.queued
 
     def state(self) -> State:
         stats = self.engine.stats()
