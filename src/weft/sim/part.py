@@ -108,7 +108,7 @@ class Part:
             if foretold is None:
                 self._heard += ends
             elif ends != foretold:
-                raise DeviceError(f"replica {index} was to end {foretold}, and has ended {ends}: a bug of the simulator")
+                raise DeviceError(f"replica {index} was to end {foretold}, and ended {ends}: a bug of the simulator")
             self._await(index)
         heard, self._heard = self._heard, []
         return heard
