@@ -14,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 
 from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Slice, Ticket, TokenScore
-from weft.core.slices import made
 
 WORD = array("i").itemsize
 SLOT_BYTES = 2 * WORD
@@ -185,11 +184,27 @@ class Lengths:
         self.capacity = capacity
         self.faults = Faults()
         self.nbytes = 0
+        self._drawn = _Drawn(4 * capacity.max_slices)
 
     def run(self, plan: Plan, seconds: float) -> Result:
         ticket = Ticket(plan.step, plan.lane)
         if not plan.last:
             return Result(ticket, seconds=seconds)
-        token = self.TOKEN
-        drawn = [made(Sampled, (piece.sequence, token, None)) for piece in plan.slices if piece.sample is not None]
+        known = self._drawn
+        drawn = [known[piece.sequence] for piece in plan.slices if piece.sample is not None]
         return Result(ticket, tuple(drawn), seconds=seconds)
+
+
+class _Drawn(dict[int, Sampled]):
+    """What is drawn for a sequence: always the same, so that it is made once. Of `most` sequences, more than a step
+    has, so that those which have ended go some time."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+
+    def __missing__(self, sequence: int) -> Sampled:
+        if len(self) >= self._most:
+            self.clear()
+        self[sequence] = found = Sampled(sequence, Lengths.TOKEN)
+        return found
