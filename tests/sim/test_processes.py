@@ -7,6 +7,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,6 +141,15 @@ def test_what_was_foretold_and_does_not_end_is_not_passed_over(setup: Make) -> N
     part.replicas[0].engine.abort("5")
     with pytest.raises(DeviceError, match=r"replica 0 was to end .*number=5.* a bug of the simulator"):
         part.advance(math.inf)
+
+
+def test_what_was_foretold_of_a_replica_that_fails_does_not_end(setup: Make) -> None:
+    with closing(Processes([setup()] * 2, 2)) as replicas:
+        for number in range(2):
+            replicas.place(Placed(number, 0.0, number, Size(20, 1), 1))
+        assert replicas.advance(0.001) == []
+        assert [one.number for one in replicas.fail([0], 0.001)] == [0]
+        assert [one.number for one in replicas.advance(1.0)] == [1]
 
 
 @given(tokens=st.integers(1, 700), room=st.integers(0, 3), waiting=st.integers(0, 3))
