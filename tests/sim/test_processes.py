@@ -128,7 +128,7 @@ def test_a_step_that_has_ended_before_anybody_asked_is_not_foretold(setup: Make)
     part = Part({0: setup()})
     part.place(Placed(0, 0.0, 5, Size(20, 1), 1))
     assert [one.number for one in part.advance(1.0)] == [5]
-    assert part.foretell() == []
+    assert part.foretell(math.inf) == []
     part.place(Placed(0, 1.0, 6, Size(20, 1), 1))
     assert [one.number for one in part.advance(2.0)] == [6]
 
@@ -136,7 +136,7 @@ def test_a_step_that_has_ended_before_anybody_asked_is_not_foretold(setup: Make)
 def test_what_was_foretold_and_does_not_end_is_not_passed_over(setup: Make) -> None:
     part = Part({0: setup()})
     part.place(Placed(0, 0.0, 5, Size(20, 1), 1))
-    (ended,) = part.foretell()
+    (ended,) = part.foretell(math.inf)
     assert (ended.number, ended.at, ended.first, ended.tokens) == (5, part.next_end, part.next_end, 1)
     part.replicas[0].engine.abort("5")
     with pytest.raises(DeviceError, match=r"replica 0 was to end .*number=5.* a bug of the simulator"):

@@ -52,9 +52,10 @@ class Watch:
             plan, began = self._plans.pop(result.ticket.step)
             self.spans.setdefault(plan.lane, []).append((began, now))
             if plan.last:
-                self.tokens += plan.tokens
-                for piece in plan.slices:
-                    self.slices.setdefault(piece.sequence, []).append((piece.start, piece.end))
+                self.tokens += plan.tokens * result.repeats
+                for again in range(result.repeats):
+                    for piece in plan.slices:
+                        self.slices.setdefault(piece.sequence, []).append((piece.start + again, piece.end + again))
             events = complete(result, now)
             for event in events:
                 if isinstance(event, RequestEnd):
@@ -237,7 +238,7 @@ def test_a_step_whose_pace_does_not_change_ends_to_the_bit(setup: Any) -> None:
         def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
             return 1.9317 if plan.lane is Lane.PREFILL else 0.0137
 
-    device = VirtualDevice(setup().capacity, Partition(2, 2), cost=Constant(), lengths=True)
+    device = VirtualDevice(setup(repeats=1).capacity, Partition(2, 2), cost=Constant(), lengths=True)  # type: ignore[arg-type]
     device.submit(Plan(1, Lane.PREFILL, ()))
     for step in range(2, 50):
         device.submit(Plan(step, Lane.DECODE, ()))

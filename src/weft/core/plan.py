@@ -76,6 +76,9 @@ class Plan:
     A step can be cut at layers, so that another lane may have a turn in between: this is part `part` of `parts`, about
     equal ones, which are given to the lane one after the other with nothing else between them. The last one samples
     and scores; only after it are the keys and values of the slices there.
+
+    A step of decoding sequences can be carried out `repeats` times, or fewer, one after the other: each time, a slice
+    is one position further, and its token is the one drawn the time before. See `Capacity.repeats`.
     """
 
     step: int
@@ -83,6 +86,7 @@ class Plan:
     slices: tuple[Slice, ...]
     part: int = 0
     parts: int = 1
+    repeats: int = 1
 
     @property
     def tokens(self) -> int:
@@ -129,6 +133,8 @@ class Result:
     error: set when the whole step failed; nothing else is then to be trusted.
     seconds: device time of the step.
     gone: the lane carries out no plan any more, and nothing of this one is under way.
+    repeats: how often the plan was carried out; `sampled` is what was drawn the last time.
+    before: for each entry of `sampled`, the tokens drawn the times before.
     """
 
     ticket: Ticket
@@ -138,6 +144,8 @@ class Result:
     error: str | None = None
     seconds: float = 0.0
     gone: bool = False
+    repeats: int = 1
+    before: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +209,9 @@ class Capacity:
     max_model_len: longest sequence in tokens; vocabulary: number of token ids; layers: parts that a step can be cut
     into at most, 1 where it cannot be cut; ahead: slots behind the token of a decode slice that its table had better
     have, for a device that computes the step after it before it is asked to; decode_blocks: the last so many of the
-    blocks are a pool of their own, the decode phase's (PD disaggregation), 0 where there is one pool for both phases.
+    blocks are a pool of their own, the decode phase's (PD disaggregation), 0 where there is one pool for both phases;
+    repeats: how often one lane for both phases carries out a plan at most, without blocks for more than the first time
+    (a device that keeps no KV).
     """
 
     blocks: int
@@ -214,3 +224,4 @@ class Capacity:
     layers: int = 1
     ahead: int = 0
     decode_blocks: int = 0
+    repeats: int = 1

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from weft.core.inflight import Flight
 from weft.core.pace import Pace
 from weft.core.plan import Lane, Plan, Regime, Sharing, Slice, StepCost
+from weft.core.repeats import often
 from weft.core.request import Request
 from weft.core.running import Running
 from weft.core.sequence import Sequence, State
@@ -31,8 +32,8 @@ LOST = 10
 
 
 class Planner:
-    """budget: tokens of a plan at most. layers: parts of a step at most. started: told of each sequence that has begun
-    to be computed, and when."""
+    """budget: tokens of a plan at most. layers: parts of a step at most. repeats: times that a step is carried out at
+    most. started: told of each sequence that has begun to be computed, and when."""
 
     def __init__(
         self,
@@ -40,11 +41,13 @@ class Planner:
         running: Running,
         budget: int,
         layers: int,
+        repeats: int,
         started: Callable[[Sequence, float], None],
     ) -> None:
         self.lanes = lanes
         self.budget = budget
         self.layers = layers
+        self.repeats = repeats if lanes == (Lane.MIXED,) else 1
         self.pace = Pace()
         self._running = running
         self._inflight = running.inflight
@@ -129,7 +132,8 @@ class Planner:
             self._plan_prefill(pieces, members, now)
         if not pieces:
             return None
-        plan = Plan(next(self._steps), lane, tuple(pieces), parts=self._parts(lane, pieces))
+        repeats = often(self._running, members, self.repeats) if self.repeats > 1 else 1
+        plan = Plan(next(self._steps), lane, tuple(pieces), parts=self._parts(lane, pieces), repeats=repeats)
         self._inflight.launch(plan, tuple(members), copied)
         return plan
 

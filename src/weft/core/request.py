@@ -1,7 +1,7 @@
 """What a client asked, and what it is told.
 
 Every accepted request ends in exactly one `RequestEnd`, whatever happens to it. Before it come the `TokenOutput`s of
-its `n` sequences, each sequence's last one carrying its `finish`.
+its `n` sequences, each sequence's last one carrying its `finish`; see `Request.told`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ class Request:
     priority: smaller is served first (vLLM's convention), and waiting improves it (ageing).
     cache_salt: requests share cached prefixes only with requests of the same salt.
     eos: the model's end-of-text ids, which end a sequence unless params.ignore_eos.
+    told: whether its tokens are told. False: only the first one of each sequence, and how many there were at its end.
     """
 
     id: str
@@ -29,6 +30,7 @@ class Request:
     eos: tuple[int, ...] = ()
     priority: int = 0
     cache_salt: str = ""
+    told: bool = True
 
 
 class Finish(str, Enum):

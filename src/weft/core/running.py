@@ -114,6 +114,22 @@ class Running:
         sequence.table += self.pool.take_decode(1) if self.apart else self.pool.take(1)
         return True
 
+    def written(self, sequences: list[Sequence]) -> None:
+        """All their tokens but the last were computed, one after the other while nothing else happened: blocks for all
+        of them, which are free (see repeats.py)."""
+        size, full = self.block_size, []
+        for index, sequence in enumerate(sequences):
+            length = len(sequence.tokens)
+            missing = -(-length // size) - len(sequence.table)
+            if missing > 0:
+                sequence.table += self.pool.take(missing)
+            sequence.computed = length - 1
+            if self.caching and sequence.computed // size > sequence.published:
+                full += [(end - length, index) for end in range((sequence.published + 1) * size, length, size)]
+        # The prefix cache keeps one of two equal blocks: the one that was full first.
+        for _, index in sorted(full):
+            self.publish(sequences[index])
+
     def _grow_ahead(self, sequence: Sequence, room: int) -> None:
         """Make room behind its last token too, unless it ends there anyway or somebody else would pay for it."""
         goes_on = room + 1 < sequence.max_len

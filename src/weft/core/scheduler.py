@@ -50,7 +50,7 @@ class Scheduler:
         self.pool = self.running.pool
         self.inflight = self.running.inflight
         self.admission = Admission(capacity, settings)
-        self.planner = Planner(lanes, self.running, budget, capacity.layers, self._started)
+        self.planner = Planner(lanes, self.running, budget, capacity.layers, capacity.repeats, self._started)
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self._slots = capacity.blocks * capacity.block_size
@@ -195,6 +195,9 @@ class Scheduler:
         drawn = {sampled.sequence: sampled for sampled in result.sampled}
         scores = dict(result.prompt_scores)
         error, vocabulary = result.error, self.capacity.vocabulary
+        again = result.repeats - 1
+        if again and error is None:
+            self._repeated(wanted, result, events)
         for piece, sequence in wanted:
             if sequence.state is ENDED:  # with its request, a slice ago
                 continue
@@ -204,21 +207,37 @@ class Scheduler:
             if problem is None:
                 problem = shortfall(piece, one, its_scores, vocabulary)
             if problem is None:
-                self._advance(piece, sequence, one, its_scores, now, events)
+                self._advance(piece, piece.start + len(piece.tokens) + again, sequence, one, its_scores, now, events)
             else:
                 self._end_request(sequence.live, Finish.ERROR, now, events, problem, STEP_FAILED)
         return events
 
+    def _repeated(self, wanted: list[tuple[Slice, Sequence]], result: Result, events: list[Event]) -> None:
+        """All the times but the last that a plan was carried out: nothing ended in them."""
+        drawn = {one.sequence: tokens for one, tokens in zip(result.sampled, result.before, strict=True)}
+        sequences = []
+        for piece, sequence in wanted:
+            before = drawn.get(piece.sequence)
+            if before is not None:
+                sequences.append(sequence)
+                sequence.tokens += before
+                self.generation_tokens += len(before)
+                if sequence.told:
+                    name, index = sequence.name, sequence.index
+                    events += [made(TokenOutput, (name, index, token, None, None, None)) for token in before]
+        self.running.written(sequences)
+
     def _advance(
         self,
         piece: Slice,
+        computed: int,
         sequence: Sequence,
         drawn: Sampled | None,
         scores: tuple[TokenScore, ...],
         now: float,
         events: list[Event],
     ) -> None:
-        sequence.computed = piece.start + len(piece.tokens)
+        sequence.computed = computed
         if self.running.caching:
             self.running.publish(sequence)
         if piece.prompt_logprobs is not None:
@@ -237,7 +256,8 @@ class Scheduler:
             finish, stop_token = Finish.STOP, token
         elif length >= sequence.max_len:
             finish = Finish.LENGTH
-        events.append(made(TokenOutput, (sequence.name, sequence.index, token, drawn.score, finish, stop_token)))
+        if sequence.told or length == sequence.prompt_len + 1:
+            events.append(made(TokenOutput, (sequence.name, sequence.index, token, drawn.score, finish, stop_token)))
         if finish is not None:
             self._end_sequence(sequence, finish, now, events)
         elif length > self._slots:
@@ -289,7 +309,8 @@ class Scheduler:
         if live.scheduled is None:
             self.admission.leave(len(live.request.prompt), None)
         del self._live[live.request.id]
-        events.extend(TokenOutput(live.request.id, index, None, finish=reason) for index in sorted(live.open))
+        if live.request.told:
+            events.extend(TokenOutput(live.request.id, index, None, finish=reason) for index in sorted(live.open))
         timing = Timing(live.arrived, live.scheduled, live.first_token, now)
         prompt_tokens = len(live.request.prompt)
         events.append(
@@ -322,6 +343,7 @@ class Scheduler:
             name=request.id,
             max_len=live.max_len,
             stop_ids=live.stop_ids,
+            told=request.told,
             plain=None
             if request.params.penalised or (live.forbidden and request.params.min_tokens)
             else request.params,

@@ -83,9 +83,10 @@ class Sequence:
     digests: the prefix cache's, for the full blocks. published: full blocks that were offered to the prefix cache.
     rank: its place in every line; see `Scheduler.put_back`. flight: the ticket that computes a slice of it now.
 
-    name, max_len, stop_ids: its request's. plain: the request's parameters, where these, the seed and the position are
-    all that a draw needs; None where it needs to know the tokens, too. These are looked at for every token, and a fleet
-    of simulated engines is larger than the processor's caches, so they are here and not two references away.
+    name, max_len, stop_ids, told: its request's. plain: the request's parameters, where these, the seed and the
+    position are all that a draw needs; None where it needs to know the tokens, too. These are looked at for every
+    token, and a fleet of simulated engines is larger than the processor's caches, so they are here and not two
+    references away.
     """
 
     id: int
@@ -98,6 +99,7 @@ class Sequence:
     name: str
     max_len: int
     stop_ids: frozenset[int]
+    told: bool
     plain: SamplingParams | None
     state: State = State.WAITING
     computed: int = 0

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 from weft.core.plan import Plan
 
@@ -37,6 +38,16 @@ class CostModel:
         work = self.per_token * plan.tokens / own + memory * (1.0 + self.contention * rival)
         copied = sum([piece.start for piece in plan.slices if piece.source]) if self.per_copied else 0
         return self.fixed + self.per_copied * copied + work / plan.parts
+
+    def repeated(self, plan: Plan) -> list[float]:
+        """As `Cost.repeated`."""
+        return one_by_one(self.seconds, plan)
+
+
+def one_by_one(seconds: Callable[[Plan], float], plan: Plan) -> list[float]:
+    """Of each time that a plan is carried out: every slice is one position further than the time before."""
+    pieces = [[piece._replace(start=piece.start + time) for piece in plan.slices] for time in range(plan.repeats)]
+    return [seconds(replace(plan, slices=tuple(slices), repeats=1)) for slices in pieces]
 
 
 FREE = CostModel()

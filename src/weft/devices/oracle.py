@@ -186,13 +186,16 @@ class Lengths:
         self.nbytes = 0
         self._drawn = _Drawn(4 * capacity.max_slices)
 
-    def run(self, plan: Plan, seconds: float) -> Result:
+    def run(self, plan: Plan, seconds: float, repeats: int = 1) -> Result:
         ticket = Ticket(plan.step, plan.lane)
         if not plan.last:
             return Result(ticket, seconds=seconds)
         known = self._drawn
-        drawn = [known[piece.sequence] for piece in plan.slices if piece.sample is not None]
-        return Result(ticket, tuple(drawn), seconds=seconds)
+        drawn = tuple([known[piece.sequence] for piece in plan.slices if piece.sample is not None])
+        if repeats == 1:
+            return Result(ticket, drawn, seconds=seconds)
+        before = ((self.TOKEN,) * (repeats - 1),) * len(drawn)
+        return Result(ticket, drawn, seconds=seconds, repeats=repeats, before=before)
 
 
 class _Drawn(dict[int, Sampled]):

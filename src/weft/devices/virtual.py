@@ -7,8 +7,10 @@ goes at the pace that the cost model gives it beside the other for just that par
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Protocol
 
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
@@ -27,11 +29,16 @@ class Cost(Protocol):
         beside it, or 0."""
         ...
 
+    def repeated(self, plan: Plan) -> list[float]:
+        """Of each of the times that a plan is carried out, on the whole device and alone."""
+        ...
+
 
 @dataclass(slots=True)
 class Job:
     """A step under way. share: the lane's when it began. At the pace of `since` it takes `seconds` in all, of which the
-    part `left` was still to be done then, so that it ends at `ends`. rival: what that pace was made for."""
+    part `left` was still to be done then, so that it ends at `ends`. rival: what that pace was made for. times: when
+    each time ends that the plan is carried out, where it is repeated."""
 
     plan: Plan
     began: float
@@ -41,11 +48,18 @@ class Job:
     seconds: float = 0.0
     left: float = 1.0
     ends: float = math.inf
+    times: list[float] = field(default_factory=list)
+
+    @property
+    def last_begins(self) -> float:
+        """When the last time begins that the plan is carried out."""
+        return self.times[-2] if len(self.times) > 1 else self.began
 
 
 class VirtualDevice(Modelless):
     """partition: the shares of each lane; None for one mixed lane. Faults other than failed and nan are not for it.
-    lengths: computes no tokens, so that only their number means something (see oracle.Lengths); takes no faults."""
+    lengths: computes no tokens, so that only their number means something (see oracle.Lengths); takes no faults. Only
+    then, and with one lane, can a plan be repeated."""
 
     def __init__(
         self,
@@ -56,7 +70,10 @@ class VirtualDevice(Modelless):
         faults: Faults | None = None,
         lengths: bool = False,
     ) -> None:
-        super().__init__(capacity, partition, faults, Lengths(capacity) if lengths else None)
+        self._lengths = Lengths(capacity) if lengths else None
+        super().__init__(capacity, partition, faults, self._lengths)
+        if capacity.repeats > 1 and (self._lengths is None or partition is not None):
+            raise DeviceError("only a device that has one lane and computes no tokens can carry out a plan repeatedly")
         self._cost = cost
         self._plans: dict[Lane, deque[Plan]] = {lane: deque() for lane in self._lanes}
         self._jobs: dict[Lane, Job] = {}
@@ -97,6 +114,22 @@ class VirtualDevice(Modelless):
         while self._now < end:
             self._advance(end)
 
+    def job(self, lane: Lane) -> Job | None:
+        """What is under way."""
+        self._pace()
+        return self._jobs.get(lane)
+
+    def cut(self, end: float, under_way: bool) -> None:
+        """A plan that is repeated ends with the last time that has ended by `end`; under_way: with the one after it.
+        One that has not been carried out by then goes on as it is."""
+        self._pace()
+        for job in self._jobs.values():
+            count = bisect_right(job.times, end) + under_way
+            if 0 < count < len(job.times):
+                del job.times[count:]
+                job.ends = job.times[-1]
+                self._paced = False
+
     def wake(self) -> None:
         self._woken = True
 
@@ -119,8 +152,13 @@ class VirtualDevice(Modelless):
         for lane in [lane for lane, job in self._jobs.items() if job.ends <= now]:
             job = self._jobs.pop(lane)
             self._paced = False
-            self._results.append(self._executor.run(job.plan, now - job.began))
+            self._results.append(self._run(job, now - job.began))
             self._start(lane)
+
+    def _run(self, job: Job, seconds: float) -> Result:
+        if self._lengths is not None and job.times:
+            return self._lengths.run(job.plan, seconds, len(job.times))
+        return self._executor.run(job.plan, seconds)
 
     def _pace(self) -> None:
         """How fast each lane goes from now on. A step whose rival is what it was goes on undisturbed."""
@@ -132,7 +170,11 @@ class VirtualDevice(Modelless):
         beside = len(self._jobs) > 1 and not self.capacity().decode_blocks
         for lane, job in self._jobs.items():
             rival = sum([other.share for name, other in self._jobs.items() if name is not lane]) if beside else 0.0
-            if rival != job.rival:
+            if job.plan.repeats > 1:
+                if not job.times:
+                    job.times = list(accumulate(self._cost.repeated(job.plan), initial=job.began))[1:]
+                    job.ends = job.times[-1]
+            elif rival != job.rival:
                 job.rival = rival
                 self._change(job, self._cost.seconds(job.plan, job.share, rival))
             self._end = min(self._end, job.ends)

@@ -200,14 +200,14 @@ class Engine:
             self._recover(error, result.ticket)
         meter = self._meters[lane]
         if meter.plan is not None:
-            meter.tokens += meter.plan.tokens if meter.plan.last else 0
+            meter.tokens += meter.plan.tokens * result.repeats if meter.plan.last else 0
             if self._control is not None:
                 self._control.landed(meter.plan, result, self._clock())
         if meter.retired:
             meter.retired = False
             logger.warning("lane %s answers again", lane.value)
         meter.busy += result.seconds
-        meter.steps += 1
+        meter.steps += result.repeats
         meter.plan = None
         if result.error is not None:
             logger.error("step %d of lane %s failed: %s", result.ticket.step, lane.value, result.error)

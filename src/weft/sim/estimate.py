@@ -14,6 +14,7 @@ from weft.sim.traffic import VOCABULARY
 
 MEMORY = 0.9  # the part of a GPU's memory that weights and KV may have
 SHARES = 12  # that two lanes divide
+REPEATS = 64  # times that a plan of one lane is carried out at most
 KV_BITS = {"auto": 16, "bf16": 16, "int8": 8, "int4": 4}  # by --kv-cache-dtype
 
 
@@ -53,5 +54,6 @@ def setup_of(cost: StepCost, config: EngineConfig) -> Setup:
         max_model_len=longest,
         vocabulary=VOCABULARY,
         layers=model.layers,
+        repeats=REPEATS if config.partition == "off" else 1,
     )
     return Setup(config, capacity, cost)

@@ -66,8 +66,8 @@ class Replicas(Protocol):
         """Make these replicas anew. What they had under way, by replica and then by urgency."""
         ...
 
-    def states(self) -> list[State]:
-        """Of the replicas, in order, and then of those that failed."""
+    def states(self, now: float) -> list[State]:
+        """Of the replicas, in order, and then of those that failed. now: up to which time has passed."""
         ...
 
     def close(self) -> None:
@@ -92,11 +92,10 @@ class Part:
         tokens = prompt(placed.size, placed.number) + (0,) * placed.done
         try:
             events = self.replicas[placed.replica].submit(str(placed.number), tokens, placed.output, placed.at)
+            self._heard += _ends(placed.at, placed.replica, events)
         except (InvalidRequest, QueueFull) as error:
             self._heard.append(Ended(placed.at, placed.replica, placed.number, error=error.code))
-            return
-        self._heard += _ends(placed.at, placed.replica, events)
-        self._await(placed.replica)
+        self._await(placed.replica)  # also where it was refused: what was under way may have been cut
 
     def advance(self, limit: float) -> list[Ended]:
         while not self._heard and (end := self.next_end) <= limit and end < math.inf:
@@ -113,20 +112,27 @@ class Part:
         heard, self._heard = self._heard, []
         return heard
 
-    def foretell(self) -> list[Ended]:
-        """What ends with steps that began since it was last asked. `advance` does not tell it again. Only for setups
-        where that is certain; see `Setup.least`."""
+    def foretell(self, limit: float) -> list[Ended]:
+        """What ends with steps that began up to `limit` and since it was last asked. `advance` does not tell it again.
+        Only for setups where that is certain; see `Setup.least`."""
         found: list[Ended] = []
         for index in sorted(self._begun):
             replica = self.replicas[index]
+            if replica.last_begins > limit:
+                continue
+            self._begun.discard(index)
             at, own = replica.device.next_end, []
             for one in replica.ending():
                 first = at if one.live.first_token is None else one.live.first_token
                 own.append(Ended(at, index, int(one.name), first, one.max_len - one.prompt_len))
             self._foretold[index] = own
             found += own
-        self._begun.clear()
         return found
+
+    @property
+    def next_begin(self) -> float:
+        """When the next step begins that is to be foretold."""
+        return min([self.replicas[index].last_begins for index in self._begun], default=math.inf)
 
     @property
     def room(self) -> int:
@@ -136,6 +142,7 @@ class Part:
     def fail(self, indices: Iterable[int], now: float) -> list[Lost]:
         found: list[Lost] = []
         for index in indices:
+            self._settle(index, now)
             failed = self.replicas[index]
             for one in failed.under_way():
                 found.append(Lost(int(one.name), one.live.first_token, one.generated))
@@ -146,7 +153,9 @@ class Part:
             self._due[index] = math.inf
         return found
 
-    def states(self) -> list[State]:
+    def states(self, now: float) -> list[State]:
+        for index in self.replicas:
+            self._settle(index, now)
         return [one.state() for one in (*self.replicas.values(), *self._failed)]
 
     def close(self) -> None:
@@ -162,11 +171,17 @@ class Part:
             heapq.heappop(ends)
         return ends[0][0] if ends else math.inf
 
+    def _settle(self, index: int, now: float) -> None:
+        self.replicas[index].settle(now)
+        self._await(index)
+
     def _await(self, index: int) -> None:
         """A replica's next end may have moved."""
         end = self.replicas[index].device.next_end
         if end != self._due[index]:
             self._due[index] = end
+            if not self._foretold.get(index):
+                self._foretold.pop(index, None)  # another step ends next: that nobody ends was said of the one before
             if end < math.inf:
                 self._begun.add(index)
                 heapq.heappush(self._ends, (end, index))

@@ -33,8 +33,8 @@ CLOSING = 5.0  # seconds that a process has to end by itself
 
 
 class Ask(msgspec.Struct, array_like=True):
-    """Do this in order: place, each at its time, advance to `limit`, fail at `now`; and tell the states, if asked to.
-    foretell: tell what ends with the steps that are under way then."""
+    """Do this in order: place, each at its time, advance to `limit`, fail at `now`; and tell the states at `now`, if
+    asked to. foretell: tell what ends with the steps that are under way then."""
 
     placed: list[Placed] = []
     limit: float = -math.inf
@@ -45,12 +45,12 @@ class Ask(msgspec.Struct, array_like=True):
 
 
 class Told(msgspec.Struct, array_like=True):
-    """ended: what was not foretold before. next_end: when the next step ends. room: requests that every queue takes
-    yet. error: why the process cannot go on."""
+    """ended: what was not foretold before. due: when it has something to tell next. room: requests that every queue
+    takes yet. error: why the process cannot go on."""
 
     ended: list[Ended] = []
     foretold: list[Ended] = []
-    next_end: float = math.inf
+    due: float = math.inf
     room: int = 0
     lost: list[Lost] = []
     states: list[State] = []
@@ -77,7 +77,7 @@ class Processes:
             self._pipes.append(ours)
             self._processes.append(process)
         self._placed: list[list[Placed]] = [[] for _ in range(count)]
-        self._next_ends = [math.inf] * count
+        self._dues = [math.inf] * count
         self._rooms = [0] * count
         # All that ends before `known` is among `ends`, in order, or was told. Nobody is asked about it.
         self._ahead = min(setup.least for setup in setups)
@@ -116,11 +116,11 @@ class Processes:
         self._ends = deque(one for one in self._ends if one.replica not in gone)
         return lost
 
-    def states(self) -> list[State]:
-        self._ask(self._now)
+    def states(self, now: float) -> list[State]:
+        self._ask(now)
         count = len(self._pipes)
         for number in range(count):
-            self._send(number, Ask(states=True))
+            self._send(number, Ask(states=True, now=now))
         found = [self._receive(number).states for number in range(count)]
         own = [len(range(first, len(self._setups), count)) for first in range(count)]
         there = [found[index % count][index // count] for index in range(len(self._setups))]
@@ -137,8 +137,8 @@ class Processes:
 
     def _ask(self, limit: float) -> None:
         """Have everybody compute up to `limit`."""
-        busy = zip(self._placed, self._next_ends, strict=True)
-        asked = [number for number, (placed, end) in enumerate(busy) if placed or (end <= limit and end < math.inf)]
+        busy = zip(self._placed, self._dues, strict=True)
+        asked = [number for number, (placed, due) in enumerate(busy) if placed or (due <= limit and due < math.inf)]
         for number in asked:
             self._send(number, Ask(placed=self._placed[number], limit=limit, foretell=self._ahead > 0))
             self._placed[number] = []
@@ -165,7 +165,7 @@ class Processes:
             raise self._gone(number) from error
         if told.error is not None:
             raise DeviceError(told.error)
-        self._next_ends[number], self._rooms[number] = told.next_end, told.room
+        self._dues[number], self._rooms[number] = told.due, told.room
         return told
 
     def _gone(self, number: int) -> DeviceError:
@@ -200,12 +200,12 @@ def _answer(part: Part, ask: Ask) -> Told:
         part.place(placed)
     _advance(part, ask.limit, told)
     if ask.foretell:
-        told.foretold = part.foretell()
+        told.foretold = part.foretell(ask.limit)
     if ask.failed:
         told.lost = part.fail(ask.failed, ask.now)
     if ask.states:
-        told.states = part.states()
-    told.next_end, told.room = part.next_end, part.room
+        told.states = part.states(ask.now)
+    told.due, told.room = min(part.next_end, part.next_begin), part.room
     return told
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -90,20 +91,47 @@ class Replica:
 
     def submit(self, name: str, prompt: tuple[int, ...], output: int, now: float) -> list[Event]:
         """Take a request at a time that is no later than the device's `next_end`. Raises as Engine.submit."""
+        self.device.cut(now, under_way=True)
         self.device.pass_until(now)
         params = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-        self.engine.submit(Request(name, prompt, params))
+        self.engine.submit(Request(name, prompt, params, told=False))
         return self.engine.step(0.0)
 
     def step(self) -> list[Event]:
         """Let time pass until the next end."""
         return self.engine.step(None)
 
+    def settle(self, now: float) -> None:
+        """What has ended by `now` has been taken in from now on, also of a plan that is repeated. `now` is no later
+        than the device's `next_end`."""
+        self.device.cut(now, under_way=False)
+        began = self.device.next_end
+        if began > now:
+            return
+        # Who came after the step under way had begun is not in it, and ends what it stands for.
+        waiting = self.scheduler.running.waiting
+        late = [one for one in waiting if one.live.arrived >= began]
+        for one in late:
+            waiting.remove(one)
+        self.engine.step(None)
+        for one in late:
+            waiting.add(one)
+        if late:
+            self.device.cut(now, under_way=True)
+
+    @property
+    def last_begins(self) -> float:
+        """When the last step begins of those that the plan under way stands for."""
+        job = self.device.job(Lane.MIXED)
+        return math.inf if job is None else job.last_begins
+
     def ending(self) -> Iterator[Sequence]:
-        """Whom the steps under way end, in their order, if nobody takes a step away; see `Setup.least`."""
+        """Whom the plans under way end, in their order, if nobody takes a step away; see `Setup.least`."""
+        job = self.device.job(Lane.MIXED)
+        steps = len(job.times) if job is not None and job.times else 1
         for flight in self.scheduler.inflight:
             for piece, sequence in flight.wanted:
-                if piece.sample is not None and len(sequence.tokens) + 1 >= sequence.max_len:
+                if piece.sample is not None and len(sequence.tokens) + steps >= sequence.max_len:
                     yield sequence
 
     @property

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from weft.core.plan import Plan
+from weft.devices.cost import one_by_one
 from weft.errors import ConfigError
 from weft.sim.attention import Heads, attention_seconds, decoding_seconds, work_of
 from weft.sim.collectives import all_reduce_seconds, check_ranks, gather_seconds
@@ -151,20 +152,25 @@ class StepCost:
         whole = self.whole(rows, before, samples, share, rival)
         return whole if plan.parts == 1 else whole / plan.parts + CUT
 
+    def repeated(self, plan: Plan) -> list[float]:
+        """Of each of the times that a step which only decodes is carried out: as `seconds`, to the last bit."""
+        if self.model.window is not None:
+            return one_by_one(self.seconds, plan)
+        kept, count, known = self._of(1.0, 0.0), len(plan.slices), [piece.start for piece in plan.slices]
+        slots, longest = sum(known) + count, max(known) + 1
+        return [self._decode(kept, count, slots + count * n, longest + n, count) for n in range(plan.repeats)]
+
     def whole(self, rows: list[int], before: list[int], samples: int, share: float = 1.0, rival: float = 0.0) -> float:
         """Of a step that computes so many tokens of each of some sequences, after those before, and draws `samples`."""
         tokens, count = sum(rows), len(rows)
-        kept, model, host = self._of(share, rival), self.model, self.gpu.host
+        kept, model = self._of(share, rival), self.model
         if model.window is not None:
             before = [min(known, model.window) for known in before]
         if tokens == count > 0:
-            attention = model.layers * kept.decoding(count, sum(before) + count, max(before) + 1)
-        else:
-            fit = self.gpu.attention
-            work = work_of(rows, before, kept.heads.together(fit.packed))
-            attention = model.layers * attention_seconds(fit, kept.part, kept.heads, work)
-        layers = self._layers(tokens, attention, kept)
-        return host.step + host.sequence * samples + layers + self._output(samples, kept)
+            return self._decode(kept, count, sum(before) + count, max(before) + 1, samples)
+        fit = self.gpu.attention
+        work = work_of(rows, before, kept.heads.together(fit.packed))
+        return self._step(tokens, model.layers * attention_seconds(fit, kept.part, kept.heads, work), samples, kept)
 
     def ways(self, tokens: int) -> Ways:
         """Of a step with one prompt of at least two tokens, whatever `fused` and `weave` say; but gathers carry what
@@ -189,6 +195,16 @@ class StepCost:
     def woven_pair(self, stage: float, seam: float) -> float:
         """Seconds of a stage of one half and a seam of the other, side by side, given those of each alone."""
         return max(self._slower(1.0) * stage, seam) + WEAVE_START
+
+    def _decode(self, kept: Kept, count: int, slots: int, longest: int, samples: int) -> float:
+        """Of a step of `count` sequences that decode, see decoding_seconds."""
+        return self._step(count, self.model.layers * kept.decoding(count, slots, longest), samples, kept)
+
+    def _step(self, tokens: int, attention: float, samples: int, kept: Kept) -> float:
+        """attention: in all layers."""
+        host = self.gpu.host
+        layers = self._layers(tokens, attention, kept)
+        return host.step + host.sequence * samples + layers + self._output(samples, kept)
 
     def _attention(self, tokens: int, kept: Kept) -> float:
         """Of one prompt, in all layers."""

@@ -89,13 +89,13 @@ def study(
 
     with closing(_replicas(fleet, processes)) as replicas:
         simulation = _simulation(fleet, replicas, ended)
-        timeline = Timeline([Lane(one.lane) for one in replicas.states()[0].lanes])
+        timeline = Timeline([Lane(one.lane) for one in replicas.states(0.0)[0].lanes])
         if looks and seconds:
             _look_every(simulation, timeline, seconds / looks, fleet, on_time)
         for failure in fleet.failures:
             _fail_at(simulation, failure, fleet)
         simulation.run(traffic)
-        states = replicas.states()
+        states = replicas.states(simulation.now)
     queries = sum(one.prefix_queries for one in states)
     return Outcome(
         totals=tally.totals(),
@@ -149,7 +149,7 @@ def _look_every(
     simulation: Simulation, timeline: Timeline, interval: float, fleet: Fleet, on_time: Callable[[float], None] | None
 ) -> None:
     def look(now: float) -> None:
-        timeline.look(simulation.replicas.states()[: fleet.count], fleet.setup.capacity.shares, now)
+        timeline.look(simulation.replicas.states(now)[: fleet.count], fleet.setup.capacity.shares, now)
         if on_time is not None:
             on_time(now)
         simulation.at(now + interval, look)

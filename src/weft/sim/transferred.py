@@ -22,6 +22,9 @@ class Transferred:
     def seconds(self, plan: Plan, share: float = 1.0, rival: float = 0.0) -> float:
         return self.cost.seconds(replace(plan, slices=tuple(map(_last, plan.slices))), share, rival)
 
+    def repeated(self, plan: Plan) -> list[float]:
+        return self.cost.repeated(plan)
+
 
 def received(setup: Setup) -> Setup:
     """The same replica, for requests whose prompts others have computed. A step takes as many tokens as can come."""
