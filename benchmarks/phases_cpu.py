@@ -4,9 +4,11 @@ One model after the other. Its servers are loaded once and wait; what the machin
 that stay the same, on the part `tune` of the loads: how fast one request alone is (targets are multiples of that), how
 many requests/s of each load can be served, and at which part of that rate, for each load, the best of two fixed
 policies still has most requests in target. Then each load is served in rounds, at that rate and at others beside it,
-with requests that nobody has seen before, by all in turn, in another order each time. Those that learn get a piece
-first that does not count. There are as many rounds as fit in the time, at least one; from the second on, without those
-that are far behind the best by then and decide no claim.
+with requests that nobody has seen before, by all in turn, in an order that is drawn each time. Those that learn get a
+piece first that does not count. There are as many rounds as fit in the time, at least one; from the second on, without
+those that are far behind the best by then, at all rates of the load together, and decide no claim.
+
+A claim is about a load at all its rates together: a policy that is chosen in hindsight is chosen for the load.
 
 What was measured is written at once to FILE.pieces, so that a run that was killed goes on with --resume.
 """
@@ -28,7 +30,7 @@ import numpy as np
 import quantised_models
 from phases_loads import CHANGING, Load, Mix, Scale, load_all
 from phases_servers import PEER, SEATS, UNTUNED, Contestant, ours, peers
-from phases_tables import FIXED, Found, Row, claims, in_order, no_room, ratios, row, show
+from phases_tables import FIXED, Found, Row, against_best, claims, in_order, no_room, pooled, ratios, row, show
 
 import models
 from weft.bench.client import Target, first_model
@@ -153,7 +155,7 @@ def run(arguments: argparse.Namespace) -> Found:
         rows += _rows(pieces, model, machine)
         targets[model] = (machine.slo.ttft or 0.0, machine.slo.tpot or 0.0)
         notes += _notes(pieces, model, machine)
-    notes += no_room(rows)
+    notes += [*no_room(pooled(rows)), *against_best(pooled(rows))]
     if (note := common.load_note(watch)) is not None:
         notes.append(note)
     pieces.close()
@@ -204,24 +206,28 @@ def _joined(pieces: Sequence[dict[str, Any]]) -> list[Record]:
 
 
 def _claims(rows: Sequence[Row]) -> dict[str, float]:
-    found = claims(rows)
+    """Of each load at all its rates together."""
+    whole = pooled(rows)
+    found = claims(whole)
     for name, other in (("auto_vs_llama_server", PEER), ("auto_vs_chunked_untuned", UNTUNED)):
-        known = ratios(rows, lambda one, other=other: one["policy"] == other)  # type: ignore[misc]
+        known = ratios(whole, lambda one, other=other: one["policy"] == other)  # type: ignore[misc]
         if known:
             found[name] = float(np.median(list(known.values())))
     return found
 
 
 def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, float]:
-    """By load and rate, auto against the fixed policy that was best in the other rounds, round by round: what somebody
-    had who knew which one is best, but not which one will be lucky. Of several that are equally good, the best in
-    hindsight is always ahead of each."""
+    """By load, auto against the fixed policy that was best in the other rounds, round by round: what somebody had who
+    knew which one is best, but not which one will be lucky. Of several that are equally good, the best in hindsight is
+    always ahead of each."""
     found = {}
-    for load, factor in _cells(pieces, model, machine):
+    for load in machine.rates:
         met: dict[str, dict[int, tuple[int, int]]] = {}  # by policy and round: requests in target, of how many
-        for piece in pieces.find(model=model, what="piece", load=load, factor=factor):
+        for piece in pieces.find(model=model, what="piece", load=load):
             if piece["kind"] in FIXED or piece["kind"] == "auto":
-                met.setdefault(piece["policy"], {})[piece["round"]] = _met(piece, machine.slo)
+                rounds = met.setdefault(piece["policy"], {})
+                before, more = rounds.get(piece["round"], (0, 0)), _met(piece, machine.slo)
+                rounds[piece["round"]] = before[0] + more[0], before[1] + more[1]
         auto = met.pop("auto", {})
         ours = theirs = 0.0
         for number, (own, _) in auto.items():
@@ -230,7 +236,7 @@ def beside_chosen(pieces: Pieces, model: str, machine: Machine) -> dict[str, flo
                 ours += own
                 theirs += there[max(there, key=lambda name: _elsewhere(there[name], number))][number][0]
         if theirs:
-            found[f"{load} at {factor * machine.parts[load]:.2f}"] = ours / theirs
+            found[load] = ours / theirs
     return found
 
 
@@ -374,28 +380,27 @@ class Contest:
         while True:
             began, measured = time.monotonic(), 0
             for number, (load, factor) in enumerate(places):
-                there = self._left(load, factor, machine)
-                first = (number + turn * len(places)) % len(there)
-                for one in [*there[first:], *there[:first]]:
-                    measured += await self._piece(one, load, factor, machine, turn)
-                rows = self._so_far(load, factor, machine)
+                there = self._left(load, machine, turn)
+                for place in np.random.default_rng([11, turn, number]).permutation(len(there)):
+                    measured += await self._piece(there[place], load, factor, machine, turn)
+                rate = factor * machine.parts[load.name]
+                rows = [one for one in self._so_far(load, machine) if one["rate"] == rate]
                 print(f"\n{self._model}, {load.name} at {factor * machine.parts[load.name]:.2f}, {turn + 1} rounds")
                 print(show(rows), flush=True)
                 common.say(f"{self._model}: {max(0.0, end - time.monotonic()):.0f} s left")
             turn += 1
-            next_round = sum(len(self._left(load, factor, machine)) for load, factor in places)
+            next_round = sum(len(self._left(load, machine, turn)) for load, _ in places)
             needed = (time.monotonic() - began) * next_round / max(measured, 1)
             if measured and time.monotonic() + needed > end:
                 return
 
-    def _left(self, load: Load, factor: float, machine: Machine) -> list[Contestant]:
-        """Those that are not far behind: all, as long as nothing was measured."""
-        rows = self._so_far(load, factor, machine)
+    def _left(self, load: Load, machine: Machine, turn: int) -> list[Contestant]:
+        """All in the first round, then those that are not far behind at all rates together."""
+        rows = pooled(self._so_far(load, machine)) if turn else []
         return [one for one in self._entrants if not _behind(one.name, rows)]
 
-    def _so_far(self, load: Load, factor: float, machine: Machine) -> list[Row]:
-        rate, rows = factor * machine.parts[load.name], _rows(self._pieces, self._model, machine)
-        return [one for one in rows if (one["trace"], one["rate"]) == (load.name, rate)]
+    def _so_far(self, load: Load, machine: Machine) -> list[Row]:
+        return [one for one in _rows(self._pieces, self._model, machine) if one["trace"] == load.name]
 
     async def _piece(self, one: Contestant, load: Load, factor: float, machine: Machine, turn: int) -> bool:
         """Whether it had to be measured: not if an earlier run has done so."""

@@ -13,10 +13,11 @@ from phases_loads import CHANGING
 from weft.bench.stats import Summary
 
 Row = dict[str, Any]
-Cell = tuple[str, str, float]  # device, load and rate
+Cell = tuple[str, str, float | str]  # device, load and rate
 # The kinds of policies that stay the same on one device.
 FIXED = ("chunk", "split", "overlap", "turns")
 LEAST = 1e-9
+ALL = "all"  # in place of a rate: all of a load's together
 WANTED = 1.1  # times as good as every fixed policy is what auto should be where the mix changes
 
 
@@ -80,6 +81,20 @@ def cells(rows: Sequence[Row]) -> dict[Cell, list[Row]]:
     return found
 
 
+def pooled(rows: Sequence[Row]) -> list[Row]:
+    """Rows with rounds, those of all rates of a load in one: in as many requests as that, the best of several policies
+    is no longer the luckiest. One policy has to do for all of them, as an operator would have it."""
+    found: dict[tuple[str, str, str], Row] = {}
+    for one in rows:
+        key = one["device"], one["trace"], one["policy"]
+        whole = found.setdefault(key, {name: one[name] for name in ("device", "trace", "policy", "kind")})
+        whole.setdefault("rounds", {}).update({(one["rate"], turn): met for turn, met in one["rounds"].items()})
+    for whole in found.values():
+        met, count = (sum(values) for values in zip(*whole["rounds"].values(), strict=True))
+        whole |= {"rate": ALL, "requests": count, "attainment": met / max(count, 1)}
+    return list(found.values())
+
+
 def ratios(rows: Sequence[Row], against: Callable[[Row], bool]) -> dict[Cell, float]:
     """auto's attainment over the best of those, in every cell that has them."""
     found = {}
@@ -134,10 +149,14 @@ def claims(rows: Sequence[Row], prefix: str = "") -> dict[str, float]:
 def no_room(rows: Sequence[Row]) -> list[str]:
     """Where the mix changes and a fixed policy still does so well that none could be WANTED times better: notes."""
     return [
-        f"{device}, {trace} at {rate:g}: {best['policy']} has {best['attainment']:.1%} in target, so that nothing "
+        f"{device}, {trace} at {_rate(rate)}: {best['policy']} has {best['attainment']:.1%} in target, so that nothing "
         f"could be {WANTED:g} times better"
         for (device, trace, rate), best in _without_room(rows).items()
     ]
+
+
+def _rate(rate: float | str) -> str:
+    return "all its rates" if rate == ALL else f"{rate:g}"
 
 
 def _without_room(rows: Sequence[Row]) -> dict[Cell, Row]:
@@ -161,9 +180,9 @@ def against_best(rows: Sequence[Row]) -> list[str]:
         fixed = [one for one in here if one["kind"] in FIXED]
         if auto is not None and fixed:
             best = min(fixed, key=lambda one: ratio(auto, one))
-            rounds = f" in {len(best['rounds'])} rounds" if "rounds" in best else ""
+            rounds = f" in {len(best['rounds'])} pieces" if "rounds" in best else ""
             found.append(
-                f"{device}, {trace} at {rate:g}: auto {auto['attainment']:.1%}, {best['policy']} "
+                f"{device}, {trace} at {_rate(rate)}: auto {auto['attainment']:.1%}, {best['policy']} "
                 f"{best['attainment']:.1%}{rounds}: {ratio(auto, best):.2f}"
             )
     return found

@@ -168,11 +168,52 @@ def test_luck_is_not_taken_for_the_best_policy(scripts: Any) -> None:
     ):  # fmt: skip
         for turn, met in enumerate(rounds):
             add(policy, kind, turn, met)
-    assert cpu.beside_chosen(pieces, "m", machine) == {"conv at 0.90": pytest.approx(16 / 12)}
+    assert cpu.beside_chosen(pieces, "m", machine) == {"conv": pytest.approx(16 / 12)}
     for policy, met in (("auto", 3), ("chunk 32", 2)):
         add(policy, policy.split()[0], 0, met, 1.5)
     found = {(one["rate"], one["policy"]): one["attainment"] for one in cpu._rows(pieces, "m", machine)}
     assert len(found) == 7 and found[0.9, "auto"] == 0.8 and found[1.35, "auto"] == pytest.approx(0.3)
+
+
+def test_one_policy_has_to_do_for_all_rates_of_a_load(scripts: Any) -> None:
+    """Each of two fixed ones is best at one of two rates, and neither is as good as auto at both."""
+    tables = scripts("phases_tables")
+    rows = [
+        {"device": "any", "trace": "conv", "rate": rate, "policy": policy, "kind": kind, "attainment": met / count,
+         "requests": count, "rounds": {"0": (met - 1, count - 1), "1": (1, 1)}}
+        for policy, kind, found in (
+            ("auto", "auto", ((9, 10), (15, 20))), ("chunk 64", "chunk", ((10, 10), (5, 20))),
+            ("overlap", "overlap", ((4, 10), (16, 20))),
+        )
+        for rate, (met, count) in zip((0.7, 1.0), found, strict=True)
+    ]  # fmt: skip
+    assert tables.claims(rows)["auto_vs_best_fixed"] == pytest.approx(0.9), "at one of them"
+    whole = tables.pooled(rows)
+    assert [(one["policy"], one["requests"], one["attainment"]) for one in whole] == [
+        ("auto", 30, 0.8), ("chunk 64", 30, 0.5), ("overlap", 30, 20 / 30),
+    ]  # fmt: skip
+    assert tables.claims(whole)["auto_vs_best_fixed"] == pytest.approx(24 / 20)
+    assert tables.against_best(whole) == ["any, conv at all its rates: auto 80.0%, overlap 66.7% in 4 pieces: 1.20"]
+    changing = [one | {"trace": "changing"} for one in rows]
+    assert tables.no_room(tables.pooled(changing)) == []
+    assert len(tables.no_room(changing)) == 1, "at the lower rate"
+
+
+def test_who_is_far_behind_at_all_rates_together_is_left_out_of_later_rounds(scripts: Any) -> None:
+    cpu = scripts("phases_cpu")
+    contest = cpu.Contest.__new__(cpu.Contest)
+    names = (("auto", "auto"), ("chunk 512", "chunk"), ("chunk 32", "chunk"), ("overlap", "overlap"))
+    contest._entrants = [cpu.Contestant(name, kind, lambda _: None) for name, kind in names]
+    contest._model, contest._pieces = "m", cpu.Pieces(None, False)
+    machine = cpu.Machine(0.1, 0.05, {"conv": 2.0, "code": 2.0}, {"conv": 0.9, "code": 0.9})
+    good, bad = [0.0, 0.0, 0.1, 0.2, 0.2, 20, 3, None], [0.0, 0.0, 9.0, 9.1, 9.1, 20, 3, None]
+    for name, kind in names:
+        for factor, met in ((0.7, 10), (1.0, {"auto": 8, "chunk 512": 0, "chunk 32": 2, "overlap": 6}[name])):
+            key = {"model": "m", "what": "piece", "load": "conv", "factor": factor, "round": 0, "policy": name}
+            contest._pieces.add(**key, kind=kind, seconds=1.0, records=[good] * met + [bad] * (10 - met))
+    load, other = (scripts("phases_loads").Load(name, False, list) for name in ("conv", "code"))
+    assert [one.name for one in contest._left(load, machine, 1)] == ["auto", "chunk 512", "overlap"]
+    assert len(contest._left(load, machine, 0)) == len(contest._left(other, machine, 1)) == 4
 
 
 def test_who_was_left_out_of_later_rounds_is_compared_in_the_earlier_ones(scripts: Any) -> None:
@@ -191,7 +232,7 @@ def test_who_was_left_out_of_later_rounds_is_compared_in_the_earlier_ones(script
     assert tables.claims(rows)["auto_vs_best_fixed"] == pytest.approx(15 / 9), "overlap had half as many as auto"
     beside = tables.ratios(rows, lambda one: one["kind"] == "peer")
     assert beside == {("any", "conv", 1.0): pytest.approx(10 / 0.5)}
-    assert tables.against_best(rows) == ["any, conv at 1: auto 0.0%, chunk 512 0.0% in 3 rounds: 1.67"]
+    assert tables.against_best(rows) == ["any, conv at 1: auto 0.0%, chunk 512 0.0% in 3 pieces: 1.67"]
     other = [rows[1] | {"policy": "chunk 64"}, rows[3] | {"device": "else"}]
     found = [(one["device"], one["policy"]) for one in tables.in_order([*reversed(rows), *other])]
     assert found == [
