@@ -83,7 +83,6 @@ class Processes:
         self._ahead = min(setup.least for setup in setups)
         self._known = -math.inf
         self._ends: deque[Ended] = deque()
-        self._now = -math.inf
 
     @property
     def pids(self) -> list[int]:
@@ -100,7 +99,6 @@ class Processes:
         """All that ends up to `limit`."""
         if limit >= self._known:
             self._ask(limit)
-        self._now = limit
         ended = []
         while self._ends and self._ends[0].at <= limit:
             ended.append(self._ends.popleft())
