@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from weft.errors import ConfigError
 from weft.sim import fit, hardware, profiles
 from weft.sim.attention import Heads, Work
 from weft.sim.gemm import Operands
@@ -158,7 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.data is not None:
         fit_all(given.data / "gpu_profiles" if (given.data / "gpu_profiles").is_dir() else given.data)
     elif given.gpu and given.csv and given.out:
-        fit_csv(hardware.find_gpu(given.gpu), given.csv, given.arithmetic, given.out)
+        try:
+            fit_csv(hardware.find_gpu(given.gpu), given.csv, given.arithmetic, given.out)
+        except ConfigError as error:
+            parser.error(error.message)
     else:
         parser.error("give --data, or --gpu, --csv and --out together")
 

@@ -122,6 +122,13 @@ def test_what_cannot_be_is_refused_with_the_flag(
     assert words in " ".join(capsys.readouterr().err.split())
 
 
+def test_one_mistake_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--replicas", "0"]) == 2
+    assert "--prefill-replicas" not in capsys.readouterr().err
+    assert main(["simulate", "--prefill-replicas", "-1"]) == 2
+    assert "--prefill-replicas is -1; it must be at least 0" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_replica_has_the_kv_that_its_weights_leave_room_for() -> None:
     """Llama-3-8B: 8.03 billion weights of two bytes, and 128 KiB of KV for a token, in nine tenths of 85.5 GB."""
     config = EngineConfig(max_model_len=8192)

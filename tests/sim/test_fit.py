@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from weft.sim.profiles import Gemms, Reduces, kept_back
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gpu_profiles"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="the published profiles are not here")
+TOOL = Path(__file__).parents[2] / "tools" / "fit_gpu.py"
 RANDOM = np.random.default_rng(7)
 
 
@@ -125,6 +128,22 @@ def test_what_weft_bench_kernels_writes_is_read(tmp_path: Path) -> None:
     assert {share: times.seconds.tolist() for share, times in shares.items()} == {0.5: [9e-6]}
     with pytest.raises(ConfigError, match="has no rows of int8; there are bf16, w4a8"):
         profiles.read_gemms(path, "int8")
+
+
+def test_times_of_ones_own_become_a_gpu(tmp_path: Path) -> None:
+    """A device of 300 TFLOP/s, where an H100 is taken for more; and a file that is not there is named."""
+    times, made = tmp_path / "times.csv", tmp_path / "mine.json"
+    shapes = [(m, n, k) for m in (1, 16, 256, 2048, 8192) for n, k in ((4096, 4096), (14336, 4096), (4096, 14336))]
+    rows = [(m, n, k, "bf16", max(2 * m * n * k / 3e14, 2 * (m * k + n * k + m * n) / 2.6e12)) for m, n, k in shapes]
+    with times.open("w") as out:
+        csv.writer(out).writerows([("m", "n", "k", "dtype", "seconds"), *rows])
+    command = [sys.executable, str(TOOL), "--gpu", "h100", "--out", str(made), "--csv"]
+    subprocess.run([*command, str(times)], check=True, capture_output=True)
+    mine, taken = find_gpu(str(made)), find_gpu("h100")
+    ours, theirs = (gemm_seconds(gpu.gemm, gpu.part(1.0, 0.0), 8192, 14336, 4096).item() for gpu in (mine, taken))
+    assert ours == pytest.approx(2 * 8192 * 14336 * 4096 / 3e14, rel=0.1) and theirs < 0.8 * ours
+    failed = subprocess.run([*command, str(tmp_path / "none.csv")], check=False, capture_output=True, text=True)
+    assert failed.returncode == 2 and "none.csv cannot be read" in failed.stderr and "Traceback" not in failed.stderr
 
 
 @needs_data

@@ -106,7 +106,7 @@ def _problems(given: argparse.Namespace) -> list[str]:
     for name in ("tensor_parallel_size", "replicas", "processes"):
         if getattr(given, name) < 1:
             found.append(f"--{name.replace('_', '-')} is {getattr(given, name)}; it must be at least 1")
-    if not 0 <= given.prefill_replicas < given.replicas:
+    if not 0 <= given.prefill_replicas < max(1, given.replicas):
         found.append(
             f"--prefill-replicas is {given.prefill_replicas}; it must be at least 0 and less than --replicas "
             f"{given.replicas}"
