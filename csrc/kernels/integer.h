@@ -63,7 +63,7 @@ WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sum
 
 #else
 
-constexpr int TILE_ROWS = 4, TILE_VECTORS = 2;  // 8 sums of 16 bits, 2 weights, an input and masks, of 16 registers
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 sums of 16 bits, 2 weights, an input and a mask, of 16 registers
 constexpr int FETCH_ROWS = 1;  // here they pass over it several times, which the hardware does not see through
 
 template <int BITS>
@@ -118,7 +118,7 @@ WEFT_INLINE void multiply_block(const char* weights, const int8_t* x, i32v (&sum
   for (int first = 0; first < BLOCK; first += STEP) {
     i16v narrow[HEIGHT][TILE_VECTORS] = {};
     u32v bytes[TILE_VECTORS], w[TILE_VECTORS];
-    for (int k = first; k < first + STEP; k += 32 / BITS) {
+    WEFT_UNROLL for (int k = first; k < first + STEP; k += 32 / BITS) {
       if (k % 8 == 0) ahead.fetch(k / 8);
       WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++)
         bytes[v] = load<u32v>(weights + k * PANEL * BITS / 8 + v * sizeof(u32v));

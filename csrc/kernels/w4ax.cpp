@@ -80,10 +80,8 @@ void tile(const char* block, const Rows& rows, int64_t height, bool first_block,
     case 2: return tile<2, BITS, GENERAL>(block, rows, first_block, sums, ahead);
     case 3: return tile<3, BITS, GENERAL>(block, rows, first_block, sums, ahead);
     case 4: return tile<4, BITS, GENERAL>(block, rows, first_block, sums, ahead);
-#if defined(WEFT_LEVEL_avx512)
     case 5: return tile<5, BITS, GENERAL>(block, rows, first_block, sums, ahead);
     case 6: return tile<6, BITS, GENERAL>(block, rows, first_block, sums, ahead);
-#endif
   }
 }
 
