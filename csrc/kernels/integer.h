@@ -12,9 +12,15 @@ typedef int16_t i16v __attribute__((vector_size(lanes * 4)));
 // What to fetch while a block meets some rows: so many cache lines from here on, a few with each 8 channels, because the
 // CPU waits where there are many of them at once.
 struct Ahead {
+  static constexpr int ALL = PANEL / lanes;  // vectors of a panel
   const char* from;
   int64_t lines;
-  void fetch(int64_t eight) const {
+  // What of it to fetch with so many vectors of columns, from `first` on.
+  Ahead part(int first, int vectors) const {
+    const int64_t begin = lines * first / ALL, end = lines * (first + vectors) / ALL;
+    return {from + begin * 64, end - begin};
+  }
+  __attribute__((always_inline)) void fetch(int64_t eight) const {
     for (int64_t line = eight; line < lines; line += BLOCK / 8) __builtin_prefetch(from + line * 64, 0, 3);
   }
 };
@@ -93,7 +99,7 @@ WEFT_INLINE i32v widen_pairs(i16v x) {
 }
 
 // A value that is in a register by now. GCC would change the order of the sums, and have all products in memory first.
-WEFT_INLINE void settle(i16v& x) {
+WEFT_INLINE void settle([[maybe_unused]] i16v& x) {
 #if defined(WEFT_LEVEL_avx2)
   __asm__("" : "+x"(x));
 #endif

@@ -49,17 +49,17 @@ struct Columns<true> {
 template <int HEIGHT, int BITS, bool GENERAL>
 void tile(const char* block, const Rows& rows, bool first_block, float* sums, const Ahead& ahead) {
   const Columns<GENERAL> columns(block + W4AxWeights::integer_bytes(BITS == 8));
-  constexpr int PARTS = PANEL / lanes / TILE_VECTORS;
-  for (int part = 0; part < PARTS; part++) {
-    const int first = part * TILE_VECTORS;
-    const int64_t fetched = ahead.lines * part / PARTS, lines = ahead.lines * (part + 1) / PARTS - fetched;
+  for (int first = 0; first < PANEL / lanes; first += TILE_VECTORS) {
     i32v products[HEIGHT][TILE_VECTORS];
     WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) {
       const i32v zero = splat(excess<BITS>) + columns.zero((first + v) * lanes);
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) products[r][v] = zero * splat(-rows.totals[r]);
     }
-    multiply_block<HEIGHT, BITS>(block + first * sizeof(u32v), rows.values, products,
-                                 {ahead.from + fetched * 64, lines});
+    const char* weights = block + first * sizeof(u32v);
+    if constexpr (TILE_VECTORS == PANEL / lanes)
+      multiply_block<HEIGHT, BITS>(weights, rows.values, products, ahead);
+    else
+      multiply_block<HEIGHT, BITS>(weights, rows.values, products, ahead.part(first, TILE_VECTORS));
     f32v scales[TILE_VECTORS];
     WEFT_UNROLL for (int v = 0; v < TILE_VECTORS; v++) scales[v] = columns.scale((first + v) * lanes);
     WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) {
