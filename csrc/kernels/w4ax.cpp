@@ -56,6 +56,7 @@ void tile(const char* block, const Rows& rows, bool first_block, float* sums, co
       WEFT_UNROLL for (int r = 0; r < HEIGHT; r++) products[r][v] = zero * splat(-rows.totals[r]);
     }
     const char* weights = block + first * sizeof(u32v);
+    // A part that is all of it would be the same, but GCC would have it in a copy, and order the loop otherwise.
     if constexpr (TILE_VECTORS == PANEL / lanes)
       multiply_block<HEIGHT, BITS>(weights, rows.values, products, ahead);
     else
