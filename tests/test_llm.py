@@ -36,6 +36,7 @@ class Reciter:
     broken: str | None = None
     live: dict[str, Request] = field(default_factory=dict)
     aborted: list[str] = field(default_factory=list)
+    stopped: list[tuple[str, int]] = field(default_factory=list)
     spoken: dict[str, int] = field(default_factory=dict)
     most: int = 0
     closed: int = 0
@@ -50,6 +51,10 @@ class Reciter:
     def abort(self, request_id: str) -> None:
         if request_id in self.live:
             self.aborted.append(request_id)
+
+    def stop(self, request_id: str, index: int) -> None:
+        if request_id in self.live:
+            self.stopped.append((request_id, index))
 
     def step(self, timeout: float | None) -> list[Event]:
         events: list[Event] = []
@@ -71,7 +76,7 @@ class Reciter:
         for index in range(params.n):
             tokens = [*self.tokenizer.encode(self.say(prompt, index), add_special_tokens=False), *request.eos[:1]]
             limit = min(len(tokens), params.max_tokens or len(tokens))
-            if position < limit:
+            if position < limit and (request.id, index) not in self.stopped:
                 token, last = tokens[position], position + 1 == limit
                 finish = (Finish.STOP if token in request.eos else Finish.LENGTH) if last else None
                 score = None if params.logprobs is None else TokenScore(token, -0.5, 1)
@@ -150,7 +155,7 @@ def test_a_stop_string_ends_the_request_in_the_engine(llm: LLM, engine: Reciter)
     assert output.text == "one two thr"
     assert (output.finish_reason, output.outputs[0].stop_reason) == ("stop", "ee fo")
     assert TOKENIZER.decode(output.token_ids).startswith("one two three fo")
-    assert len(engine.aborted) == 1 and not engine.live
+    assert len(engine.stopped) == 1 and not engine.aborted and not engine.live
     (output,) = llm.generate("x", SamplingParams(max_tokens=None, stop=("ee fo",), include_stop_str_in_output=True))
     assert output.text == "one two three fo"
 

@@ -6,6 +6,7 @@ Names are vLLM's where vLLM has one. A value that is derived from a setting live
 
 from __future__ import annotations
 
+import re
 import types
 import typing
 from dataclasses import dataclass, field, fields
@@ -18,6 +19,7 @@ BUILTIN_MODEL = "builtin"
 MAX_CORE = 4095
 MAX_NAME = 256  # characters by which a request may name the model
 MAX_RANKS = 64
+ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")  # as browsers send it: without a path
 
 
 def setting(default: Any = None, *, help: str, **metadata: Any) -> Any:  # a dataclass field takes the annotated type
@@ -268,7 +270,9 @@ class EngineConfig:
         found = _type_problems(self)
         if found:
             return found
-        for name in ("max_model_len", "kv_cache_memory_bytes", "num_blocks", "max_num_queued_tokens"):
+        if self.max_model_len is not None and self.max_model_len < 2:
+            found.append(f"--max-model-len is {self.max_model_len}; a prompt and its answer need at least 2")
+        for name in ("kv_cache_memory_bytes", "num_blocks", "max_num_queued_tokens"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 found.append(f"--{name.replace('_', '-')} is {value}; it must be at least 1")
@@ -416,6 +420,9 @@ class ServerConfig:
         for name in self.served_model_name:
             if not 1 <= len(name) <= MAX_NAME:
                 found.append(f"--served-model-name is {name!r}; it must have 1 to {MAX_NAME} characters")
+        for origin in self.allowed_origins:
+            if origin != "*" and not ORIGIN.fullmatch(origin):
+                found.append(f"--allowed-origins is {origin!r}; an origin is like https://app.example:8443, or *")
         if self.max_body_bytes < 1024:
             found.append(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1024")
         for name in ("shutdown_timeout", "write_timeout", "sse_keep_alive"):

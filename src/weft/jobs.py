@@ -116,8 +116,8 @@ class Job:
     cached: int = 0
     error: str | None = None
 
-    def apply(self, event: Event) -> bool:
-        """Take in an event; whether it stopped the last open sequence, so that the engine need not go on."""
+    def apply(self, event: Event) -> int | None:
+        """Take in an event. The index of its sequence where that has met a stop string, which the engine is to hear."""
         if isinstance(event, PromptScores):
             self.scores = event.scores
         elif isinstance(event, RequestEnd):
@@ -129,9 +129,9 @@ class Job:
             self.sequences[event.index].end(Finish.LENGTH)
         elif self.sequences[event.index].finish is None:  # the engine may be ahead of a stop string
             self.sequences[event.index].apply(event)
-            stopped = self.sequences[event.index].stream.stopped_by is not None
-            return stopped and all(sequence.finish is not None for sequence in self.sequences)
-        return False
+            if event.finish is None and self.sequences[event.index].finish is not None:
+                return event.index
+        return None
 
     def output(self) -> Output:
         with_scores = self.request.params.logprobs is not None

@@ -205,8 +205,9 @@ class LLM:
                 for event in self._engine.step(None):
                     tokens += isinstance(event, TokenOutput)
                     job = running[event.request]
-                    if job.apply(event):
-                        self._engine.abort(event.request)
+                    stopped = job.apply(event)
+                    if stopped is not None:
+                        self._engine.stop(event.request, stopped)
                     if isinstance(event, RequestEnd):
                         del running[event.request]
                         finished += 1

@@ -41,6 +41,8 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.floats(0.1, 1000)
     if name == "gpu_memory_utilization":
         return st.floats(0.01, 1)
+    if name == "allowed_origins":
+        return st.lists(st.sampled_from(["*", "https://a.example", "http://[::1]:80"]), min_size=1).map(tuple)
     if name == "cores":
         return st.sampled_from(["0", "0-3", "1,3-5", "7-7"])
     one: st.SearchStrategy[Any] = {
@@ -175,7 +177,7 @@ def test_every_problem_is_named_at_once_with_its_place(tmp_path: Path) -> None:
         "WEFT_ENABLE_METRICS is 'perhaps'; it must be true or false",
         f"{path}, line 2 is 'x'; it must be a whole number",
         f"{path}, line 5 has 2 values; dtype takes one",
-        "--max-model-len is 0; it must be at least 1",
+        "--max-model-len is 0; a prompt and its answer need at least 2",
         f"--block-size is 7; it must be one of 16, 32, 64, 128 (set by {path}, line 6)",
         "--partition is '1:0'; it must be off, auto, paper, two positive numbers P:D such as 1:1, turns:P:D, pd:P:D, "
         "or two percentages such as 80%:100%",
@@ -226,6 +228,20 @@ def test_a_service_of_kubernetes_that_is_called_weft_is_told_of() -> None:
     (problem,) = problems([], links)
     assert "whole number; Kubernetes sets it" in problem
     assert read(["--port", "9"], links)[1].port == 9
+
+
+@pytest.mark.parametrize("value", ["", "  "])
+def test_a_secret_that_is_empty_does_not_open_the_door(value: str) -> None:
+    assert problems([], {"WEFT_API_KEY": value}) == ["WEFT_API_KEY is empty; give it a value, or do not set it"]
+
+
+@pytest.mark.parametrize("origin", ["page.example", "https://page.example/", "https://a.example/b", ""])
+def test_what_no_browser_calls_its_origin_is_refused(origin: str) -> None:
+    (problem,) = problems([f"--allowed-origins={origin}"], {})
+    assert f"--allowed-origins is {origin!r}; an origin is like https://app.example:8443, or *" in problem
+    assert read(["--allowed-origins", "https://page.example", "http://localhost:3000"], {}) and read(
+        ["--allowed-origins=*"], {}
+    )
 
 
 def test_secrets_are_not_shown() -> None:

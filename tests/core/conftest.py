@@ -75,6 +75,9 @@ class Driver:
     def abort(self, id: str) -> list[Event]:
         return self.hear(self.scheduler.abort(id, self.now))
 
+    def stop(self, id: str, index: int = 0) -> list[Event]:
+        return self.hear(self.scheduler.stop(id, index, self.now))
+
     def hear(self, events: list[Event]) -> list[Event]:
         for event in events:
             if isinstance(event, TokenOutput):

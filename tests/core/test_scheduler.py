@@ -430,6 +430,38 @@ def test_an_abort_ends_a_request_at_once_and_its_blocks_come_back(drive: Any, wh
     assert driver.abort("r") == driver.abort("nobody") == []
 
 
+@pytest.mark.parametrize("when", ["in flight", "between", "preempted"])
+def test_a_stop_string_ends_one_sequence_at_once_and_its_blocks_and_seat_are_free(drive: Any, when: str) -> None:
+    driver = drive(blocks=40)
+    driver.submit("a", range(9), n=3, max_tokens=9)
+    while not driver.tokens.get(("a", 1)):
+        driver.round()
+    if when == "in flight":
+        driver.plan()
+    elif when == "preempted":
+        assert driver.scheduler.preempt("a") == 3
+    (output,) = driver.stop("a", 1)
+    assert (output.index, output.token, output.finish, output.stop_token) == (1, None, Finish.STOP, None)
+    assert driver.stop("a", 1) == driver.stop("a", 7) == driver.stop("b") == []
+    if when == "in flight":
+        driver.land()
+    said = len(driver.tokens["a", 1])
+    driver.stop("a")
+    driver.drain()
+    assert (len(driver.tokens["a", 1]), len(driver.tokens["a", 2])) == (said, 9) and len(driver.tokens["a", 0]) < 9
+    end = driver.ends["a"]
+    assert (end.reason, end.generated_tokens) == (Finish.STOP, sum(map(len, driver.tokens.values())))
+    assert (driver.pool.held, driver.pool.pinned) == (0, 0)
+
+
+def test_a_sequence_without_text_cannot_be_stopped(drive: Any) -> None:
+    driver = drive()
+    driver.submit("a", range(9), n=2, max_tokens=3)
+    assert driver.stop("a") == []
+    driver.drain()
+    assert len(driver.tokens["a", 0]) == len(driver.tokens["a", 1]) == 3
+
+
 def test_an_abort_of_a_shared_prompt_leaves_the_others_blocks(drive: Any) -> None:
     driver = drive()
     driver.submit("a", range(9), max_tokens=5)

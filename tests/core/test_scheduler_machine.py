@@ -178,7 +178,13 @@ class Story:
     scores: tuple[TokenScore, ...] | None = None
     end: RequestEnd | None = None
     aborted: bool = False
+    stopped: set[int] = field(default_factory=set)  # sequences whose text was said to hold a stop string
     harmed: bool = False  # by a fault that the test made
+
+    @property
+    def speaking(self) -> list[int]:
+        """Sequences that have text and have not ended."""
+        return [index for index in self.tokens if index not in self.finish]
 
 
 def expected(request: Request, blocks: int, block_size: int) -> tuple[list[int], Finish]:
@@ -313,6 +319,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self._hear(self.scheduler.abort(story.request.id, self.now))
         assert story.end is not None and story.end.reason is Finish.ABORT, "an abort ends a request at once"
         assert self.scheduler.abort(story.request.id, self.now) == []
+
+    @rule(data=st.data())
+    @precondition(lambda self: any(story.speaking for story in self.stories.values()))
+    def stop(self, data: st.DataObject) -> None:
+        """A stop string in the text of one sequence: it ends at once, and the others of its request go on."""
+        story = data.draw(st.sampled_from([story for story in self.stories.values() if story.speaking]))
+        index = data.draw(st.sampled_from(story.speaking))
+        story.stopped.add(index)
+        before = set(story.finish)
+        self._hear(self.scheduler.stop(story.request.id, index, self.now))
+        assert set(story.finish) == before | {index} and story.finish[index] is Finish.STOP
+        assert (story.end is not None) == (len(story.finish) == story.request.params.n)
+        assert self.scheduler.stop(story.request.id, index, self.now) == []
 
     @rule(data=st.data())
     @precondition(lambda self: any(story.end is None for story in self.stories.values()))
@@ -508,7 +527,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             story.tokens.setdefault(event.index, []).append(event.token)
         if event.finish is not None:
             story.finish[event.index] = event.finish
-        assert (event.stop_token is not None) == (event.finish is Finish.STOP)
+        by_token = event.finish is Finish.STOP and event.index not in story.stopped
+        assert (event.stop_token is not None) == by_token
 
     def _check_end(self, story: Story, end: RequestEnd) -> None:
         request = story.request
@@ -518,7 +538,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         tokens, finish = expected(request, self.blocks, self.block_size)
         for index in range(request.params.n):
             got = story.tokens.get(index, [])
-            if story.finish[index] in (Finish.STOP, Finish.LENGTH):
+            if story.finish[index] in (Finish.STOP, Finish.LENGTH) and index not in story.stopped:
                 assert (got, story.finish[index]) == (tokens, finish)
             else:
                 assert got == tokens[: len(got)]
@@ -529,7 +549,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         elif end.reason is Finish.ABORT:
             assert story.aborted
         else:
-            assert (end.reason, end.error) == (finish, None) and not story.harmed
+            assert (end.reason, end.error) == (Finish.STOP if 0 in story.stopped else finish, None)
+            assert not story.harmed
             self._check_scores(story)
 
     def _check_scores(self, story: Story) -> None:

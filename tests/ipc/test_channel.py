@@ -32,6 +32,7 @@ from weft.ipc.messages import (
     Shutdown,
     Starting,
     Stats,
+    Stop,
     Submit,
     ToEngine,
     Tokens,
@@ -84,7 +85,7 @@ REQUEST = Request(
     priority=-3,
     cache_salt=TEXT,
 )
-TO = [Submit(REQUEST), Abort("cmpl-1"), Shutdown(), AskStats()]
+TO = [Submit(REQUEST), Abort("cmpl-1"), Stop("cmpl-1", 3), Shutdown(), AskStats()]
 FROM = [
     Starting("weights"),
     Ready("m", "cpu", "bfloat16", "avx512", 2048, 512, 9, 16, 4, (Phase("KV", 0.5),), (("KV pool", 2**40),), (TEXT,)),

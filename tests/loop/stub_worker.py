@@ -46,6 +46,10 @@ class StubEngine:
         if self._open.pop(request_id, None) is not None:
             self._ends.append(_end(request_id, Finish.ABORT))
 
+    def stop(self, request_id: str, index: int) -> None:
+        if self._open.pop(request_id, None) is not None:
+            self._ends += [TokenOutput(request_id, index, None, finish=Finish.STOP), _end(request_id, Finish.STOP)]
+
     def step(self, timeout: float | None) -> list[Event]:
         events, self._ends = self._ends, []
         if not self._open and not events:

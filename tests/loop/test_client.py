@@ -166,6 +166,18 @@ async def test_abort_still_delivers_the_end_and_an_unknown_id_is_ignored() -> No
         client.abort("a")
 
 
+async def test_a_stop_names_the_sequence_and_an_unknown_id_is_ignored() -> None:
+    async with started() as client:
+        client.stop("nobody", 0)
+        stream = client.submit(Request("a", (stub.FOREVER,)))
+        await anext(stream)
+        client.stop("a", 3)
+        *_, output, end = await collect(stream)
+        assert isinstance(output, TokenOutput) and (output.index, output.finish) == (3, Finish.STOP)
+        assert isinstance(end, RequestEnd) and end.reason is Finish.STOP
+        client.stop("a", 3)
+
+
 async def test_stats_are_answered_to_everybody_who_asks_also_while_requests_run() -> None:
     async with started() as client:
         stream = client.submit(Request("a", (stub.FOREVER,)))

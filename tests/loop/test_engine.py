@@ -192,6 +192,19 @@ def test_the_device_works_while_the_caller_deals_with_events(engines: Any) -> No
     assert len(device.submitted[Lane.MIXED]) == 1, "the next plan is there before the events are"
 
 
+def test_what_a_stop_string_ends_is_computed_no_further(engines: Any) -> None:
+    engine, heard = engines(), Heard()
+    engine.submit(ask("r", [1], n=3, max_tokens=40))
+    while len(heard.tokens.get(("r", 1), [])) < 5:
+        heard.take(engine.step(20.0))
+    engine.stop("r", 1)
+    engine.stop("nobody", 0)
+    heard.drain(engine)
+    counts = [len(heard.tokens["r", index]) for index in range(3)]
+    assert counts[0] == counts[2] == 40 and 5 <= counts[1] < 8
+    assert engine.stats().generation_tokens in (sum(counts), sum(counts) + 1)  # one that was under way
+
+
 def test_every_end_is_one_line_in_the_log(engines: Any, caplog: pytest.LogCaptureFixture) -> None:
     engine, heard = engines(faults=Faults(failed=frozenset({3}))), Heard()
     with caplog.at_level(logging.INFO, "weft.engine"):

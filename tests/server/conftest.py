@@ -38,7 +38,8 @@ class Reciter:
     """The engine's client as the contract has it: sequence i of a request recites `say(prompt, i)`, a token a step.
 
     pause: seconds between steps. refuse: raised instead of the first event. fail: after so many steps, that error in a
-    RequestEnd, or raised where it is Unavailable. live, aborted: ids of requests.
+    RequestEnd, or raised where it is Unavailable. live, aborted: ids of requests. stopped: sequences of them. drawn:
+    tokens that were computed.
     """
 
     say: Callable[[str, int], str] = lambda prompt, index: TEXT
@@ -53,7 +54,9 @@ class Reciter:
     live: dict[str, Request] = field(default_factory=dict)
     seen: list[Request] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    stopped: list[tuple[str, int]] = field(default_factory=list)
     steps: int = 0
+    drawn: int = 0
 
     def submit(self, request: Request) -> Recital:
         self.seen.append(request)
@@ -62,6 +65,10 @@ class Reciter:
     def abort(self, request_id: str) -> None:
         if request_id in self.live:
             self.aborted.append(request_id)
+
+    def stop(self, request_id: str, index: int) -> None:
+        if request_id in self.live:
+            self.stopped.append((request_id, index))
 
     def score(self, token: int, k: int) -> TokenScore:
         """The token itself is the most probable, the ids after it follow."""
@@ -105,7 +112,7 @@ class Recital:
         ]
         limits = [min(len(script), params.max_tokens or len(script)) for script in scripts]
         position = 0
-        while position < max(limits):
+        while any(self.open(index, position, limit) for index, limit in enumerate(limits)):
             await asyncio.sleep(engine.pause)
             engine.steps += 1
             if request.id in engine.aborted:
@@ -118,10 +125,14 @@ class Recital:
                 yield self.end(Finish.ERROR, error.message, error.code)
                 return
             for index, script in enumerate(scripts):
-                if position < limits[index]:
+                if self.open(index, position, limits[index]):
+                    engine.drawn += 1
                     yield self.output(index, script[position], position + 1 == limits[index])
             position += 1
         yield self.end(Finish.STOP)
+
+    def open(self, index: int, position: int, limit: int) -> bool:
+        return position < limit and (self.request.id, index) not in self.engine.stopped
 
     def output(self, index: int, token: int, last: bool) -> TokenOutput:
         request, k = self.request, self.request.params.logprobs

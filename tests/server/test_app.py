@@ -104,7 +104,7 @@ async def test_metrics_can_be_switched_off(site: Any, sites: Any) -> None:
 async def test_browsers_of_other_origins_may_only_where_they_are_allowed(sites: Any, allowed: bool) -> None:
     site = sites(allowed_origins=(ORIGIN,) if allowed else (), api_key=("secret",))
     asks = {"origin": ORIGIN, "access-control-request-method": "POST"}
-    asks["access-control-request-headers"] = "authorization,content-type"
+    asks["access-control-request-headers"] = "authorization,content-type,x-stainless-lang,x-stainless-retry-count"
     preflight = await site.http.options("/v1/chat/completions", headers=asks)
     answer = await site.http.get("/v1/models", headers={"origin": ORIGIN, "authorization": "Bearer secret"})
     stranger = await site.http.get("/v1/models", headers={"origin": "https://x", "authorization": "Bearer secret"})

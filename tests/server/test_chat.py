@@ -147,7 +147,21 @@ async def test_fields_that_ask_for_nothing_are_taken(site: Any) -> None:
         continue_final_message=False,
         audio=None,
         functions=None,
+        echo=False,
+        use_beam_search=False,
+        length_penalty=1.0,
+        stream_options=None,
     )
+
+
+async def test_null_is_a_field_that_is_not_there_whether_weft_knows_it_or_not(site: Any) -> None:
+    given = {**USER, "reasoning": None, "content": [{"type": "text", "text": "hi", "cache_control": None}]}
+    fields = {"guided_json": None, "chat_template": None, "truncate_prompt_tokens": None, "allowed_token_ids": None}
+    plain = await site.chat(messages=[USER, USER], seed=1)
+    response = await site.post("/v1/chat/completions", messages=[USER, {**given, "content": "hi"}], seed=1, **fields)
+    assert response.json()["choices"] == plain["choices"]
+    response = await site.post("/v1/chat/completions", messages=[given], foo=None)
+    assert "cache_control is not a field" in response.json()["error"]["message"]
 
 
 async def test_template_variables_come_from_the_request(site: Any, engine: Any) -> None:

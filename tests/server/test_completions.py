@@ -59,6 +59,26 @@ async def test_usage_comes_in_a_last_chunk_where_it_is_asked_for(site: Any) -> N
     assert all(chunk["usage"] is None for chunk in chunks)
 
 
+async def test_usage_comes_in_every_chunk_where_that_is_asked_for(site: Any) -> None:
+    chunks = await site.stream(stream_options={"include_usage": True, "continuous_usage_stats": True})
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks]
+    assert counts == sorted(counts) and counts[0] < counts[-1]
+    assert counts[-1] == (await site.complete())["usage"]["completion_tokens"]
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_stop_string_is_no_abort_in_the_metrics(site: Any, stream: bool, n: int) -> None:
+    async def count(reason: str) -> float:
+        text = (await site.http.get("/metrics")).text
+        start = f'weft:request_success_total{{finished_reason="{reason}"'
+        return float(next(line for line in text.splitlines() if line.startswith(start)).split()[-1])
+
+    before = [await count("stop"), await count("abort")]
+    await (site.stream(stop="three", n=n) if stream else site.complete(stop="three", n=n))
+    assert [await count("stop"), await count("abort")] == [before[0] + 1, before[1]]
+
+
 async def test_no_piece_of_a_stream_holds_half_a_character(site: Any, engine: Any) -> None:
     engine.say = lambda prompt, index: "日本語🙂é" * 5
     for chunk in await site.stream():
@@ -85,6 +105,12 @@ async def test_the_four_forms_of_a_prompt(site: Any, engine: Any, prompt: Any) -
     assert [choice["text"] for choice in (await site.complete(prompt=prompt))["choices"]] == ["A B"]
 
 
+async def test_special_tokens_are_added_to_a_text_unless_it_has_them(site: Any, engine: Any) -> None:
+    for special in (None, True, False):
+        await site.complete(prompt="a b", add_special_tokens=special)
+        assert list(engine.seen[-1].prompt) == TOKENIZER.encode("a b", add_special_tokens=special is not False)
+
+
 async def test_choices_are_numbered_through_prompts_and_n(site: Any, engine: Any) -> None:
     engine.say = lambda prompt, index: f"{prompt}/{index}"
     answer = await site.complete(prompt=["a", "b", "c"], n=2)
@@ -107,7 +133,8 @@ async def test_a_stop_string_ends_one_of_n_and_the_engine_goes_on_for_the_others
             assert [choice["stop_reason"] for choice in answer["choices"]] == [None, "here", None]
         assert found == ["a b c d e", "stop ", "short"]
         tokens = [len(TOKENIZER.encode(text, add_special_tokens=False)) for text in ("a b c d e", "stop here", "short")]
-        assert usage["completion_tokens"] == sum(tokens) + 2  # and two ends of text
+        assert usage["completion_tokens"] == engine.drawn == sum(tokens) + 2  # and two ends of text
+        engine.drawn = 0
     assert not engine.aborted
 
 
@@ -119,11 +146,11 @@ async def test_an_id_that_was_named_is_the_reason_and_the_models_own_end_is_none
         assert last["choices"][0]["stop_reason"] == reason
 
 
-async def test_a_stop_string_in_the_last_open_sequence_aborts_the_request(site: Any, engine: Any) -> None:
+async def test_a_stop_string_in_the_last_open_sequence_ends_the_request(site: Any, engine: Any) -> None:
     engine.say = lambda prompt, index: "stop here " + "and go on for ever " * 100
     (choice,) = (await site.complete(stop=["nothing", "here"], max_tokens=None))["choices"]
     assert choice["text"] == "stop " and choice["finish_reason"] == "stop" and choice["stop_reason"] == "here"
-    assert len(engine.aborted) == 1 and engine.steps < 20
+    assert len(engine.stopped) == 1 and not engine.aborted and engine.steps < 20
     assert texts(await site.stream(stop=["here"], include_stop_str_in_output=True)) == ["stop here"]
 
 

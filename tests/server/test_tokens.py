@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -76,3 +77,23 @@ async def test_a_dead_engine_has_no_models(site: Any, engine: Any) -> None:
     engine.alive, engine.dead_reason = False, "killed by signal 9"
     response = await site.http.get("/v1/models")
     assert response.status_code == 503 and "signal 9" in response.json()["error"]["message"]
+
+
+async def test_a_long_text_does_not_hold_up_the_others(site: Any) -> None:
+    """Neither the loop nor the interpreter's lock is held while it is taken apart or put together."""
+    text = "def f(x): return 1\n" * 20_000
+    ids = TOKENIZER.backend.encode(text).ids
+    answer = await _beside(site.post("/tokenize", prompt=text, return_token_strs=True))
+    assert answer["tokens"] == ids and "".join(answer["token_strs"][1:]) == text
+    answer = await _beside(site.post("/detokenize", tokens=ids[1:] * 4))
+    assert answer["prompt"] == text * 4
+
+
+async def _beside(asked: Any) -> Any:
+    """The answer, while others get their turns."""
+    turns, task = 0, asyncio.create_task(asked)
+    while not task.done():
+        await asyncio.sleep(0.001)
+        turns += 1
+    assert turns > 20
+    return task.result().json()

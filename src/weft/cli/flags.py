@@ -125,7 +125,7 @@ def load(configs: Sequence[type], namespace: argparse.Namespace, environment: Ma
     problems = _misspelt_variables(environment)
     sources = [
         *_from_flags(namespace, known, problems),
-        *_from_environment(environment, known),
+        *_from_environment(environment, known, problems),
         *_from_yaml(getattr(namespace, "config", None) or environment.get(PREFIX + "CONFIG"), known, problems),
     ]
     values: dict[str, Any] = {}
@@ -214,9 +214,14 @@ def _from_flags(namespace: argparse.Namespace, known: Mapping[str, Setting], pro
         yield name, [str(entry) for entry in value] if isinstance(value, list) else [str(value)], item.flag
 
 
-def _from_environment(environment: Mapping[str, str], known: Mapping[str, Setting]) -> Iterable[Source]:
+def _from_environment(
+    environment: Mapping[str, str], known: Mapping[str, Setting], problems: list[str]
+) -> Iterable[Source]:
     for name, item in known.items():
         text = environment.get(item.variable, "")
+        if item.metadata.get("secret") and item.variable in environment and not text.strip():
+            # A secret that did not arrive must not leave the door open.
+            problems.append(f"{item.variable} is empty; give it a value, or do not set it")
         if text:  # an empty variable is as good as none
             texts = [part.strip() for part in text.split(",")] if item.many else [text]
             yield name, texts, item.variable

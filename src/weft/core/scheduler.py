@@ -98,6 +98,19 @@ class Scheduler:
             self._end_request(live, Finish.ABORT, now, events)
         return events
 
+    def stop(self, request_id: str, index: int, now: float) -> list[Event]:
+        """End one sequence of a request at once, in flight or not, as a stop id would: whoever reads its text has found
+        a stop string there. What ends by that; nothing where the sequence is not open, or has no text yet."""
+        events: list[Event] = []
+        live = self._live.get(request_id)
+        for sequence in () if live is None else live.sequences:
+            if sequence.index == index and sequence.state is not ENDED and sequence.generated:
+                if sequence.told:
+                    events.append(TokenOutput(request_id, index, None, finish=Finish.STOP))
+                self._end_sequence(sequence, Finish.STOP, now, events)
+                break
+        return events
+
     def put_back(self, sequence: Sequence, seconds: float) -> None:
         """One that has not begun goes behind those that arrive within so many seconds. Its place changes once at most,
         so that it gets its turn."""

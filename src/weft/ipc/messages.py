@@ -18,6 +18,13 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     request: str
 
 
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """The text of one sequence of a request holds a stop string."""
+
+    request: str
+    index: int
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag=True):
     """Abort what is left and end the process."""
 
@@ -124,5 +131,5 @@ class Tokens(msgspec.Struct, frozen=True, tag=True):
     ends: tuple[RequestEnd, ...] = ()
 
 
-ToEngine = Submit | Abort | Shutdown | AskStats
+ToEngine = Submit | Abort | Stop | Shutdown | AskStats
 FromEngine = Starting | Ready | Died | Refused | Tokens | Stats

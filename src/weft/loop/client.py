@@ -25,6 +25,7 @@ from weft.ipc.messages import (
     Shutdown,
     Starting,
     Stats,
+    Stop,
     Submit,
     ToEngine,
     Tokens,
@@ -127,6 +128,11 @@ class EngineClient:
         """End a request early; its RequestEnd still comes. Unknown ids are ignored."""
         if request_id in self._streams and self.alive:
             self._sender.send(Abort(request_id))
+
+    def stop(self, request_id: str, index: int) -> None:
+        """End one sequence of a request, whose text holds a stop string. Unknown ids are ignored."""
+        if request_id in self._streams and self.alive:
+            self._sender.send(Stop(request_id, index))
 
     async def stats(self) -> Stats:
         """A snapshot of the engine. Raises Unavailable when it is dead."""

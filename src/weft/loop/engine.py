@@ -85,6 +85,10 @@ class Engine:
         """End a request; its events come out of the next `step`. An id that is not live is ignored: it just ended."""
         self._note(self._scheduler.abort(request_id, self._clock()))
 
+    def stop(self, request_id: str, index: int) -> None:
+        """End one sequence of a request: its text holds a stop string. Ignored where it has just ended."""
+        self._note(self._scheduler.stop(request_id, index, self._clock()))
+
     def step(self, timeout: float | None) -> list[Event]:
         """Give every idle lane a plan, wait for results, and take them in: the events since the last call.
 

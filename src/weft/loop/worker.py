@@ -39,6 +39,7 @@ from weft.ipc.messages import (
     Shutdown,
     Starting,
     Stats,
+    Stop,
     Submit,
     ToEngine,
     Tokens,
@@ -123,11 +124,14 @@ def serve(engine: Engine, inbox: Inbox[ToEngine], sender: Sender[FromEngine]) ->
             raise DeviceError(engine.dead)
 
 
-def _handle(engine: Engine, message: Submit | Abort | AskStats) -> Refused | Stats | None:
+def _handle(engine: Engine, message: Submit | Abort | Stop | AskStats) -> Refused | Stats | None:
     if isinstance(message, Submit):
         return _submit(engine, message.request)
     if isinstance(message, Abort):
         engine.abort(message.request)
+        return None
+    if isinstance(message, Stop):
+        engine.stop(message.request, message.index)
         return None
     return engine.stats()
 

@@ -29,6 +29,8 @@ from weft.text.detokenizer import TextStream
 # milliseconds of work. A message counts as some, whatever it holds.
 THREAD_CHARS = 4096
 MESSAGE_CHARS = 64
+# Of one answer, about 64 bytes each: those of a prompt of 128k tokens with the 20 most probable ones fit.
+MAX_PROMPT_SCORES = 2**22
 # Fields that SamplingParams has under the same name.
 SAME_NAME = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "n", "prompt_logprobs"),
@@ -66,6 +68,7 @@ class Call:
     token_ids: bool = False
     stream: bool = False
     include_usage: bool = False
+    continuous_usage: bool = False
 
     @property
     def n(self) -> int:
@@ -105,7 +108,8 @@ async def completion_call(context: ServerContext, body: CompletionRequest) -> Ca
     if body.echo and body.logprobs is not None:
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = _params(context, body, logprobs=None if prompt_only else body.logprobs, **given)
-    prompts = await _prompts(context, body.prompt)
+    prompts = await _prompts(context, body.prompt, body.add_special_tokens is not False)
+    _check_scores(prompts, params)
     if len(prompts) * params.n > MAX_SEQUENCES:
         raise InvalidRequest(
             f"{len(prompts)} prompts of n = {params.n} make {len(prompts) * params.n} sequences; "
@@ -164,6 +168,24 @@ async def encode(context: ServerContext, texts: Sequence[str], add_special_token
     return await asyncio.to_thread(work) if sum(map(len, texts)) > THREAD_CHARS else work()
 
 
+async def decode(context: ServerContext, ids: Sequence[int]) -> str:
+    """The text of tokens, special ones included."""
+
+    def work() -> str:
+        return context.tokenizer.decode(ids, skip_special_tokens=False)
+
+    return await asyncio.to_thread(work) if len(ids) > THREAD_CHARS else work()
+
+
+async def token_texts(context: ServerContext, ids: Sequence[int]) -> list[str]:
+    """The text of each token alone."""
+
+    def work() -> list[str]:
+        return [context.tokenizer.token_text(token) for token in ids]
+
+    return await asyncio.to_thread(work) if len(ids) > THREAD_CHARS else work()
+
+
 def check_tokens(context: ServerContext, tokens: Sequence[int], name: str) -> None:
     """Raises InvalidRequest for ids that the model does not have."""
     vocabulary = context.client.ready.vocabulary
@@ -212,11 +234,11 @@ def _bias(given: dict[str, float]) -> list[tuple[int, float]]:
     return list(found.items())
 
 
-async def _prompts(context: ServerContext, prompt: Any) -> list[tuple[str, list[int]]]:
+async def _prompts(context: ServerContext, prompt: Any, special: bool) -> list[tuple[str, list[int]]]:
     """Text and token ids of each prompt."""
     if isinstance(prompt, str) or isinstance(prompt[0], str):
         texts = [prompt] if isinstance(prompt, str) else prompt
-        prompts = list(zip(texts, await encode(context, texts), strict=True))
+        prompts = list(zip(texts, await encode(context, texts, special), strict=True))
     else:
         lists = [prompt] if isinstance(prompt[0], int) else prompt
         for ids in lists:
@@ -226,6 +248,19 @@ async def _prompts(context: ServerContext, prompt: Any) -> list[tuple[str, list[
         if not ids:
             raise InvalidRequest(f"prompt {number} is empty; give a text or at least one token id", param="prompt")
     return prompts
+
+
+def _check_scores(prompts: Sequence[tuple[str, list[int]]], params: SamplingParams) -> None:
+    """Each choice comes with the scores of its prompt: a few kilobytes could ask for gigabytes."""
+    if params.prompt_logprobs is None:
+        return
+    scores = sum(len(ids) for _, ids in prompts) * params.n * (params.prompt_logprobs + 1)
+    if scores > MAX_PROMPT_SCORES:
+        raise InvalidRequest(
+            f"the prompts' scores, n = {params.n} times and with {params.prompt_logprobs} probable tokens each, are "
+            f"{scores} numbers; at most {MAX_PROMPT_SCORES} come with one call: ask for fewer of them",
+            param="prompt_logprobs",
+        )
 
 
 def _check_length(context: ServerContext, prompt: int, output: int | None) -> None:
@@ -308,4 +343,5 @@ def _call(
         token_ids=bool(body.return_token_ids),
         stream=bool(body.stream),
         include_usage=body.stream_options is not None and bool(body.stream_options.include_usage),
+        continuous_usage=body.stream_options is not None and bool(body.stream_options.continuous_usage_stats),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 
 from weft.core.request import Event, Finish, RequestEnd
 from weft.errors import Unavailable, WeftError, by_code
@@ -27,9 +28,11 @@ async def follow(context: ServerContext, jobs: Sequence[Job], silence: float | N
             changed: Changed = {}
             for number, event in await inflow.take():
                 job = jobs[number]
-                if job.apply(event):  # its last open sequence met a stop string
-                    context.client.abort(job.request.id)
+                stopped = job.apply(event)
+                if stopped is not None:
+                    context.client.stop(job.request.id, stopped)
                 if isinstance(event, RequestEnd):
+                    inflow.ended(number, _as_told(job, event))
                     _check(job, event)
                     left -= 1
                     changed.update(((number, index), None) for index in range(len(job.sequences)))
@@ -55,6 +58,7 @@ class Inflow:
         self._last = self._loop.time()
         self._waiter: asyncio.Future[None] | None = None
         self._timer = None if silence is None else self._loop.call_later(silence, self._listen, silence)
+        self._watches = {number: context.metrics.watch(job.request) for number, job in enumerate(jobs)}
         self._pumps = [asyncio.create_task(self._pump(number, job)) for number, job in enumerate(jobs)]
 
     async def take(self) -> list[tuple[int, Event]]:
@@ -77,6 +81,13 @@ class Inflow:
         for pump in self._pumps:
             pump.cancel()
         await asyncio.gather(*self._pumps, return_exceptions=True)
+        for watch in self._watches.values():
+            watch.abandoned()
+        self._watches.clear()
+
+    def ended(self, number: int, end: RequestEnd) -> None:
+        """A job has taken in its end."""
+        self._watches.pop(number).event(end)
 
     def _listen(self, silence: float) -> None:
         """The timer: has it been silent for that long?"""
@@ -92,25 +103,31 @@ class Inflow:
 
     async def _pump(self, number: int, job: Job) -> None:
         """Move the events of one request; all that are there without a pause in between."""
-        watch = self._context.metrics.watch(job.request)
+        watch = self._watches[number]
         try:
             stream = self._context.client.submit(job.request)
             try:
                 async for event in stream:
-                    watch.event(event)
+                    if not isinstance(event, RequestEnd):  # see `ended`
+                        watch.event(event)
                     self._ready.append((number, event))
                     self._last = self._loop.time()
                     self._wake()
             finally:
                 await stream.aclose()
-        except asyncio.CancelledError:
-            watch.abandoned()
-            raise
         except Exception as error:  # whatever it is, the one who takes must hear of it
+            self._watches.pop(number, None)
             if isinstance(error, WeftError):
                 watch.error(error)
             self._error = self._error or error
             self._wake()
+
+
+def _as_told(job: Job, end: RequestEnd) -> RequestEnd:
+    """The end as the client hears of it. The engine knows nothing of stop strings: what they ended was aborted, or went
+    on to its length."""
+    told = job.sequences[0].finish
+    return end if end.reason is Finish.ERROR or told is None else replace(end, reason=told)
 
 
 def _check(job: Job, end: RequestEnd) -> None:

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import msgspec
 
 from weft import __version__
+from weft.jobs import Job
 from weft.server.calls import Call
 from weft.server.choices import Piece, usage
 from weft.server.scores import chat_logprobs, prompt_logprobs, prompt_scored, text_logprobs
@@ -109,21 +110,29 @@ class TextForm:
 
     def whole(self, pieces: list[Piece]) -> bytes:
         call = self._call
+        # As long as the prompt, and the same for all choices of a job.
+        echoed = [self._echoed_scores(number) for number in range(len(call.jobs))]
+        prompts = [self._prompt_logprobs(job) for job in call.jobs]
         choices = []
         for piece in pieces:
             number = piece.choice // call.n
-            scores, before = self._scores(piece), self._echoed_scores(number)
+            scores, before = self._scores(piece), echoed[number]
             if scores is not None and before is not None:
                 scores = {name: before[name] + values for name, values in scores.items()}
             echo = "" if call.echoes is None else call.echoes[number]
             choice = {"index": piece.choice, "text": echo + piece.text, "logprobs": scores, **_closing(piece)}
             job = call.jobs[number]
-            if call.prompt_scores and job.scores is not None:
-                choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, job.scores)
+            if (prompt := prompts[number]) is not None:
+                choice["prompt_logprobs"] = prompt
             if call.token_ids:
                 choice["prompt_token_ids"] = job.request.prompt
             choices.append(choice)
         return encode({**_head(call, "text_completion"), "choices": choices, "usage": usage(call)})
+
+    def _prompt_logprobs(self, job: Job) -> msgspec.Raw | None:
+        if not self._call.prompt_scores or job.scores is None:
+            return None
+        return msgspec.Raw(encode(prompt_logprobs(self._tokenizer, job.scores)))
 
     def _scores(self, piece: Piece) -> dict[str, Any] | None:
         if piece.scored is None or self._call.logprobs is None:
@@ -146,6 +155,7 @@ class _Frame:
         self._call = call
         self._head = b"data: " + encode(_head(call, kind))[:-1]
         self._usage = b',"usage":null' if call.include_usage else b""
+        self._continuous = call.include_usage and call.continuous_usage
 
     def chunk(self, choice: int, content: bytes, logprobs: bytes, ending: bytes, extra: bytes = b"") -> bytes:
         """One event. content: the delta or text field; ending, extra: further fields of the choice, of the chunk."""
@@ -155,7 +165,7 @@ class _Frame:
             content,
             logprobs,
             ending,
-            self._usage,
+            b',"usage":%b' % encode(usage(self._call)) if self._continuous else self._usage,
             extra,
         )
 

@@ -93,7 +93,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
     async def tokenize(request: Request) -> Response:
         body = await _read(context, TokenizeRequest, request)
         ids = await _tokenize(context, body)
-        strings = [context.tokenizer.token_text(token) for token in ids] if body.return_token_strs else None
+        strings = await calls.token_texts(context, ids) if body.return_token_strs else None
         limit = context.client.ready.max_model_len
         return _json({"count": len(ids), "max_model_len": limit, "tokens": ids, "token_strs": strings})
 
@@ -108,7 +108,7 @@ def tokens_router(context: ServerContext) -> APIRouter:
         body = await _read(context, DetokenizeRequest, request)
         calls.check_model(context, body.model or context.names[0])
         calls.check_tokens(context, body.tokens, "tokens")
-        return _json({"prompt": context.tokenizer.decode(body.tokens, skip_special_tokens=False)})
+        return _json({"prompt": await calls.decode(context, body.tokens)})
 
     return router
 

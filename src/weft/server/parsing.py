@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 
 from weft.errors import InvalidRequest, UnsupportedMedia
 
@@ -67,7 +68,37 @@ def parse(kind: type[Model], body: bytes, content_type: str | None) -> Model:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
-        raise _explain(kind, error) from None  # the cause would carry the whole body into a log
+        problem = error
+    unknown = [one["loc"] for one in _errors(problem) if one["type"] == "extra_forbidden" and one["input"] is None]
+    if unknown:
+        try:
+            return kind.model_validate_json(_without(body, unknown))
+        except ValidationError as error:
+            problem = error
+    raise _explain(kind, problem) from None  # the cause would carry the whole body into a log
+
+
+def _errors(error: ValidationError) -> list[Any]:
+    return [] if error.error_count() > MAX_ERRORS else error.errors(include_url=False)
+
+
+def _without(body: bytes, fields: Sequence[Location]) -> str:
+    """The body without these fields of its objects: null says as little as a field that is not there."""
+    whole = from_json(body)
+    for *path, name in fields:
+        inner = whole
+        for part in path:
+            inner = _part(inner, part)
+        if isinstance(inner, dict):
+            inner.pop(name, None)
+    return json.dumps(whole)
+
+
+def _part(value: Any, part: int | str) -> Any:
+    """An element of a list or an object; None of anything else, since a location also names forms."""
+    if isinstance(value, dict):
+        return value.get(part)
+    return value[part] if isinstance(value, list) and isinstance(part, int) else None
 
 
 def _explain(kind: type[BaseModel], error: ValidationError) -> InvalidRequest:

@@ -1,8 +1,8 @@
 """What clients may send: every field, its bounds, and a sentence on each for the OpenAPI description.
 
-A field that is not here is refused by name (parsing.py). Numbers have the bounds of core/sampling.py, and whatever can
-be long is bounded. null stands for a field that is absent. Fields that OpenAI's clients send and that ask for nothing
-are taken; those that ask for something weft does not do take only the value that asks for nothing.
+A field that is not here is refused by name (parsing.py), unless it is null, which stands for a field that is absent.
+Numbers have the bounds of core/sampling.py, and whatever can be long is bounded. Fields that OpenAI's clients send and
+that ask for nothing are taken; those that ask for something weft does not do take only the value that asks for nothing.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 TopCount = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
 Share = Annotated[float, Field(ge=0, le=1)]
+One = Annotated[float, Field(ge=1, le=1)]
 Nothing = Annotated[list[Any], Field(max_length=0)]
 No = Annotated[bool, AfterValidator(_no), WithJsonSchema({"type": "boolean", "const": False})]
 Bias = Annotated[
@@ -123,6 +124,7 @@ Messages = Annotated[list[Message], FAIL_FAST, Field(min_length=1, max_length=MA
 
 class StreamOptions(Body):
     include_usage: bool | None = Field(None, description="send the usage in a last chunk without choices")
+    continuous_usage_stats: bool | None = Field(None, description="the usage so far in every chunk; with include_usage")
     include_obfuscation: No | None = Field(None, description="weft pads nothing")
 
 
@@ -170,6 +172,8 @@ class Generation(Body):
     stream: bool | None = Field(None, description="send server-sent events as text is generated")
     stream_options: StreamOptions | None = Field(None, description="only with stream")
     user: Label | None = Field(None, description="taken, unused")
+    use_beam_search: No | None = Field(None, description="weft draws its tokens and does not search")
+    length_penalty: One | None = Field(None, description="for beams; must be 1")
 
 
 class CompletionRequest(Generation):
@@ -183,6 +187,7 @@ class CompletionRequest(Generation):
     echo: bool | None = Field(None, description="begin with the prompt; with logprobs its tokens are scored too")
     best_of: Annotated[int, Field(ge=1, le=MAX_N)] | None = Field(None, description="must equal n")
     suffix: None = Field(None, description="weft does not fill in the middle")
+    add_special_tokens: bool | None = Field(None, description="as the tokenizer has it; default: true")
 
 
 class ChatRequest(Generation):
@@ -195,6 +200,7 @@ class ChatRequest(Generation):
     add_generation_prompt: bool | None = Field(None, description="begin the assistant's turn; default: true")
     continue_final_message: bool | None = Field(None, description="go on in the last message, and begin no new one")
     chat_template_kwargs: Variables | None = Field(None, description="variables of the chat template")
+    echo: No | None = Field(None, description="the prompt of a conversation is not sent back")
     reasoning_effort: Label | None = Field(None, description="the chat template's variable of that name")
     response_format: TextFormat | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None

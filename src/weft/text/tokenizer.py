@@ -20,6 +20,9 @@ from weft.errors import CheckpointError, InvalidRequest
 
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ID = 2**32 - 1
+# Characters or ids from which a text is a batch of one: `encode` and `decode` hold the interpreter's lock all the
+# while, for seconds where the text has megabytes, and `encode_batch` and `decode_batch` do not.
+LONG = 4096
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -68,7 +71,11 @@ class Tokenizer:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Raises InvalidRequest for a text with half of a surrogate pair, which JSON can carry and UTF-8 cannot."""
         try:
-            ids: list[int] = self.backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) > LONG:
+                (encoding,) = self.backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            else:
+                encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+            ids: list[int] = encoding.ids
         except TypeError as error:
             raise InvalidRequest(
                 "the text holds half of a surrogate pair (\\ud800 to \\udfff), no character"
@@ -78,8 +85,12 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Bytes that are no UTF-8 become U+FFFD; ids without a token give nothing. Raises InvalidRequest for ids that
         no tokenizer can have."""
+        text: str
         try:
-            text: str = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
+            if len(ids) > LONG:
+                (text,) = self.backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+            else:
+                text = self.backend.decode(ids, skip_special_tokens=skip_special_tokens)
         except OverflowError as error:
             raise InvalidRequest(f"token ids must be between 0 and {self.vocabulary - 1}", param="tokens") from error
         return text
