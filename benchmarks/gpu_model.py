@@ -245,8 +245,8 @@ def fill(kv: Any) -> None:
             part.codes.normal_()
         else:
             part.codes.random_(0, 256)
-            part.scales.view(torch.bfloat16).fill_(4.0 / 2**kv.bits)
-            part.zeros.fill_(128)
+            scale = torch.tensor(4.0 / 2**kv.bits, dtype=torch.bfloat16).view(torch.int16).item()
+            part.numbers.fill_(scale | 128 << 16)
 
 
 @contextmanager

@@ -266,8 +266,7 @@ def _kv_types(bits: int) -> dict[str, str | None]:
     types: dict[str, str | None] = {"signs": "*fp32" if quantised else None}
     for part in ("key", "value"):
         types[f"{part}_codes"] = "*u8" if quantised else "*bf16"
-        types[f"{part}_scales"] = "*i16" if quantised else None
-        types[f"{part}_zeros"] = "*u8" if quantised else None
+        types[f"{part}_numbers"] = "*i32" if quantised else None
     return types
 
 

@@ -190,6 +190,7 @@ def test_the_papers_method_and_a_text_of_ones_own(folder: Path, tmp_path: Path) 
         (["--length", "65"], "--length is 65; the model's context is 64 tokens"),
         (["--weight-bits-outlier", "6"], "invalid choice: '6'"),
         (["--plot", "nowhere/report.png"], "--plot is nowhere/report.png; there is no folder nowhere"),
+        (["--plot", "report.foo"], "--plot is report.foo; its name must end with one of .png, .svg, .pdf, .jpg, .webp"),
         (["--calibration", "nowhere.txt"], "--calibration nowhere.txt cannot be read: No such file or directory"),
     ],
 )

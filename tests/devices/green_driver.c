@@ -6,6 +6,9 @@
 typedef struct { unsigned first, count; } Run;
 
 static const unsigned SMS = 132, UNIT = 8;
+static unsigned GROUPS = 16; /* units whose SMs are neighbours; a real H100 of 132 SMs has been seen with 15 */
+
+void set_groups(unsigned groups) { GROUPS = groups; }
 
 static Run *run_of(const CUdevResource *resource) { return (Run *)resource->_internal_padding; }
 
@@ -27,10 +30,15 @@ CUresult cuDeviceGetDevResource(CUdevice device, CUdevResource *resource, CUdevR
 
 CUresult cuDevSmResourceSplitByCount(CUdevResource *result, unsigned *groups, const CUdevResource *input,
                                      CUdevResource *rest, unsigned flags, unsigned least) {
-    if (*groups != 1 || flags || input->type != CU_DEV_RESOURCE_TYPE_SM) return CUDA_ERROR_INVALID_VALUE;
+    if (flags || input->type != CU_DEV_RESOURCE_TYPE_SM) return CUDA_ERROR_INVALID_VALUE;
+    if (result == NULL) {
+        *groups = least == UNIT ? GROUPS : 0;
+        return CUDA_SUCCESS;
+    }
+    if (*groups != 1) return CUDA_ERROR_INVALID_VALUE;
     Run whole = *run_of(input);
     unsigned count = (least + UNIT - 1) / UNIT * UNIT;
-    if (least == 0 || count > whole.count) return CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION;
+    if (least == 0 || count > whole.count || count > GROUPS * UNIT) return CUDA_ERROR_INVALID_RESOURCE_CONFIGURATION;
     fill(result, whole.first, count);
     fill(rest, whole.first + count, whole.count - count);
     return CUDA_SUCCESS;

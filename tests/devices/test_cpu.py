@@ -637,3 +637,20 @@ def test_free_memory_that_nobody_knows_is_an_error(tmp_path: Path) -> None:
 
 def test_free_memory_of_this_machine_is_plausible() -> None:
     assert 2**20 < free_memory() < 2**45
+
+
+@pytest.mark.skipif(available() == ("reference",), reason="there is no C++ extension")
+@pytest.mark.parametrize(("size", "fits"), [(8, True), (20, False), (264, False)])
+def test_a_size_of_heads_that_the_kernels_do_not_take_is_named_before_any_weight_is_read(
+    tmp_path: Path, size: int, fits: bool
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"head_dim": size}))
+    config = EngineConfig(model=str(tmp_path), load_format="dummy", num_blocks=8)
+    if fits:
+        open_cpu(config, tmp_path, lambda _: None).close()
+        return
+    seen: list[str] = []
+    with pytest.raises(CheckpointError, match=f"head_dim is {size}; .* of 8 up to 256, and --kernels reference"):
+        open_cpu(config, tmp_path, seen.append)
+    assert not seen
+    open_cpu(dataclasses.replace(config, kernels="reference"), tmp_path, seen.append).close()

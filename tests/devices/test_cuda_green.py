@@ -56,6 +56,31 @@ def test_shares_that_fit_beside_each_other_have_no_sm_in_common(driver: Any) -> 
     assert parts[Lane.PREFILL, 16] == parts[Lane.DECODE, 16] == set(range(SMS))
 
 
+@pytest.mark.parametrize(("groups", "units"), [(16, 16), (15, 16), (14, 15), (9, 10)])
+def test_there_are_no_more_units_than_the_driver_can_make(driver: Any, groups: int, units: int) -> None:
+    """What is left when all groups are taken is the decode lane's."""
+    driver.set_groups(groups)
+    try:
+        green = GreenSms(0, driver, (9, 0))
+        assert green.units == units
+        for share in range(1, units):
+            prefill = sms(driver, green.stream(Lane.PREFILL, share))
+            decode = sms(driver, green.stream(Lane.DECODE, units - share))
+            assert len(prefill) == UNIT * share and len(prefill | decode) == SMS and prefill.isdisjoint(decode)
+    finally:
+        driver.set_groups(16)
+
+
+def test_a_cut_that_the_driver_refuses_is_found_at_the_start(driver: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(GreenSms, "_groups", lambda _self: 16)
+    driver.set_groups(12)
+    try:
+        with pytest.raises(DeviceError, match="cuDevSmResourceSplitByCount failed"):
+            GreenSms(0, driver, (9, 0))
+    finally:
+        driver.set_groups(16)
+
+
 def test_what_the_driver_refuses_is_an_error_with_its_name(driver: Any) -> None:
     with pytest.raises(DeviceError, match=r"cuDeviceGetDevResource failed: CUDA_ERROR_INVALID_DEVICE \(101\)"):
         GreenSms(3, driver, (9, 0))

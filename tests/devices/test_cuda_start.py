@@ -10,7 +10,7 @@ import gc
 import re
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,21 +149,21 @@ def test_no_graph_is_replayed_while_another_lane_records_one(monkeypatch: pytest
     threads: list[threading.Thread] = []
 
     class Graph:
+        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
+            assert capture_error_mode == "thread_local"
+            recording.set()
+            for thread in threads:
+                thread.start()
+                thread.join(0.1)
+
+        def capture_end(self) -> None:
+            recording.clear()
+
         def replay(self) -> None:
             refused.append(recording.is_set())
             replayed.append(self)
 
-    @contextlib.contextmanager
-    def graph(_graph: Graph, **_given: Any) -> Iterator[None]:
-        recording.set()
-        for thread in threads:
-            thread.start()
-            thread.join(0.1)
-        yield
-        recording.clear()
-
     monkeypatch.setattr(cuda_streams.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(cuda_streams.cuda, "graph", graph)
     monkeypatch.setattr(cuda_streams.cuda, "stream", lambda _stream: contextlib.nullcontext())
     lock = threading.Lock()
     one, other = (TorchStream(None, lock, None) for _ in range(2))
@@ -172,3 +172,30 @@ def test_no_graph_is_replayed_while_another_lane_records_one(monkeypatch: pytest
     other.capture(lambda: None)()
     threads[0].join(10.0)
     assert len(replayed) == 2 and refused == [False, False]
+
+
+def test_nobody_waits_for_a_stream_while_it_is_recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA takes that for an error, of the recording too, and the device would be given up."""
+    recording, waited = threading.Event(), []
+    threads: list[threading.Thread] = []
+
+    class Inner:
+        def synchronize(self) -> None:
+            waited.append(recording.is_set())
+
+    class Graph:
+        def capture_begin(self, **_given: Any) -> None:
+            recording.set()
+            threads[0].start()
+            threads[0].join(0.1)
+
+        def capture_end(self) -> None:
+            recording.clear()
+
+    monkeypatch.setattr(cuda_streams.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(cuda_streams.cuda, "stream", lambda _stream: contextlib.nullcontext())
+    stream = TorchStream(Inner(), threading.Lock(), None)
+    threads.append(threading.Thread(target=stream.check))
+    stream.capture(lambda: None)
+    threads[0].join(10.0)
+    assert waited == [False]

@@ -121,12 +121,11 @@ def stored(kv: TritonKv) -> list[torch.Tensor]:
     """Everything, as the reference has it: [blocks, block_size, kv_heads, ..]."""
     found = []
     for part in (kv.keys, kv.values):
-        for tensor in (part.codes, part.scales, part.zeros):
-            if tensor is not None:
-                found.append(tensor.cpu().transpose(1, 2))
-        if kv.bits == 4:
-            codes = found[-3]
-            found[-3] = torch.cat((codes & 15, codes >> 4), dim=-1)
+        codes = part.codes.cpu().transpose(1, 2)
+        found.append(torch.cat((codes & 15, codes >> 4), dim=-1) if kv.bits == 4 else codes)
+        if part.numbers is not None:
+            words = part.numbers.cpu().transpose(1, 2)
+            found += [words.to(torch.int16), (words >> 16).to(torch.uint8)]
     return found
 
 
@@ -285,7 +284,7 @@ def test_storage_takes_what_is_said() -> None:
     for cache, dtype in (("auto", torch.float32), ("bf16", torch.bfloat16), ("int8", torch.float32)):
         kv = make_kv(10, 16, 2, 128, dtype, cache, DEVICE)
         assert kv.bytes == 10 * 16 * token_bytes(2, 128, dtype, cache)
-    assert token_bytes(2, 128, torch.bfloat16, "int4") == 2 * 2 * (128 // 2 + 3)
+    assert token_bytes(2, 128, torch.bfloat16, "int4") == 2 * 2 * (128 // 2 + 4)
 
 
 def test_wrong_arguments_are_refused() -> None:

@@ -194,6 +194,7 @@ def test_requests_set_only_known_variables_to_scalars(variables: dict[str, Any])
         ChatTemplate("x", {}).render([{"role": "user", "content": "x"}], **variables)
 
 
+HELLO = [{"role": "user", "content": "hello"}]
 RANGES = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
 
 
@@ -206,6 +207,9 @@ RANGES = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% e
         (RANGES, "more rounds"),
         ("{% set r = range(99999) %}{% for i in r %}{% for j in r %}{% endfor %}{% endfor %}", "more rounds"),
         ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "RecursionError"),
+        ("{% macro slow(n) %}{% if n %}{{ slow(n - 1) }}{% endif %}{% endmacro %}{{ slow(9) }}", "longer than allowed"),
+        ("{% macro m(n) %}{% if n %}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(99999) }}", "RecursionError"),
+        ("{% set weft_budget = namespace(count_round=dict) %}" + RANGES, "more rounds"),
         ("{{ range(10 ** 9) | list }}", "too big"),
         ("{{ 'a' * 10 ** 9 }}", r"a result of \*"),
         ("{{ 2 * ([0] * 9999999) }}", r"a result of \*"),
@@ -225,6 +229,67 @@ def test_templates_cannot_run_away(source: str, words: str) -> None:
         ChatTemplate(source, {}).render([{"role": "user", "content": "x"}], max_seconds=seconds)
 
 
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ '%10000d' % 1 }}",
+        "{{ '%.10000f' % 1 }}",
+        "{{ '%*d' % (10000, 1) }}",
+        "{{ '%5%%10000d' % 1 }}",
+        "{{ '%((a))10000d' % {'(a)': 1} }}",
+        "{{ '%10000d' | format(1) }}",
+        "{{ '{:>10000}'.format(1) }}",
+        "{{ '{:>{}}'.format(1, 10000) }}",
+        "{{ '{:{}}'.format(1, '>10000') }}",
+        "{{ '{a:>10000}'.format_map({'a': 1}) }}",
+        "{{ messages[0].content.ljust(10000) }}",
+        "{{ 'a'.rjust(10000) }}",
+        "{{ 'a'.center(10000) }}",
+        "{{ 'a'.zfill(10000) }}",
+        "{{ 'a'.expandtabs(10000) }}",
+        "{{ 'a' | center(10000) }}",
+        "{{ ['a'] | map('center', 10000) | list }}",
+        "{% autoescape 'a' | center(10000) %}{% endautoescape %}",
+        "{% filter center(10000) %}a{% endfilter %}",
+        "{{ 'a' | indent(10000) }}",
+        "{{ 1 | round(10000) }}",
+        "{{ [1] | tojson(indent=10000) }}",
+    ],
+)
+def test_nothing_is_padded_without_bound(source: str) -> None:
+    with pytest.raises(InvalidRequest, match="9999"):
+        ChatTemplate(source, {}).render(HELLO)
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ " + "[" * 5000 + "]" * 5000 + " }}",
+        "{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}",
+        "{% if 1 %}" * 3000 + "{% endif %}" * 3000,
+        "{% for i in [1] %}" * 30 + "{% endfor %}" * 30,
+        "{{ " + "9" * 5000 + " }}",
+    ],
+    ids=["lists", "brackets", "ifs", "loops", "digits"],
+)
+def test_sources_that_python_cannot_compile(source: str) -> None:
+    with pytest.raises(CheckpointError, match="the chat template cannot be compiled: "):
+        ChatTemplate(source, {})
+
+
+def test_formats_and_paddings_are_as_python_has_them() -> None:
+    source = (
+        "{{ '%5d|%s|%%|%(a)s' % {'a': 1} if 0 else '%5d|%s|%%|%d' % (3, 'x', 1700000000) }} {{ '%s'|format(2) }} "
+        "{{ '{:>5}|{a}|{{}}'.format(1, a=2) }} {{ 'a'.ljust(3) }}|{{ 'a'|center(3) }}|{{ 'a\nb'|indent(2) }} "
+        "{{ {'a': [1]}|tojson(indent=1) }} {{ range(3)|map('string')|join('-') }} {{ 'abc'[1:] }} {{ [3, 1]|sort }} "
+        "{{ [{'a': 1}]|sum(attribute='a') }} {{ 'a,b'.split(',') }} {{ 'aba'.replace('a', 'c', 1) }} {{ 'x'|safe }}"
+    )
+    expected = (
+        "    3|x|%|1700000000 2     1|2|{} a  | a |a\n  b {\n \"a\": [\n  1\n ]\n} 0-1-2 bc [1, 3] 1 ['a', 'b'] cba x"
+    )
+    assert ChatTemplate(source, {}).render([{"role": "user", "content": ""}]) == expected
+
+
 def test_small_products_and_powers_are_fine() -> None:
     source = "{{ '-' * 3 }}{{ 2 ** 10 }}{{ 2.0 ** 2 }}{{ 3 * 4 }}{{ 'x' ~ 1 }}{{ dict(a=1).a }}"
     assert ChatTemplate(source, {}).render([{"role": "user", "content": ""}]) == "---10244.012x11"
@@ -235,9 +300,6 @@ def write(folder: Path, **files: Any) -> Path:
         suffix = "jinja" if isinstance(content, str) else "json"
         (folder / f"{name}.{suffix}").write_text(content if isinstance(content, str) else json.dumps(content))
     return folder
-
-
-HELLO = [{"role": "user", "content": "hello"}]
 
 
 def test_where_a_checkpoint_keeps_its_template(tmp_path: Path) -> None:
@@ -261,6 +323,11 @@ def test_a_template_of_the_operator(tmp_path: Path) -> None:
         ChatTemplate.from_file(tmp_path / "bad.jinja", tmp_path)
     with pytest.raises(ConfigError, match=r"--chat-template .*cannot be used"):
         ChatTemplate.from_file(tmp_path / "none.jinja", tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match=r"--chat-template .*must be a text file in UTF-8"):
+        ChatTemplate.from_file(tmp_path / "chat_template.jinja", tmp_path)
+    with pytest.raises(CheckpointError, match=r"chat_template\.jinja cannot be read: .*must be a text file in UTF-8"):
+        ChatTemplate.from_folder(tmp_path)
 
 
 def test_templates_that_cannot_be_used(tmp_path: Path) -> None:

@@ -105,6 +105,36 @@ def test_files_that_are_no_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is not JSON"):
         read_json(tmp_path / "bad.json")
 
+    for text in ("[" * 100_000, '{"a": "\xff"}'):
+        (tmp_path / "bad.json").write_bytes(text.encode("latin-1"))
+        with pytest.raises(CheckpointError, match=r"bad\.json is not JSON"):
+            read_json(tmp_path / "bad.json")
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"added_tokens_decoder": {"x": {"content": "<x>"}}}, r"added_tokens_decoder\['x'\] is .* under a token id"),
+        ({"added_tokens_decoder": [1]}, r"added_tokens_decoder is \[1\]; it must be an object"),
+        ({"added_tokens_decoder": {"1": {}}}, r"added_tokens_decoder\['1'\] is \{\}; it must be an object with"),
+        ({"added_tokens_decoder": {"1": {"content": 2}}}, r"added_tokens_decoder\['1'\] is \{'content': 2\}"),
+        ({"added_tokens_decoder": {"1": "<x>"}}, r"added_tokens_decoder\['1'\] is '<x>'"),
+        (
+            {"additional_special_tokens": 7},
+            r"tokenizer_config\.json .*additional_special_tokens is 7; it must be a list",
+        ),
+        ({"extra_special_tokens": 7}, "extra_special_tokens is 7; it must be a list"),
+        ({"extra_special_tokens": "<x>"}, "extra_special_tokens is '<x>'; it must be a list"),
+    ],
+)
+def test_added_tokens_that_are_none(
+    config: dict[str, Any], words: str, tmp_path: Path, folders: dict[str, Path]
+) -> None:
+    (tmp_path / "tokenizer.json").write_bytes((folders["byte_fallback"] / "tokenizer.json").read_bytes())
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=words):
+        Tokenizer.from_folder(tmp_path)
+
 
 def test_special_tokens_in_the_older_file(tmp_path: Path, folders: dict[str, Path]) -> None:
     (tmp_path / "tokenizer.json").write_bytes((folders["byte_fallback"] / "tokenizer.json").read_bytes())

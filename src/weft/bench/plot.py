@@ -12,16 +12,28 @@ import numpy as np
 from weft.bench.stats import Record
 from weft.errors import ConfigError
 
+KINDS = (".png", ".svg", ".pdf", ".jpg", ".webp")
 
-def require_matplotlib() -> None:
-    """Raise ConfigError when no picture can be drawn; asked before a run rather than after it."""
+
+def picture_problems(path: Path) -> list[str]:
+    """What would keep a picture from being drawn; asked before a run rather than after it."""
+    problems = []
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("--plot needs matplotlib: pip install 'weft[plot]'")
+        problems.append("--plot needs matplotlib: pip install 'weft[plot]'")
+    if path.suffix.lower() not in KINDS:
+        problems.append(f"--plot is {path}; its name must end with one of {', '.join(KINDS)}")
+    return problems
+
+
+def require_picture(path: Path) -> None:
+    """Raises ConfigError where no picture can be drawn."""
+    if problems := picture_problems(path):
+        raise ConfigError("\n".join(problems))
 
 
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
     """Write a picture; the ending of `path` says its format. Raises ConfigError when it cannot be written."""
-    require_matplotlib()
+    require_picture(path)
     from matplotlib.figure import Figure
 
     good = [record for record in records if record.error is None]

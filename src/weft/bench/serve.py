@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from weft.bench import traffic
 from weft.bench.client import Target, first_model
 from weft.bench.load import run_load
-from weft.bench.plot import plot, require_matplotlib
+from weft.bench.plot import plot, require_picture
 from weft.bench.report import as_json, output_problems, print_report
 from weft.bench.stats import Record, Slo, summarise
 from weft.bench.traces import Size, clip, read_trace, scale_trace
@@ -111,7 +111,7 @@ def run(arguments: argparse.Namespace) -> int:
     if problems:
         raise ConfigError("\n".join(problems))
     if arguments.plot is not None:
-        require_matplotlib()
+        require_picture(arguments.plot)
     planned, notes = plan_shots(arguments)
     slo = _slo(arguments)
     records, target = asyncio.run(_measure(arguments, planned))

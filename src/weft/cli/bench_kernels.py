@@ -47,6 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     if not 1 <= arguments.rounds <= 1000:
         raise ConfigError(f"--rounds is {arguments.rounds}; it must be from 1 to 1000")
     from weft.devices.kernel_times import cases_of, measure
+    from weft.kernels import check_heads
     from weft.models.families import read_config
     from weft.text.hub import resolve_model
 
@@ -62,6 +63,8 @@ def run(arguments: argparse.Namespace) -> int:
     affinity = os.sched_getaffinity(0)
     machine = _open(arguments.device)
     try:
+        if machine.kind == "cpu":
+            check_heads(machine.kernels.name, model.head_dim)
         shares = _shares(arguments.shares, machine.shares)
         found = []
         total = len(cases) * len(shares)

@@ -157,7 +157,7 @@ def model() -> Iterator[Finding]:
         folder = resolve_model("builtin")
         size = sum(path.stat().st_size for path in folder.iterdir())
         tokens = Tokenizer.from_folder(folder).vocabulary
-        yield Finding("model", "builtin", f"{size / 2**20:.1f} MiB, {tokens} tokens")
+        yield Finding("model", "builtin", f"{size / 2**20:.1f} MiB, {tokens} tokens in its vocabulary")
     except WeftError as error:
         yield Finding("model", "builtin", str(error), "missing", "reinstall weft")
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from weft.bench.plot import require_matplotlib
+from weft.bench.plot import require_picture
 from weft.errors import ConfigError
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.paper import PaperPolicy
@@ -21,7 +21,7 @@ SHOWN = 8  # of the last decisions
 def report(path: Path, plot: Path | None) -> tuple[dict[str, Any], str]:
     """The same as JSON and as text; a picture if asked for. Raises ConfigError."""
     if plot is not None:
-        require_matplotlib()
+        require_picture(plot)
     recording = read(path)
     found = review(recording)
     if plot is not None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import shutil
 import sys
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import weft
+from weft.bench.plot import picture_problems
 from weft.cli.flags import Parser
 from weft.config import BUILTIN_MODEL
 from weft.errors import CheckpointError, ConfigError
@@ -112,7 +112,7 @@ def _parser() -> Parser:
     add("--length", type=int, metavar="N", help="tokens in each (default: 512, or the model's context if that is less)")
     add("--held-out", type=int, default=16, metavar="N", help="held-out sequences to measure on (default: 16)")
     add("--seed", type=int, default=0, metavar="N", help="of the choice of text (default: 0)")
-    add("--plot", type=Path, metavar="FILE", help="draw the report as PNG (needs matplotlib)")
+    add("--plot", type=Path, metavar="FILE", help="draw the report (needs matplotlib)")
     return parser
 
 
@@ -144,9 +144,7 @@ def _plot_problems(file: Path | None) -> list[str]:
     """What would keep the picture from being drawn, found before the hours of work that come before it."""
     if file is None:
         return []
-    problems = []
-    if importlib.util.find_spec("matplotlib") is None:
-        problems.append("--plot needs matplotlib: pip install 'weft[plot]'")
+    problems = picture_problems(file)
     if not file.parent.is_dir():
         problems.append(f"--plot is {file}; there is no folder {file.parent}")
     return problems

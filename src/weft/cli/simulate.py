@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from weft.bench.plot import require_matplotlib
+from weft.bench.plot import require_picture
 from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
@@ -33,7 +33,7 @@ EPILOG = (
 def main(arguments: Sequence[str]) -> int:
     given, load = simulated.read(_parser(), arguments, _problems)
     if given.plot is not None:
-        require_matplotlib()
+        require_picture(given.plot)
     cost = cost_of(
         simulated.named("--model", find_model, given.model),
         simulated.named("--gpu", find_gpu, given.gpu),

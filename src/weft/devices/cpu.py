@@ -30,7 +30,7 @@ from weft.devices.memory import decode_blocks, free_memory, size_pool
 from weft.devices.queues import CLOSED, Queues
 from weft.devices.step import compute
 from weft.errors import ConfigError, DeviceError, RankLost
-from weft.kernels import REFERENCE, open_kernels, resolve
+from weft.kernels import REFERENCE, check_heads, open_kernels, resolve
 from weft.kernels.base import Kernels
 from weft.kernels.kv import BITS, token_bytes
 from weft.models.decoder import Decoder
@@ -57,6 +57,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
     own_model = shard_config(model, part)
     kept = kv_bytes(config, own_model, dtype)
     name, kernels_note = resolve(config.kernels)
+    check_heads(name, model.head_dim)
     shares = {Lane.MIXED: cores} if partition is None else _cores_of(partition, cores)
     kernels = {lane: _open_kernels(name, own, config.exact_a4) for lane, own in shares.items()}
     try:

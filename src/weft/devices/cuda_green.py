@@ -1,8 +1,10 @@
 """Parts of a GPU's SMs, and streams that have no more: green contexts, through the CUDA driver (12.4 and later).
 
-The SMs are numbered once by the driver's split. The prefill lane has the first ones, the decode lane the last ones, as
-with the cores of a CPU; so two shares that add up to no more than the whole never overlap, and each lane's contexts can
-be made without knowing the other's. A context is made when a lane first has that share, and kept.
+The driver splits the SMs once for each place where they can be cut: the prefill lane has what lies before a cut, the
+decode lane the rest, as with the cores of a CPU. So two shares that add up to the whole are two results of one split,
+which the driver promises to be disjoint, and each lane's contexts can be made without knowing the other's. All cuts are
+made when the GPU is opened: one that the driver refuses is a reason not to divide it, and not an error in a step. A
+context is made when a lane first has that share, and kept.
 
 torch makes green contexts too (torch.cuda.GreenContext), but each from the whole device: two of them share SMs.
 """
@@ -68,22 +70,21 @@ class GreenSms:
         self.sms, least, multiple = self._whole.words
         # The driver's guide, where it does not say itself: 8 from Hopper on, 4 before.
         self.unit = max(least, multiple) or (8 if capability >= (9, 0) else 4)
-        self.units = self.sms // self.unit
-        if self.units < 2:
+        if not 1 <= self.unit <= self.sms // 2:
             raise DeviceError(f"this GPU has {self.sms} SMs, which cannot be divided in units of {self.unit}")
+        # The SMs of a unit are neighbours, and not all fit into one: an H100 of 132 SMs may have 15 units of 8.
+        self.units = min(self.sms // self.unit, self._groups() + 1)
+        self._cuts = [self._cut(self.unit * units) for units in range(1, self.units)]
 
     def count(self, lane: Lane, share: int) -> int:
         """The SMs of a share of so many units. What is left over by the units is the decode lane's."""
-        if share == self.units:
-            return self.sms
-        first = self.unit * (share if lane is Lane.PREFILL else self.units - share)
-        return first if lane is Lane.PREFILL else self.sms - first
+        return self._part(lane, share).words[0]
 
     def stream(self, lane: Lane, share: int) -> int:
         """A new stream on the SMs of that share: a CUstream. Raises DeviceError."""
         if not 1 <= share <= self.units:
             raise DeviceError(f"a share of {share} units of SMs; there are {self.units}")
-        part = self._whole if share == self.units else self._part(lane, share)
+        part = self._part(lane, share)
         description, context, stream = Pointer(), Pointer(), Pointer()
         self._call("cuDevResourceGenerateDesc", ctypes.byref(description), ctypes.byref(part), ctypes.c_uint(1))
         self._call(
@@ -101,7 +102,28 @@ class GreenSms:
         return stream.value
 
     def _part(self, lane: Lane, share: int) -> Resource:
-        first = self.unit * (share if lane is Lane.PREFILL else self.units - share)
+        if share == self.units:
+            return self._whole
+        if lane is Lane.PREFILL:
+            return self._cuts[share - 1][0]
+        return self._cuts[self.units - share - 1][1]
+
+    def _groups(self) -> int:
+        """Units that the driver would make of the device."""
+        groups = ctypes.c_uint(0)
+        self._call(
+            "cuDevSmResourceSplitByCount",
+            None,
+            ctypes.byref(groups),
+            ctypes.byref(self._whole),
+            None,
+            ctypes.c_uint(0),
+            ctypes.c_uint(self.unit),
+        )
+        return groups.value
+
+    def _cut(self, first: int) -> tuple[Resource, Resource]:
+        """So many SMs or, where the driver rounds up, a few more; and the rest. Raises DeviceError."""
         part, rest, groups = Resource(), Resource(), ctypes.c_uint(1)
         self._call(
             "cuDevSmResourceSplitByCount",
@@ -112,13 +134,10 @@ class GreenSms:
             ctypes.c_uint(0),
             ctypes.c_uint(first),
         )
-        found = part if lane is Lane.PREFILL else rest
-        if groups.value != 1 or found.words[0] != self.count(lane, share):
-            raise DeviceError(
-                f"the CUDA driver gave {found.words[0]} SMs for {share} of {self.units} units "
-                f"of the {lane.value} lane, which should be {self.count(lane, share)}"
-            )
-        return found
+        found = part.words[0], rest.words[0]
+        if groups.value != 1 or found[0] < first or not 0 < found[1] <= self.sms - found[0]:
+            raise DeviceError(f"the CUDA driver cut {self.sms} SMs after {first} into {found[0]} and {found[1]}")
+        return part, rest
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._library, name)(*arguments)

@@ -116,6 +116,9 @@ def open_gpu(choose: Callable[[int], int] = lambda _count: 0) -> Gpu:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":  # Triton's own variable, which it reads once
         return Interpreted()
+    # Streams share the connections to the GPU, 8 unless it is told otherwise, and what is launched through one of them
+    # begins in order: a lane's steps could wait behind the other's, whatever their SMs. CUDA reads it when it starts.
+    os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
     if not torch.cuda.is_available():
         built = "no GPU can be used" if torch.version.cuda else "this torch was built without CUDA"
         raise DeviceError(
@@ -233,17 +236,23 @@ class TorchStream:
         self._stream.wait_event(event.inner)
 
     def check(self) -> None:
-        with _failures():
+        # Whoever waits for a stream that is being recorded breaks the recording, and is told that the GPU has failed.
+        with self._capturing, _failures():
             self._stream.synchronize()
 
     def capture(self, work: Work) -> Work:
+        graph = torch.cuda.CUDAGraph()
         with self.use():
             work()  # kernels are compiled, and libraries take their memory, outside of the recording
-        graph = torch.cuda.CUDAGraph()
-        # thread_local: the other lane goes on and may allocate.
-        recording = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-        with self._capturing, recording:
-            work()
+            # Not by torch.cuda.graph, which waits for the whole device before, the other lane's work too, and gives all
+            # memory back that torch keeps: the other lane would ask CUDA for it again, in the middle of a step.
+            # thread_local: the other lane goes on and may allocate.
+            with self._capturing:
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
 
         def replay() -> None:
             with self._capturing:

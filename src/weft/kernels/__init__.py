@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from weft.errors import DeviceError
+from weft.errors import CheckpointError, DeviceError
 
 if TYPE_CHECKING:
     from weft.kernels.base import Kernels
 
 REFERENCE = "reference"
 LEVELS = ("avx512", "avx2", "portable")  # of the C++ extension, best first
+HEAD_STEP, HEAD_MOST = 8, 256  # channels of a head that the extension takes: multiples of one, up to the other
 
 
 def _native() -> tuple[Any, str]:
@@ -52,6 +53,15 @@ def resolve(name: str) -> tuple[str, str | None]:
             f"--kernels {name}: this CPU cannot run that level; what would work: auto, {', '.join(available())}"
         )
     raise DeviceError(f"--kernels {name}: there is no such backend; what would work: auto, {', '.join(available())}")
+
+
+def check_heads(name: str, head_dim: int) -> None:
+    """Raises CheckpointError for a model whose heads the kernels do not take."""
+    if name != REFERENCE and (head_dim % HEAD_STEP or head_dim > HEAD_MOST):
+        raise CheckpointError(
+            f"head_dim is {head_dim}; the {name} kernels take multiples of {HEAD_STEP} up to {HEAD_MOST}, and "
+            f"--kernels {REFERENCE} of weft serve takes any, slowly"
+        )
 
 
 def open_kernels(name: str, cores: tuple[int, ...], *, exact_a4: bool = False) -> Kernels:

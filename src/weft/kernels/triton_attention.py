@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from weft.kernels.base import Batch
-from weft.kernels.triton_kv import TritonKv, gathered_heads, halves, numbers
+from weft.kernels.triton_kv import TritonKv, gathered_heads, halves, numbers_of
 from weft.kernels.triton_numbers import helper, product_kind, rounded
 from weft.kernels.triton_tiles import AttentionTile, architecture, attention_tile, processors
 
@@ -41,8 +41,8 @@ def _tile(
     """`state` after the keys and values of positions `place` [N], of which those from `stop` on are not read."""
     first_query, second_query = queries
     first_sum, second_sum, zero_sum, weight_sum, highest = state
-    key_codes, key_scales, key_zeros = keys
-    value_codes, value_scales, value_zeros = values
+    key_codes, key_numbers = keys
+    value_codes, value_numbers = values
     inside = place < stop
     block = tl.load(table + place // BLOCK_SIZE, mask=inside, other=0).to(tl.int64)
     target = (block * KV_HEADS + head) * BLOCK_SIZE + place % BLOCK_SIZE
@@ -50,7 +50,7 @@ def _tile(
     scores = tl.dot(first_query, tl.trans(first), input_precision="ieee")
     scores = tl.dot(second_query, tl.trans(second), scores, input_precision="ieee")
     if BITS < 16:
-        step, zero = numbers(key_scales, key_zeros, target, inside, BITS)
+        step, zero = numbers_of(key_numbers, target, inside, BITS)
         scores = (scores - sums[:, None] * zero[None, :]) * (step * scale)[None, :]
     else:
         scores = scores * scale
@@ -63,7 +63,7 @@ def _tile(
     weights, fade = tl.exp2(scores - base[:, None]), tl.exp2(highest - base)
     scaled = weights
     if BITS < 16:
-        step, zero = numbers(value_scales, value_zeros, target, inside, BITS)
+        step, zero = numbers_of(value_numbers, target, inside, BITS)
         scaled = tl.where(visible, weights * step[None, :], 0.0)  # a NaN that a row does not see is not its own
     factors = rounded(scaled, KIND)
     if BITS < 16:
@@ -142,7 +142,7 @@ def _queries(q, row, mask, D: tl.constexpr, HALF: tl.constexpr, KIND: tl.constex
 @triton.jit(do_not_specialize=["slices", "width"])
 def prefill_kernel(
     q,  # [T, KV_HEADS * GROUP, D]
-    signs, key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros,  # a TritonKv
+    signs, key_codes, key_numbers, value_codes, value_numbers,  # a TritonKv
     starts,  # int32 [S + 1]
     contexts,  # int32 [S]
     tables,  # int32 [S, width]
@@ -190,7 +190,7 @@ def prefill_kernel(
     for split in range(lowest // SPLIT, (stop + SPLIT - 1) // SPLIT):
         made = _split(
             queries, sums, tl.maximum(split * SPLIT, lowest), tl.minimum(split * SPLIT + SPLIT, stop), position, head,
-            table, (key_codes, key_scales, key_zeros), (value_codes, value_scales, value_zeros), scale, window,
+            table, (key_codes, key_numbers), (value_codes, value_numbers), scale, window,
             ROWS, BLOCK_SIZE, KV_HEADS, D, HALF, BITS, TOKENS, KIND, WINDOWED,
         )  # fmt: skip
         run = _added(run, made)
@@ -200,7 +200,7 @@ def prefill_kernel(
 @triton.jit(do_not_specialize=["slices", "width", "splits"])
 def decode_kernel(
     q,  # [S, KV_HEADS * GROUP, D]: each slice is one row
-    key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros,
+    key_codes, key_numbers, value_codes, value_numbers,
     contexts, tables,
     sums_out,  # float32 [S, KV_HEADS, splits, GROUP, D]: of each split the sums of values
     marks_out,  # float32 [S, KV_HEADS, splits, 2, GROUP]: the sums of weights, and the highest scores
@@ -235,7 +235,7 @@ def decode_kernel(
         first, second, weight_sum, highest = _split(
             queries, sums, tl.maximum(split * SPLIT, lowest), tl.minimum(split * SPLIT + SPLIT, end),
             tl.where(mask, end - 1, -1), head, tables + sequence.to(tl.int64) * width,
-            (key_codes, key_scales, key_zeros), (value_codes, value_scales, value_zeros), scale, window,
+            (key_codes, key_numbers), (value_codes, value_numbers), scale, window,
             ROWS, BLOCK_SIZE, KV_HEADS, D, HALF, BITS, TOKENS, KIND, WINDOWED,
         )  # fmt: skip
         place = (sequence.to(tl.int64) * KV_HEADS + head) * splits + split

@@ -84,25 +84,24 @@ def halves(codes, target, inside, D: tl.constexpr, HALF: tl.constexpr, BITS: tl.
 
 
 @helper
-def numbers(scales, zeros, target, inside, BITS: tl.constexpr):
+def numbers_of(numbers, target, inside, BITS: tl.constexpr):
     """(scale, zero in steps of a code) of heads `target` [N], float32."""
-    bits = tl.load(scales + target, mask=inside, other=0).to(tl.uint16, bitcast=True).to(tl.uint32)
+    word = tl.load(numbers + target, mask=inside, other=0).to(tl.uint32, bitcast=True)
     steps: tl.constexpr = 1 if BITS == 8 else 16
-    zero = tl.load(zeros + target, mask=inside, other=0).to(tl.float32) * (1.0 / steps)
-    return (bits << 16).to(tl.float32, bitcast=True), zero
+    return (word << 16).to(tl.float32, bitcast=True), (word >> 16).to(tl.float32) * (1.0 / steps)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
     """Keys or values, [blocks, kv_heads, block_size, ...] each.
 
-    codes: [..., D] as they are, or uint8 [..., D * bits / 8]. scales: int16 (the bits of bfloat16) and zeros: uint8, of
-    quantised heads; else None.
+    codes: [..., D] as they are, or uint8 [..., D * bits / 8]. numbers: int32, of quantised heads, else None: the bits
+    of the bfloat16 scale in the low half, the zero above. They are whole words because `cp.async`, which brings a tile
+    to shared memory while another is computed, copies 4 bytes or more: scales of 2 bytes would be waited for.
     """
 
     codes: torch.Tensor
-    scales: torch.Tensor | None = None
-    zeros: torch.Tensor | None = None
+    numbers: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,9 +125,8 @@ class TritonKv:
 
     @property
     def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        """As the kernels take them: codes, scales and zeros of the keys, then of the values."""
-        keys, values = self.keys, self.values
-        return keys.codes, keys.scales, keys.zeros, values.codes, values.scales, values.zeros
+        """As the kernels take them: codes and numbers of the keys, then of the values."""
+        return self.keys.codes, self.keys.numbers, self.values.codes, self.values.numbers
 
     @property
     def half(self) -> int:
@@ -160,8 +158,7 @@ def make_kv(
             return Part(torch.zeros(*shape, head_dim, dtype=dtype, device=device))
         return Part(
             torch.zeros(*shape, head_dim * bits // 8, dtype=torch.uint8, device=device),
-            torch.zeros(shape, dtype=torch.int16, device=device),
-            torch.zeros(shape, dtype=torch.uint8, device=device),
+            torch.zeros(shape, dtype=torch.int32, device=device),
         )
 
     return TritonKv(part(), part(), head_dim, bits or PLAIN, None if bits is None else signs(head_dim).to(device))
@@ -171,7 +168,7 @@ def token_bytes(kv_heads: int, head_dim: int, dtype: torch.dtype, cache: str) ->
     """Bytes of one token's keys and values in one layer, as `make_kv` stores them. Raises ValueError for what it
     refuses."""
     bits = _bits(head_dim, dtype, cache)
-    return 2 * kv_heads * (head_dim * dtype.itemsize if bits is None else head_dim * bits // 8 + 3)
+    return 2 * kv_heads * (head_dim * dtype.itemsize if bits is None else head_dim * bits // 8 + 4)
 
 
 def _bits(head_dim: int, dtype: torch.dtype, cache: str) -> int | None:

@@ -27,7 +27,7 @@ def _normalised(first, second, norm, column, inside, eps, D: tl.constexpr):
 
 @helper
 def _written(
-    first, second, codes, scales, zeros, signs, target, mask, ROWS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
+    first, second, codes, numbers, signs, target, mask, ROWS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr,
     LOG: tl.constexpr, BITS: tl.constexpr,
 ):  # fmt: skip
     """Heads float32 [ROWS, D / 2] in halves to the places `target` [ROWS] of one part of a TritonKv."""
@@ -40,8 +40,7 @@ def _written(
         tl.store(at + D // 2, rounded(second, kind), mask=inside)
     else:
         code, bits, zero = quantised_heads(spread_heads(first, second, signs, ROWS, D, LOG), BITS)
-        tl.store(scales + target, bits.to(tl.int16), mask=mask)
-        tl.store(zeros + target, zero.to(tl.int32).to(tl.uint8), mask=mask)
+        tl.store(numbers + target, bits.to(tl.int32) | (zero.to(tl.int32) << 16), mask=mask)
         low, high = tl.split(tl.permute(tl.reshape(code, (ROWS, 2, D // 2)), (0, 2, 1)))
         if BITS == 8:
             at = codes + target[:, None] * D + column
@@ -59,7 +58,7 @@ def rotary_kernel(
     q_norm, k_norm,  # [D] or None
     positions,  # int32 [T]
     slots,  # int64 [T]; -1: the row is padding
-    signs, key_codes, key_scales, key_zeros, value_codes, value_scales, value_zeros,  # a TritonKv
+    signs, key_codes, key_numbers, value_codes, value_numbers,  # a TritonKv
     q,  # [T, heads * D]
     tokens,  # T
     heads, kv_heads, block_size, eps,
@@ -98,11 +97,9 @@ def rotary_kernel(
         kv_head = (head - heads) % kv_heads
         place = (slot // block_size * kv_heads + kv_head) * block_size + slot % block_size
         if head < heads + kv_heads:
-            _written(first, second, key_codes, key_scales, key_zeros, signs, place, mask, ROWS, D, HALF, LOG, BITS)
+            _written(first, second, key_codes, key_numbers, signs, place, mask, ROWS, D, HALF, LOG, BITS)
         else:
-            _written(
-                first, second, value_codes, value_scales, value_zeros, signs, place, mask, ROWS, D, HALF, LOG, BITS
-            )
+            _written(first, second, value_codes, value_numbers, signs, place, mask, ROWS, D, HALF, LOG, BITS)
 
 
 def rotary_write(

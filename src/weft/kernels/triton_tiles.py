@@ -30,22 +30,25 @@ class AttentionTile:
     programs: int
 
 
+# Stages on 90: keys and values are found by the block table, which is loaded a stage before them. With three or four
+# stages the compiler fetches a tile when the one before it is done, and nothing is on its way while it computes; with
+# five the next one is. Two programs of decode still fit on a multiprocessor: 2 * (115200 + 1024) of 233472 bytes.
 # In decode most of the 64 rows are empty: the tensor cores wait for memory anyway, and with the instruction and the
 # layout of prefill a row's bits are the same there.
 ATTENTION = {
     INTERPRETER: AttentionTile(256, 512, (64, 4, 1), (64, 4, 1), 1),
     80: AttentionTile(64, 512, (128, 8, 2), (64, 4, 3), 2),
-    90: AttentionTile(64, 512, (128, 8, 3), (64, 4, 3), 2),
+    90: AttentionTile(64, 512, (128, 8, 5), (64, 4, 5), 2),
     100: AttentionTile(64, 512, (128, 8, 3), (128, 8, 3), 1),
 }
-# The same for 8 and 4 bits, whose scales and zeros want registers, too.
+# The same for 8 and 4 bits, whose scales and zeros want registers, too: on 80 prompts spill least with one stage.
 ATTENTION_QUANTISED = {
     INTERPRETER: ATTENTION[INTERPRETER],
-    80: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
-    90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
+    80: AttentionTile(32, 512, (128, 8, 1), (64, 4, 3), 2),
+    90: AttentionTile(32, 512, (128, 8, 5), (64, 4, 5), 2),
     100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
-# Heads of more than 128 channels, whatever their bits. On 80 a tile must have as many rows as half a head has channels:
+# Heads of more than 128 channels. On 80 a tile must have as many rows as half a head has channels:
 # otherwise the compiler cuts rows between warps, in decode but not in prefill, and sums weights in another order. And
 # 86, 89 and 120 have 99 KiB for it.
 ATTENTION_WIDE = {
@@ -54,12 +57,14 @@ ATTENTION_WIDE = {
     90: AttentionTile(32, 512, (128, 8, 3), (64, 4, 3), 2),
     100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
+# With fewer bits one stage spills least on 80.
+ATTENTION_WIDE_QUANTISED = ATTENTION_WIDE | {80: AttentionTile(32, 512, (128, 8, 1), (128, 8, 1), 1)}
 
 
 def attention_tile(head_dim: int, *, quantised: bool, key: int) -> AttentionTile:
     """key: of the architecture, as in the tables."""
     if head_dim > 128:
-        return ATTENTION_WIDE[key]
+        return (ATTENTION_WIDE_QUANTISED if quantised else ATTENTION_WIDE)[key]
     return (ATTENTION_QUANTISED if quantised else ATTENTION)[key]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from weft.bench.plot import require_matplotlib
+from weft.bench.plot import require_picture
 from weft.bench.report import finite
 from weft.bench.stats import Slo, Spread
 from weft.errors import ConfigError
@@ -61,7 +61,7 @@ def as_json(settings: Mapping[str, Any], runs: Sequence[Run]) -> dict[str, Any]:
 
 def plot(runs: Sequence[Run], title: str, path: Path) -> None:
     """Latencies, goodput against rate, and how lanes and KV pool were used over time. Raises ConfigError."""
-    require_matplotlib()
+    require_picture(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 8), layout="constrained")

@@ -30,13 +30,16 @@ class ChatTemplate:
     """One compiled template with the checkpoint's special tokens (`bos_token` and so on) as variables."""
 
     def __init__(self, source: str, tokens: Mapping[str, str], origin: str = "the chat template") -> None:
-        """Raises CheckpointError for a template that jinja2 cannot compile."""
+        """Raises CheckpointError for a template that cannot be compiled."""
         self.source = source
         self._tokens = dict(tokens)
         try:
             self._template = compile_template(source)
         except jinja2.TemplateSyntaxError as error:
             raise CheckpointError(f"{origin}, line {error.lineno}: {error.message}") from error
+        except Exception as error:  # nested too deeply, or a number too long: whatever Python says of the code
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise CheckpointError(f"{origin} cannot be compiled: {reason}") from error
 
     @classmethod
     def from_folder(cls, folder: Path) -> ChatTemplate | None:
@@ -47,7 +50,7 @@ class ChatTemplate:
         config = read_config(folder)
         path = folder / "chat_template.jinja"
         if path.is_file():
-            return cls(path.read_text(encoding="utf-8"), special_tokens(config), str(path))
+            return cls(_read_text(path), special_tokens(config), str(path))
         for path, content in (
             (folder / "chat_template.json", read_json(folder / "chat_template.json")),
             (folder / "tokenizer_config.json", config),
@@ -61,9 +64,8 @@ class ChatTemplate:
     def from_file(cls, path: Path, folder: Path) -> ChatTemplate:
         """The template in a file of its own (--chat-template), with the special tokens of the checkpoint `folder`."""
         try:
-            source = path.read_text(encoding="utf-8")
-            return cls(source, special_tokens(read_config(folder)), str(path))
-        except (OSError, UnicodeDecodeError, CheckpointError) as error:
+            return cls(_read_text(path), special_tokens(read_config(folder)), str(path))
+        except CheckpointError as error:
             raise ConfigError(f"--chat-template {path} cannot be used: {error}") from error
 
     def render(
@@ -111,6 +113,13 @@ class ChatTemplate:
                 f"the chat template cannot render these messages: {reason}", param="messages"
             ) from error
         return _before(text, mark) if mark else text
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; it must be a text file in UTF-8") from error
 
 
 def _before(text: str, mark: str) -> str:

@@ -20,6 +20,7 @@ from weft.errors import CheckpointError, InvalidRequest
 
 NAMED_SPECIALS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 MAX_ID = 2**32 - 1
+TOKEN_ID = re.compile(r"[0-9]{1,10}")
 # Characters or ids from which a text is a batch of one: `encode` and `decode` hold the interpreter's lock all the
 # while, for seconds where the text has megabytes, and `encode_batch` and `decode_batch` do not.
 LONG = 4096
@@ -139,7 +140,9 @@ def read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # bad UTF-8 and bad JSON are both ValueError
         raise CheckpointError(f"{path} is not JSON: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; it must hold an object")
@@ -164,16 +167,42 @@ def _content(value: Any) -> str | None:
 
 def _add_missing(backend: Backend, config: dict[str, Any], named: dict[str, str]) -> None:
     """Give an id to added tokens that tokenizer.json lacks, and make every named one special."""
-    declared = config.get("added_tokens_decoder") or {}
-    for _, entry in sorted(declared.items(), key=lambda item: int(item[0])):
+    for entry in _declared(config):
         if backend.token_to_id(entry["content"]) is None:
             backend.add_tokens([_added_token(entry)])
-    extra = config.get("additional_special_tokens") or config.get("extra_special_tokens") or []
-    contents = [*named.values(), *(_content(value) for value in (extra.values() if isinstance(extra, dict) else extra))]
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
-    for content in contents:
-        if content is not None and (content not in known or not known[content].special):
+    for content in [*named.values(), *_extra(config)]:
+        if content not in known or not known[content].special:
             backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _declared(config: dict[str, Any]) -> list[dict[str, Any]]:
+    """The tokens of added_tokens_decoder, such as {"7": {"content": "<x>"}}, in the order of their ids."""
+    declared = config.get("added_tokens_decoder") or {}
+    if not isinstance(declared, dict):
+        raise _unusable("added_tokens_decoder", declared, 'an object such as {"7": {"content": "<x>"}}')
+    for index, entry in declared.items():
+        where = f"added_tokens_decoder[{index!r}]"
+        if not TOKEN_ID.fullmatch(index):
+            raise _unusable(where, entry, "under a token id, a whole number")
+        if not isinstance(entry, dict) or not isinstance(entry.get("content"), str):
+            raise _unusable(where, entry, 'an object with the token as its content, such as {"content": "<x>"}')
+    return [declared[index] for index in sorted(declared, key=int)]
+
+
+def _extra(config: dict[str, Any]) -> list[str]:
+    """The special tokens without a purpose of their own: a list of them, or an object that names each."""
+    key = "additional_special_tokens" if config.get("additional_special_tokens") else "extra_special_tokens"
+    extra = config.get(key) or []
+    if not isinstance(extra, dict | list):
+        raise _unusable(key, extra, 'a list of tokens such as ["<x>"]')
+    contents = [_content(value) for value in (extra.values() if isinstance(extra, dict) else extra)]
+    return [content for content in contents if content is not None]
+
+
+def _unusable(key: str, value: Any, wanted: str) -> CheckpointError:
+    shown = repr(value)[:200]
+    return CheckpointError(f"tokenizer_config.json or special_tokens_map.json: {key} is {shown}; it must be {wanted}")
 
 
 def _added_token(entry: dict[str, Any]) -> AddedToken:
