@@ -138,6 +138,11 @@ def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
     has products on parts of the SMs, with the part that draws all of the bandwidth."""
     bits = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4}[arithmetic]
     times = profiles.read_gemms(path, arithmetic)
+    if len(times.m) < len(fit.GEMM):
+        raise ConfigError(
+            f"{path} has {len(times.m)} rows of {arithmetic}; {len(fit.GEMM)} coefficients are fitted on them, which "
+            "takes at least as many products of different sizes"
+        )
     made = fit.fit_gemm(gpu.part(arithmetic=arithmetic), times, gpu.gemm.tiles, Operands(bits, bits))
     gpu = replace(gpu, gemm=made, calibrated=True, note=f"products fitted on {path.name}")
     shares = profiles.read_shares(path, arithmetic)

@@ -38,6 +38,7 @@ def test_a_trace_is_read_sorted_and_scaled(tmp_path: Path, compressed: bool) -> 
         ("arrival_s,input_tokens,output_tokens\n1,2\n", "line 2"),
         ("arrival_s,input_tokens,output_tokens\nnan,2,3\n", "line 2"),
         ("arrival_s,input_tokens,output_tokens\n1,-2,3\n", "negative"),
+        ("arrival_s,input_tokens,output_tokens\n1e308,2,3\n", r"line 2: the arrival is 1e\+308 s; it must be at most"),
         ("arrival_s,input_tokens,output_tokens\n1,99999999999,3\n", "more than"),
     ],
 )
@@ -98,7 +99,10 @@ def test_arrivals_that_were_rounded_to_one_time_are_spread_up_to_the_next(tmp_pa
         ('{"timestamp": "x", "input_length": 1, "output_length": 1, "hash_ids": []}', "line 2"),
         ('{"timestamp": 1, "input_length": -1, "output_length": 1, "hash_ids": []}', "negative"),
         ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": [1.5]}', "whole numbers"),
-        ('{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 4}', "line 2"),
+        (
+            '{"timestamp": 1, "input_length": 1, "output_length": 1, "hash_ids": 4}',
+            "line 2: hash_ids must be .* not 4",
+        ),
     ],
 )
 def test_a_broken_mooncake_trace_is_refused_with_its_line(tmp_path: Path, line: str, words: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -82,6 +83,19 @@ def test_a_plan_may_weave_where_there_are_ranks_to_join(tmp_path: Path, capsys: 
     assert names == {"1 x a100-80, bf16, --partition off", "4 x a100-80, bf16, woven, --partition off"}
 
 
+def test_a_plan_takes_the_gpu_of_the_file_whatever_its_name(tmp_path: Path) -> None:
+    """Fitted on an H100, such a file has the name of the GPU whose constants it took."""
+    mine, out = tmp_path / "a=b.json", tmp_path / "plan.json"
+    gpu = asdict(find_gpu("h100"))
+    mine.write_text(json.dumps(gpu | {"host": {"step": 0.01, "sequence": 0.0}}))
+    flags = ["plan", "--price", "h100=3", "--price", f"{mine}=2", "--tp", "1", "--partitions", "off", "--rate", "2"]
+    assert main([*flags, *LOAD, *TARGETS, "--json", str(out)]) == 0
+    rows = {row["candidate"]: row for row in json.loads(out.read_text())["verdicts"]}
+    assert set(rows) == {"1 x h100, bf16, --partition off", f"1 x {mine}, bf16, --partition off"}
+    tpot = rows[f"1 x {mine}, bf16, --partition off"]["totals"]["tpot"]["p50"]
+    assert tpot > 0.015, "more than ten milliseconds of the host in each step"
+
+
 def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--seconds", "-1", "--max-gpus", "0"]) == 2
     words = " ".join(capsys.readouterr().err.split())
@@ -94,7 +108,11 @@ def test_everything_that_is_wrong_is_said_at_once(capsys: pytest.CaptureFixture[
         (["simulate", "--gpu", "h1000"], "--gpu: no GPU is called 'h1000'; there are"),
         (["simulate", "--model", "nothing"], "--model: no model is called 'nothing'; there are"),
         (["simulate", "--model", "llama-3-70b"], "more ranks (--tp)"),
-        (["simulate", "--rates", "0"], "--rates has 0.0; each must be more than 0"),
+        (["simulate", "--rates", "0"], "--rates has 0; it must be between 1e-06 and 1e+06"),
+        (["simulate", "--rates", "1e30"], "--rates has 1e+30; it must be between 1e-06 and 1e+06"),
+        (["plan", "--rate", "1e30"], "--rate has 1e+30; it must be between 1e-06 and 1e+06"),
+        (["simulate", "--burstiness", "1e-9"], "--burstiness is 1e-09; it must be between 0.01 and 10000"),
+        (["simulate", "--seconds", "1e30"], "--seconds is 1e+30; it must be more than 0 and at most 1e+09"),
         (["simulate", "--replicas", "0"], "--replicas is 0; it must be at least 1"),
         (["simulate", "--replicas", "2", "--prefill-replicas", "2"], "--prefill-replicas is 2"),
         (["simulate", "--replicas", "2", "--prefill-replicas", "1", "--partition", "1:1"], "not go with --partition"),

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +19,7 @@ from weft.core.plan import Lane, Plan, Slice
 from weft.errors import ConfigError
 from weft.sim import traffic
 from weft.sim.replica import Setup
+from weft.sim.router import RoundRobin
 from weft.sim.run import Transfer
 from weft.sim.study import Failure, Fleet, Outcome, study
 from weft.sim.transferred import received
@@ -68,6 +71,23 @@ def test_tokens_that_a_client_has_are_not_generated_again(setup: Make) -> None:
     assert alone.ended < one.ended < alone.ended + 0.03
 
 
+@pytest.mark.parametrize("again", [(Failure(2, 1, 3), Failure(4, 1, 8)), (Failure(2, 1, 10), Failure(4, 1, 1))])
+def test_a_replica_that_fails_again_while_it_is_gone_is_back_after_both_repairs(
+    setup: Make, again: tuple[Failure, ...]
+) -> None:
+    chosen: list[int] = []
+
+    class Watched(RoundRobin):
+        def choose(self, number: int, size: Size) -> int:
+            chosen.append(super().choose(number, size))
+            return chosen[-1]
+
+    fleet = Fleet(setup(), 2, lambda indices, _: Watched(indices), again)
+    outcome, _ = served(fleet, even(40, 0.5, Size(20, 2)))
+    assert outcome.retried == 0 and 0 in chosen[:4]
+    assert 0 not in chosen[5:24] and 0 in chosen[24:28], "it is back at 12 s"
+
+
 def test_prefill_and_decode_on_replicas_of_their_own(setup: Make) -> None:
     """TTFT is that of a prefill alone; KV is on its way for as long as the link takes, one prompt after the other; then
     decode steps follow."""
@@ -83,6 +103,14 @@ def test_prefill_and_decode_on_replicas_of_their_own(setup: Make) -> None:
     assert outcome.totals.output_tokens == 10
     # Prompts once on the one, and of the answers' tokens one step each on the other.
     assert outcome.steps >= 1 + 4
+
+
+def test_the_router_of_the_documentation_is_asked(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "simulate.md").read_text()
+    (tmp_path / "own.py").write_text(text.partition("```python\n")[2].partition("```")[0])
+    found = runpy.run_path(str(tmp_path / "own.py"))
+    own, other = (found["outcomes"][router].totals for router in (found["LongApart"], "round-robin"))
+    assert own.completed == other.completed > 500 and own.ttft.p99 != other.ttft.p99
 
 
 def test_what_was_transferred_costs_a_decode_step(setup: Make) -> None:

@@ -107,6 +107,9 @@ def test_a_file_of_times_is_read_and_its_faults_are_named(tmp_path: Path) -> Non
     path.write_text("m,n,k,seconds\n1,2,x,3\n")
     with pytest.raises(ConfigError, match="could not convert string to float: 'x'"):
         profiles.read_gemms(path)
+    path.write_text("m,n,k,seconds\n1,2,3,0\n1,2,3,-1\n")
+    with pytest.raises(ConfigError, match="seconds is -1 in a row; it must be more than 0"):
+        profiles.read_gemms(path)
     with pytest.raises(ConfigError, match="cannot be read"):
         profiles.read_gemms(tmp_path / "none.csv")
 
@@ -142,8 +145,10 @@ def test_times_of_ones_own_become_a_gpu(tmp_path: Path) -> None:
     mine, taken = find_gpu(str(made)), find_gpu("h100")
     ours, theirs = (gemm_seconds(gpu.gemm, gpu.part(1.0, 0.0), 8192, 14336, 4096).item() for gpu in (mine, taken))
     assert ours == pytest.approx(2 * 8192 * 14336 * 4096 / 3e14, rel=0.1) and theirs < 0.8 * ours
-    failed = subprocess.run([*command, str(tmp_path / "none.csv")], check=False, capture_output=True, text=True)
-    assert failed.returncode == 2 and "none.csv cannot be read" in failed.stderr and "Traceback" not in failed.stderr
+    (tmp_path / "one.csv").write_text("m,n,k,seconds\n16,4096,4096,1e-5\n")
+    for name, words in (("none.csv", "none.csv cannot be read"), ("one.csv", "one.csv has 1 rows of bf16; 7 coeff")):
+        failed = subprocess.run([*command, str(tmp_path / name)], check=False, capture_output=True, text=True)
+        assert failed.returncode == 2 and words in failed.stderr and "Traceback" not in failed.stderr
 
 
 @needs_data

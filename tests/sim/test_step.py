@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +17,7 @@ from weft.devices.virtual import VirtualDevice
 from weft.errors import CheckpointError, ConfigError
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu, find_link, gpu_names, link_names, read_gpu
-from weft.sim.models import find_model, model_names
+from weft.sim.models import find_model, model_names, read_model
 from weft.sim.precision import PRECISIONS, find_precision
 from weft.sim.step import CUT, StepCost
 
@@ -191,6 +192,31 @@ def test_what_was_not_measured_is_said() -> None:
     found = StepCost(find_model("llama-3-8b"), find_gpu("b200"), find_precision("fp8"), 2, find_link("pcie5"))
     text = " ".join(found.caveats)
     assert "B200" in text and "PCIe 5.0" in text and "fp8" in text
+
+
+CONFIG: dict[str, Any] = {
+    "model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100,
+    "intermediate_size": 128,
+}  # fmt: skip
+
+
+def test_shapes_of_unknown_models_have_a_caveat_and_layers_without_kv_are_refused() -> None:
+    assert read_model("mine", CONFIG).caveat is None
+    odd = read_model("mine", CONFIG | {"model_type": "gpt_neox"})
+    (text,) = StepCost(odd, find_gpu("h100"), BF16).caveats
+    assert "mine: its model_type 'gpt_neox' is not known" in text
+    assert "has no model_type" in str(read_model("mine", {**CONFIG, "model_type": None}).caveat)
+    for wrong in ({"linear_num_value_heads": 32}, {"layer_types": ["full_attention", "linear_attention"]}):
+        with pytest.raises(CheckpointError, match=f"{next(iter(wrong))} is .* not simulated"):
+            read_model("mine", CONFIG | {"model_type": "qwen3_next"} | wrong)
+
+
+def test_what_a_config_leaves_out_or_gets_wrong() -> None:
+    assert read_model("mine", CONFIG | {"model_type": "gemma"}).tied and not read_model("mine", CONFIG).tied
+    assert not read_model("mine", CONFIG | {"model_type": "gemma", "tie_word_embeddings": False}).tied
+    experts = CONFIG | {"num_experts": 8, "num_experts_per_tok": 2, "shared_expert_intermediate_size": "x"}
+    with pytest.raises(CheckpointError, match="shared_expert_intermediate_size is 'x'; it must be a whole number"):
+        read_model("mine", experts)
 
 
 def test_a_virtual_device_takes_it() -> None:

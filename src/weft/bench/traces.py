@@ -27,6 +27,7 @@ TRACE_COLUMNS = ("arrival_s", "input_tokens", "output_tokens")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 CLIENT_COLUMN = "client_id"
 MAX_TRACE_TOKENS = 10**7
+MAX_TRACE_SECONDS = 1e12  # seconds since 1970 are far less; microseconds are told apart up to there or so
 HASHED_TOKENS = 512  # of a prompt, in each block that Mooncake's traces name
 SPREAD_SEED = 0
 
@@ -107,21 +108,23 @@ def _read_mooncake(path: Path, text: str) -> list[Row]:
         where = f"{path}, line {number}"
         try:
             row: Any = json.loads(line)
-            arrival, hashes = float(row["timestamp"]) / 1000, tuple(row["hash_ids"])
-            size = Size(int(row["input_length"]), int(row["output_length"]), hashes)
+            arrival, hashes = float(row["timestamp"]) / 1000, row["hash_ids"]
+            size = Size(int(row["input_length"]), int(row["output_length"]))
         except KeyError as error:
             raise ConfigError(f"{where}: it has no {error}") from error
         except (TypeError, ValueError) as error:
             raise ConfigError(f"{where}: {error}") from error
-        if any(type(name) is not int or name < 0 for name in hashes):
-            raise ConfigError(f"{where}: hash_ids must be whole numbers, at least 0")
-        rows.append(_checked(where, arrival, size))
+        if not isinstance(hashes, list) or any(type(name) is not int or name < 0 for name in hashes):
+            raise ConfigError(f"{where}: hash_ids must be a list of whole numbers, at least 0; not {hashes!r:.60}")
+        rows.append(_checked(where, arrival, replace(size, hashes=tuple(hashes))))
     return _spread(sorted(rows, key=lambda row: row[0]))
 
 
 def _checked(where: str, arrival: float, size: Size) -> Row:
     if not 0 <= arrival < math.inf or min(size.input, size.output) < 0:
         raise ConfigError(f"{where}: arrival and token counts must not be negative")
+    if arrival > MAX_TRACE_SECONDS:
+        raise ConfigError(f"{where}: the arrival is {arrival:g} s; it must be at most {MAX_TRACE_SECONDS:g} s")
     if max(size.input, size.output) > MAX_TRACE_TOKENS:
         raise ConfigError(f"{where}: more than {MAX_TRACE_TOKENS} tokens")
     return arrival, size

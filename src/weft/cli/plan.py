@@ -20,7 +20,7 @@ from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import Gpu, find_gpu, gpu_names
 from weft.sim.load import Load
 from weft.sim.models import Model, find_model
-from weft.sim.plan_search import Candidate, Targets, Verdict, confirmed, replicas, search, traffic_of
+from weft.sim.plan_search import Candidate, Targets, Verdict, replicas, search, traffic_of
 from weft.sim.precision import PRECISIONS
 from weft.sim.replica import Setup
 from weft.sim.report import SIMULATED
@@ -29,7 +29,7 @@ from weft.sim.study import ROUTERS
 
 EPILOG = (
     "Every figure is simulated. Prices are yours: a GPU without --price is not looked at. The answer is confirmed on "
-    "its whole fleet; the others were tried on one replica that gets its part of the requests."
+    "its whole fleet; the others were mostly tried on one replica that gets its part of the requests."
 )
 
 
@@ -39,13 +39,11 @@ def main(arguments: Sequence[str]) -> int:
     targets = Targets(given.slo_ttft, given.slo_tpot, given.percentile)
     candidates = _candidates(given, load)
     console = Console()
-    words = f"{load.words(given.rate)}: {traffic.rate:.2f} requests/s, {traffic.input:.0f} in, {traffic.output:.0f} out"
+    sizes = f"{traffic.inputs.mean():.0f} in, {traffic.outputs.mean():.0f} out"
+    words = f"{load.words(given.rate)}: {traffic.rate:.2f} requests/s, {sizes}"
     console.print(f"{words}\n{SIMULATED}", markup=False, highlight=False)
     with simulated.Bar(len(candidates), not given.disable_progress) as bar:
-        verdicts = search(candidates, traffic, targets, given.max_gpus, bar.show)
-        if verdicts[0].replicas is not None:
-            bar.show(len(candidates), "confirming the answer on its whole fleet")
-            verdicts[0] = confirmed(verdicts[0], traffic, targets, given.router, given.max_gpus)
+        verdicts = search(candidates, traffic, targets, given.router, given.max_gpus, bar.show)
     _print(verdicts, targets, console)
     for caveat in _caveats(verdicts[0]):
         console.print(f"  {caveat}", markup=False, highlight=False)
@@ -86,8 +84,7 @@ def _problems(given: argparse.Namespace) -> list[str]:
         found.append("there is no --price; give one for each GPU to look at, such as --price h100=2.5")
     if given.slo_ttft is None and given.slo_tpot is None:
         found.append("there is no target; give --slo-ttft, --slo-tpot or both")
-    if not 0 < given.rate < math.inf:
-        found.append(f"--rate is {given.rate}; it must be more than 0")
+    found += filter(None, [simulated.rate_problem("--rate", given.rate)])
     if given.max_gpus < 1:
         found.append(f"--max-gpus is {given.max_gpus}; it must be at least 1")
     if min(given.tensor_parallel_sizes) < 1:
@@ -96,14 +93,16 @@ def _problems(given: argparse.Namespace) -> list[str]:
 
 
 def _price(text: str) -> tuple[str, float]:
-    name, _, number = text.partition("=")
+    """The GPU by the name or file that was given: a fitted file may have the name of a GPU that there is, too."""
+    name, _, number = text.rpartition("=")
     try:
         price = float(number)
     except ValueError:
         price = 0.0
     if not 0 < price < math.inf:
         raise argparse.ArgumentTypeError(f"{text!r} is not GPU=X with a price of more than 0, such as h100=2.5")
-    return simulated.named("--price", find_gpu, name).name, price
+    simulated.named("--price", find_gpu, name)
+    return name, price
 
 
 def _candidates(given: argparse.Namespace, load: Load) -> list[Candidate]:
@@ -177,6 +176,7 @@ def _row(one: Verdict) -> dict[str, Any]:
         "replicas": one.replicas,
         "price": one.price,
         "bound": one.bound,
+        "confirmed": one.confirmed,
         "reason": one.reason,
         "totals": None if one.totals is None else asdict(one.totals),
     }

@@ -117,9 +117,7 @@ def _problems(given: argparse.Namespace) -> list[str]:
         found.append("--prefill-replicas does not go with --processes: what ends on one replica begins on another")
     if not 0 < given.kv_link < math.inf:
         found.append(f"--kv-link is {given.kv_link}; it must be more than 0")
-    for rate in given.rates:
-        if not 0 < rate < math.inf:
-            found.append(f"--rates has {rate}; each must be more than 0")
+    found += filter(None, [simulated.rate_problem("--rates", rate) for rate in given.rates])
     if not 0 <= given.warm_up < math.inf:
         found.append(f"--warm-up is {given.warm_up}; it must be at least 0")
     return [*found, *filter(None, [simulated.partition_problem("--partition", given.partition)])]

@@ -26,6 +26,8 @@ T = TypeVar("T")
 
 # Of a GPU server, where weft serve's own defaults are for a CPU.
 SEATS, TOKENS, BLOCK = 256, 2048, 64
+# Beyond these a run never ends, or virtual time has too few digits.
+RATES, BURSTINESS, SECONDS = (1e-6, 1e6), (0.01, 1e4), 1e9
 
 
 def read(
@@ -161,8 +163,11 @@ def _problems(arguments: argparse.Namespace) -> list[str]:
         if value is not None and not fits(value):
             found.append(f"--{name.replace('_', '-')} is {value}; it must be {what}")
 
-    for name in ("seconds", "trace_length_scale", "trace_output_scale", "burstiness", "day_part"):
+    for name in ("trace_length_scale", "trace_output_scale", "day_part"):
         must(name, lambda value: 0 < value < math.inf, "more than 0")
+    must("seconds", lambda value: 0 < value <= SECONDS, f"more than 0 and at most {SECONDS:g}")
+    low, high = BURSTINESS
+    must("burstiness", lambda value: low <= value <= high, f"between {low:g} and {high:g}")
     for name in ("slo_ttft", "slo_tpot"):
         must(name, lambda value: 0 < value < 86400, "more than 0 and less than 86400 seconds")
     for name in ("trace_copies", "random_input_len", "random_output_len"):
@@ -177,6 +182,12 @@ def _problems(arguments: argparse.Namespace) -> list[str]:
     if arguments.dataset_name == "random" and arguments.dataset_path is not None:
         found.append("--dataset-path is of no use without --dataset-name trace or clients")
     return found + output_problems(arguments)
+
+
+def rate_problem(flag: str, rate: float) -> str | None:
+    """What is wrong with a rate, if anything."""
+    low, high = RATES
+    return None if low <= rate <= high else f"{flag} has {rate:g}; it must be between {low:g} and {high:g}"
 
 
 def partition_problem(flag: str, text: str) -> str | None:

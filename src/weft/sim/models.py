@@ -16,6 +16,17 @@ from weft.sim.attention import Heads
 from weft.sim.hardware import DATA
 
 MODELS = DATA / "models"
+# Whose shapes are read right: gated MLPs, attention over all positions or one window for all layers.
+KNOWN = (
+    "llama", "mistral", "mixtral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "deepseek_v2", "deepseek_v3", "gemma",
+)  # fmt: skip
+ATTENDING = ("full_attention", "sliding_attention", "chunked_attention")  # layers that have KV
+# Keys of models that have other layers, too, with a state instead of KV.
+STATES = (
+    "linear_num_value_heads", "linear_attn_config", "mamba_d_state", "mamba_state_dim", "ssm_state_size", "state_size",
+    "ssm_cfg", "layers_block_type", "hybrid_override_pattern", "attn_layer_period", "attn_type_list", "block_types",
+    "conv_L_cache",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +73,7 @@ class Linear:
 
 @dataclass(frozen=True, slots=True)
 class Model:
-    """window: positions that a token attends to, or None for all."""
+    """window: positions that a token attends to, or None for all. caveat: what may be wrong with these shapes."""
 
     name: str
     layers: int
@@ -77,6 +88,7 @@ class Model:
     window: int | None = None
     experts: Experts | None = None
     latent: Latent | None = None
+    caveat: str | None = None
 
     def linears(self) -> Iterator[Linear]:
         """All products but those of routed experts."""
@@ -157,12 +169,14 @@ def find_model(name: str) -> Model:
 def read_model(name: str, raw: dict[str, Any]) -> Model:
     """From a parsed config.json. Raises CheckpointError naming a key that is missing or cannot be."""
     keys = Keys(raw)
+    family = keys.text("model_type", "")
+    _check_layers(keys)
     layers, hidden = keys.count("num_hidden_layers"), keys.count("hidden_size")
     heads = keys.count("num_attention_heads")
     kv_heads = keys.count("num_key_value_heads", default=heads)
     if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"it must divide num_attention_heads, which is {heads}")
-    windowed = keys.flag("use_sliding_window", raw.get("model_type") == "mistral")
+    windowed = keys.flag("use_sliding_window", family == "mistral")
     window = keys.count("sliding_window") if windowed and raw.get("sliding_window") is not None else None
     return Model(
         name=name,
@@ -174,10 +188,30 @@ def read_model(name: str, raw: dict[str, Any]) -> Model:
         head_dim=keys.count("head_dim", default=max(1, hidden // heads)),
         vocabulary=keys.count("vocab_size"),
         context=keys.count("max_position_embeddings", default=4096),
-        tied=keys.flag("tie_word_embeddings"),
+        tied=keys.flag("tie_word_embeddings", family.startswith("gemma")),
         window=window,
         experts=_experts(keys, layers),
         latent=_latent(keys),
+        caveat=None if family in KNOWN else _caveat(name, family),
+    )
+
+
+def _check_layers(keys: Keys) -> None:
+    """Refuses models with layers that have a state instead of KV: neither their memory nor their time is known."""
+    kinds = keys.get("layer_types", [])
+    if not isinstance(kinds, list):
+        raise keys.error("layer_types", "it must be a list")
+    wrong = "layer_types" if any(kind not in ATTENDING for kind in kinds) else None
+    wrong = wrong or next((key for key in STATES if keys.raw.get(key)), None)
+    if wrong is not None:
+        raise keys.error(wrong, "layers of linear attention or with a state (SSM) are not simulated; all must attend")
+
+
+def _caveat(name: str, family: str) -> str:
+    kind = f"its model_type {family!r} is not known" if family else "its config.json has no model_type"
+    return (
+        f"{name}: {kind}, so its shapes are read as those of a Llama: three matrices in each MLP, and attention over "
+        f"all positions in every layer; known are {', '.join(KNOWN)}"
     )
 
 
@@ -189,8 +223,9 @@ def _experts(keys: Keys, layers: int) -> Experts | None:
     if count is None:
         return None
     wide = keys.count("moe_intermediate_size", default=keys.count("intermediate_size"))
-    shared = keys.raw.get("shared_expert_intermediate_size")
-    every = keys.count("n_shared_experts", default=0, least=0) * wide if shared is None else int(shared)
+    every = keys.count(
+        "shared_expert_intermediate_size", keys.count("n_shared_experts", default=0, least=0) * wide, least=0
+    )
     dense = keys.count("first_k_dense_replace", default=0, least=0)
     if dense > layers:
         raise keys.error("first_k_dense_replace", f"it must be at most num_hidden_layers, which is {layers}")

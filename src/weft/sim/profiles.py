@@ -173,7 +173,11 @@ def _gemms(path: Path, table: dict[str, list[str]], dtype: str | None) -> Gemms:
         if not table["dtype"]:
             raise ConfigError(f"{path} has no rows of {dtype}; there are {there}")
     unit = 1e-3 if "latency_ms" in table else 1.0
-    m, n, k, taken = _columns(path, table, "m", "n", "k", "latency_ms" if "latency_ms" in table else "seconds")
+    names = ("m", "n", "k", "latency_ms" if "latency_ms" in table else "seconds")
+    m, n, k, taken = columns = _columns(path, table, *names)
+    for name, column in zip(names, columns, strict=True):
+        if column.min() <= 0:
+            raise ConfigError(f"{path}: {name} is {column.min():g} in a row; it must be more than 0")
     return Gemms(m, n, k, taken * unit)
 
 

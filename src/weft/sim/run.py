@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from weft.bench.stats import Record
 from weft.bench.traces import Row, Size
@@ -73,6 +74,7 @@ class Simulation:
         self._numbers = itertools.count()
         self._jobs: dict[int, Job] = {}
         self._links: dict[int, float] = {}  # when each replica's link is free
+        self._down: dict[int, float] = {}  # until when each replica is gone that has failed
         self._timers: list[tuple[float, int, Callable[[float], None]]] = []
         self._timer_numbers = itertools.count()
 
@@ -104,7 +106,8 @@ class Simulation:
 
     def fail(self, indices: Iterable[int], repair: float) -> None:
         """Replicas are gone at once, with their KV, for `repair` seconds. What they had goes on elsewhere: each prompt
-        is computed again, with the tokens that the client has got."""
+        is computed again, with the tokens that the client has got. One that is gone already is back when both repairs
+        are done."""
         indices = list(indices)
         lost: list[Job] = []
         for one in self.replicas.fail(indices, self.now):
@@ -114,12 +117,17 @@ class Simulation:
             job.done += one.tokens
             lost.append(job)
         for index in indices:
-            router = self._router_of(index)
-            router.down(index)
-            self.at(self.now + repair, lambda _, router=router, index=index: router.up(index))  # type: ignore[misc]
+            self._router_of(index).down(index)
+            back = self.now + repair
+            self._down[index] = max(back, self._down.get(index, back))
+            self.at(back, partial(self._up, index))
         self.retried += len(lost)
         for job in lost:
             self._place(job)
+
+    def _up(self, index: int, now: float) -> None:
+        if now >= self._down[index]:
+            self._router_of(index).up(index)
 
     # -- requests --------------------------------------------------------------------------------------------------
 

@@ -130,8 +130,8 @@ class StepCost:
 
     @property
     def caveats(self) -> tuple[str, ...]:
-        """What of this was not measured, for people to read."""
-        found = []
+        """What of this was not measured, or may be wrong, for people to read."""
+        found = [] if self.model.caveat is None else [self.model.caveat]
         if not self.gpu.calibrated:
             found.append(f"{self.gpu.title} is uncalibrated: {self.gpu.note}")
         if self.link is not None and self.ranks > 1 and not self.link.calibrated:

@@ -20,6 +20,8 @@ from weft.sim.tally import Tally, Timeline, Totals
 from weft.sim.transferred import received
 
 ROUTERS = ("round-robin", "least-loaded", "prefix-aware")
+# One of ROUTERS, or what makes one over some replicas of a setup.
+Routing = str | Callable[[Iterable[int], Setup], Router]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,11 @@ class Failure:
 @dataclass(frozen=True, slots=True)
 class Fleet:
     """count: replicas of one setup. prefill: so many of them prefill only and the others decode only, joined by
-    `transfer`; 0: each does both. router: one of ROUTERS."""
+    `transfer`; 0: each does both."""
 
     setup: Setup
     count: int = 1
-    router: str = "round-robin"
+    router: Routing = "round-robin"
     failures: tuple[Failure, ...] = ()
     prefill: int = 0
     transfer: Transfer | None = None
@@ -91,7 +93,7 @@ def study(
         simulation = _simulation(fleet, replicas, ended)
         timeline = Timeline([Lane(one.lane) for one in replicas.states(0.0)[0].lanes])
         if looks and seconds:
-            _look_every(simulation, timeline, seconds / looks, fleet, on_time)
+            _look_every(simulation, timeline, seconds, looks, fleet, on_time)
         for failure in fleet.failures:
             _fail_at(simulation, failure, fleet)
         simulation.run(traffic)
@@ -111,8 +113,10 @@ def study(
     )
 
 
-def make_router(name: str, indices: Iterable[int], setup: Setup) -> Router:
+def make_router(name: Routing, indices: Iterable[int], setup: Setup) -> Router:
     """Raises ConfigError for a name that is none of ROUTERS."""
+    if not isinstance(name, str):
+        return name(indices, setup)
     if name == "round-robin":
         return RoundRobin(indices)
     if name == "least-loaded":
@@ -146,15 +150,22 @@ def _simulation(fleet: Fleet, replicas: Replicas, ended: Callable[[Record], None
 
 
 def _look_every(
-    simulation: Simulation, timeline: Timeline, interval: float, fleet: Fleet, on_time: Callable[[float], None] | None
+    simulation: Simulation,
+    timeline: Timeline,
+    seconds: float,
+    looks: int,
+    fleet: Fleet,
+    on_time: Callable[[float], None] | None,
 ) -> None:
+    """Behind `seconds`, ever more seldom: requests may come in a moment and take hours."""
+
     def look(now: float) -> None:
         timeline.look(simulation.replicas.states(now)[: fleet.count], fleet.setup.capacity.shares, now)
         if on_time is not None:
             on_time(now)
-        simulation.at(now + interval, look)
+        simulation.at(now + max(seconds, now) / looks, look)
 
-    simulation.at(interval, look)
+    simulation.at(seconds / looks, look)
 
 
 def _fail_at(simulation: Simulation, failure: Failure, fleet: Fleet) -> None:
