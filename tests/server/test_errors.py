@@ -94,6 +94,7 @@ BAD_FIELDS: list[tuple[str, dict[str, Any], str, str]] = [
         "prompt_logprobs",
         "4284000 numbers",
     ),
+    (TEXT, {"prompt": [5] * 1700, "echo": True, "logprobs": 20, "n": 120}, "logprobs", "logprobs = 20, are 4284000"),
     (TEXT, {"length_penalty": 2.0}, "length_penalty", "does not search"),
     (TEXT, {"use_beam_search": True}, "use_beam_search", "does not search"),
     (TEXT, {"foo": None, "temperature": None, "n": 0}, "n", "greater than or equal to 1"),

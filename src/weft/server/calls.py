@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from weft.core.request import Request
 from weft.core.sampling import SamplingParams
@@ -31,6 +31,7 @@ THREAD_CHARS = 4096
 MESSAGE_CHARS = 64
 # Of one answer, about 64 bytes each: those of a prompt of 128k tokens with the 20 most probable ones fit.
 MAX_PROMPT_SCORES = 2**22
+Made = TypeVar("Made")
 # Fields that SamplingParams has under the same name.
 SAME_NAME = (
     *("temperature", "top_p", "top_k", "min_p", "seed", "n", "prompt_logprobs"),
@@ -109,7 +110,7 @@ async def completion_call(context: ServerContext, body: CompletionRequest) -> Ca
         given["prompt_logprobs"] = max(body.logprobs, body.prompt_logprobs or 0)
     params = _params(context, body, logprobs=None if prompt_only else body.logprobs, **given)
     prompts = await _prompts(context, body.prompt, body.add_special_tokens is not False)
-    _check_scores(prompts, params)
+    _check_scores(prompts, params, "logprobs" if body.prompt_logprobs is None else "prompt_logprobs")
     if len(prompts) * params.n > MAX_SEQUENCES:
         raise InvalidRequest(
             f"{len(prompts)} prompts of n = {params.n} make {len(prompts) * params.n} sequences; "
@@ -156,7 +157,7 @@ async def render(
         return text, context.tokenizer.encode(text, add_special_tokens=False)
 
     size = sum(MESSAGE_CHARS + len(str(message["content"])) for message in plain)
-    return await asyncio.to_thread(work) if size > THREAD_CHARS else work()
+    return await _beside(work, size)
 
 
 async def encode(context: ServerContext, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -165,25 +166,22 @@ async def encode(context: ServerContext, texts: Sequence[str], add_special_token
     def work() -> list[list[int]]:
         return [context.tokenizer.encode(text, add_special_tokens=add_special_tokens) for text in texts]
 
-    return await asyncio.to_thread(work) if sum(map(len, texts)) > THREAD_CHARS else work()
+    return await _beside(work, sum(map(len, texts)))
 
 
 async def decode(context: ServerContext, ids: Sequence[int]) -> str:
     """The text of tokens, special ones included."""
-
-    def work() -> str:
-        return context.tokenizer.decode(ids, skip_special_tokens=False)
-
-    return await asyncio.to_thread(work) if len(ids) > THREAD_CHARS else work()
+    return await _beside(lambda: context.tokenizer.decode(ids, skip_special_tokens=False), len(ids))
 
 
 async def token_texts(context: ServerContext, ids: Sequence[int]) -> list[str]:
     """The text of each token alone."""
+    return await _beside(lambda: [context.tokenizer.token_text(token) for token in ids], len(ids))
 
-    def work() -> list[str]:
-        return [context.tokenizer.token_text(token) for token in ids]
 
-    return await asyncio.to_thread(work) if len(ids) > THREAD_CHARS else work()
+async def _beside(work: Callable[[], Made], size: int) -> Made:
+    """What the work gives; in a thread where it is long. size: characters or tokens."""
+    return await asyncio.to_thread(work) if size > THREAD_CHARS else work()
 
 
 def check_tokens(context: ServerContext, tokens: Sequence[int], name: str) -> None:
@@ -250,16 +248,16 @@ async def _prompts(context: ServerContext, prompt: Any, special: bool) -> list[t
     return prompts
 
 
-def _check_scores(prompts: Sequence[tuple[str, list[int]]], params: SamplingParams) -> None:
-    """Each choice comes with the scores of its prompt: a few kilobytes could ask for gigabytes."""
+def _check_scores(prompts: Sequence[tuple[str, list[int]]], params: SamplingParams, field: str) -> None:
+    """Each choice comes with the scores of its prompt: a few kilobytes could ask for gigabytes. field: that asked."""
     if params.prompt_logprobs is None:
         return
     scores = sum(len(ids) for _, ids in prompts) * params.n * (params.prompt_logprobs + 1)
     if scores > MAX_PROMPT_SCORES:
         raise InvalidRequest(
-            f"the prompts' scores, n = {params.n} times and with {params.prompt_logprobs} probable tokens each, are "
+            f"the prompts' scores, for n = {params.n} and {field} = {params.prompt_logprobs}, are "
             f"{scores} numbers; at most {MAX_PROMPT_SCORES} come with one call: ask for fewer of them",
-            param="prompt_logprobs",
+            param=field,
         )
 
 

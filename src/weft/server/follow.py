@@ -124,8 +124,8 @@ class Inflow:
 
 
 def _as_told(job: Job, end: RequestEnd) -> RequestEnd:
-    """The end as the client hears of it. The engine knows nothing of stop strings: what they ended was aborted, or went
-    on to its length."""
+    """The end as the client hears of it. The engine may have gone on to a sequence's length before it was told of the
+    stop string."""
     told = job.sequences[0].finish
     return end if end.reason is Finish.ERROR or told is None else replace(end, reason=told)
 
