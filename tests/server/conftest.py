@@ -129,7 +129,8 @@ class Recital:
                     engine.drawn += 1
                     yield self.output(index, script[position], position + 1 == limits[index])
             position += 1
-        yield self.end(Finish.STOP)
+        cut = limits[0] < len(scripts[0]) and (request.id, 0) not in engine.stopped
+        yield self.end(Finish.LENGTH if cut else Finish.STOP)
 
     def open(self, index: int, position: int, limit: int) -> bool:
         return position < limit and (self.request.id, index) not in self.engine.stopped

@@ -74,9 +74,14 @@ async def test_a_stop_string_is_no_abort_in_the_metrics(site: Any, stream: bool,
         start = f'weft:request_success_total{{finished_reason="{reason}"'
         return float(next(line for line in text.splitlines() if line.startswith(start)).split()[-1])
 
-    before = [await count("stop"), await count("abort")]
-    await (site.stream(stop="three", n=n) if stream else site.complete(stop="three", n=n))
-    assert [await count("stop"), await count("abort")] == [before[0] + 1, before[1]]
+    # In the second call the engine has come to the length when it could be told.
+    whole = TOKENIZER.encode(TEXT, add_special_tokens=False)
+    until = next(k for k in range(len(whole)) if "three" in TOKENIZER.decode(whole[:k]))
+    for most in (None, until):
+        before = [await count("stop"), await count("abort"), await count("length")]
+        fields = {"stop": "three", "n": n, "max_tokens": most}
+        await (site.stream(**fields) if stream else site.complete(**fields))
+        assert [await count("stop"), await count("abort"), await count("length")] == [before[0] + 1, *before[1:]]
 
 
 async def test_no_piece_of_a_stream_holds_half_a_character(site: Any, engine: Any) -> None:

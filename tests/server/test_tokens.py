@@ -83,8 +83,9 @@ async def test_a_long_text_does_not_hold_up_the_others(site: Any) -> None:
     """Neither the loop nor the interpreter's lock is held while it is taken apart or put together."""
     text = "def f(x): return 1\n" * 20_000
     ids = TOKENIZER.backend.encode(text).ids
+    assert (await _beside(site.post("/tokenize", prompt=text)))["tokens"] == ids
     answer = await _beside(site.post("/tokenize", prompt=text, return_token_strs=True))
-    assert answer["tokens"] == ids and "".join(answer["token_strs"][1:]) == text
+    assert "".join(answer["token_strs"][1:]) == text
     answer = await _beside(site.post("/detokenize", tokens=ids[1:] * 4))
     assert answer["prompt"] == text * 4
 
