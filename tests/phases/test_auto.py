@@ -18,12 +18,13 @@ from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices.cost import CostModel
 from weft.devices.virtual import VirtualDevice
+from weft.errors import QueueFull
 from weft.loop.engine import Engine
-from weft.phases.auto import TRIAL_ARRIVALS, AutoPolicy
+from weft.phases.auto import TRIAL_ARRIVALS, AutoPolicy, AutoState
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
 from weft.phases.forecast import Device, Load, Outlook, _waits_longer, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
-from weft.phases.observations import Arrived, Decision, Finished, Queue, Stepped, Targets
+from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Queue, Stepped, Targets
 
 SHARES = 12
 CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
@@ -51,7 +52,7 @@ def poisson(rate: float, prompt: int, output: int, seconds: float, start: float 
 def serve(
     policy: Policy, asks: Asks, record: Any = None, lone: bool = True, capacity: Capacity = CAPACITY
 ) -> tuple[list[float], list[float], Engine]:
-    """(TTFTs, TPOTs, engine) of a run in virtual time."""
+    """(TTFTs, TPOTs, engine) of a run in virtual time; both are infinite of a request that is refused."""
     device = VirtualDevice(capacity, WHOLE, cost=COST)
     scheduler = Scheduler(capacity, device.lanes(), SchedulerSettings(64, 1024, 10**6, enable_prefix_caching=False))
     made = Controller(policy, lone=lone, record=record)
@@ -61,15 +62,23 @@ def serve(
     while ended < len(asks):
         while at < len(asks) and asks[at][0] <= device.clock() + 1e-9:
             prompt = tuple(rng.randrange(512) for _ in range(asks[at][1]))
-            engine.submit(Request(str(at), prompt, SamplingParams(max_tokens=asks[at][2], ignore_eos=True)))
+            try:
+                engine.submit(Request(str(at), prompt, SamplingParams(max_tokens=asks[at][2], ignore_eos=True)))
+            except QueueFull:
+                times[str(at)] = [math.inf, math.inf]
+                ended += 1
             at += 1
         for event in engine.step(max(0.0, asks[at][0] - device.clock()) if at < len(asks) else None):
             if isinstance(event, TokenOutput):
                 times.setdefault(event.request, []).append(device.clock())
             ended += isinstance(event, RequestEnd)
     ttfts = [times[str(index)][0] - one[0] for index, one in enumerate(asks)]
-    tpots = [(times[str(index)][-1] - times[str(index)][0]) / (one[2] - 1) for index, one in enumerate(asks)]
+    tpots = [_gaps(times[str(index)]) / (one[2] - 1) for index, one in enumerate(asks)]
     return ttfts, tpots, engine
+
+
+def _gaps(times: list[float]) -> float:
+    return times[-1] if math.isinf(times[0]) else times[-1] - times[0]
 
 
 def met(ttfts: list[float], tpots: list[float], targets: Targets = TARGETS) -> float:
@@ -312,21 +321,23 @@ def test_when_both_targets_are_out_of_reach_decode_keeps_its_own_and_short_promp
     third = len(asks) // 3
     short, long = lengths[:third], lengths[-third:]
     assert sum(ttfts[i] for i in short) < sum(ttfts[i] for i in long)
-    policy = AutoPolicy(TARGETS, DEVICE, shed=True)
-    decisions = [one.decision for one in recorded(asks[:150], policy) if one.decision is not None]
-    assert any(one.shed and one.hold and "both targets are out of reach" in one.reason for one in decisions)
 
 
-def recorded(asks: Asks, policy: AutoPolicy) -> list[Asked]:
-    """What the policy sees and decides in a run; requests that it has refused come back as errors of `submit`."""
+@pytest.mark.parametrize("rate", [9.0, 14.0])
+def test_who_is_refused_is_told_at_once_and_who_is_not_is_in_time(rate: float) -> None:
+    """Those who are refused are a part of the load: it stays too much for as long as they come."""
+    asks = poisson(rate, 1200, 40, 25.0)
     run: list[Asked] = []
-    serve(replace(policy, shed=False), asks, run.append)
-    state: Any = policy.start()
-    again = []
-    for one in run:
-        state, decision = policy.decide(state, one.seen, one.queue, one.now)
-        again.append(replace(one, decision=decision))
-    return again
+    ttfts, tpots, engine = serve(AutoPolicy(TARGETS, DEVICE, shed=True), asks, run.append)
+    decisions = [one.decision for one in run if one.decision is not None]
+    assert any(one.shed and one.hold and "both targets are out of reach" in one.reason for one in decisions)
+    turns = [a.shed for b, a in itertools.pairwise(decisions) if a.shed is not b.shed]
+    assert turns in ([True], [True, False]), "one overload, not one after the other"
+    refused = [index for index, one in enumerate(ttfts) if math.isinf(one)]
+    assert len(refused) == engine.stats().partition_refused > 0.1 * len(asks)
+    pressed = [i for i, one in enumerate(asks) if 8.0 < one[0] and not math.isinf(ttfts[i])]
+    assert met([ttfts[i] for i in pressed], [tpots[i] for i in pressed]) > 0.85
+    assert sum(asks[i][1] for i in refused) / len(refused) > 1200, "long prompts rather than short ones"
 
 
 # -- replay ----------------------------------------------------------------------------------------------------------
@@ -408,6 +419,65 @@ def test_a_split_that_looks_better_if_only_by_a_little_is_tried(
     state = replace(policy.start(), since=-100.0, fitted=0.0, arrivals=arrivals, fit=law, model=law)
     _, decision = policy.decide(state, (), Queue(((0.0, 900),) * 4, 20, 20000, ((1.0, 30),) * 20), 0.0)
     assert (decision is not None and "a trial of split" in decision.reason) is tried
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "regime", "changes"),
+    [
+        (10.0, 8.9, Regime.MIXED, True),
+        (10.0, 9.1, Regime.MIXED, False),  # a tenth of the misses has to be saved,
+        (2.0, 1.4, Regime.MIXED, True),
+        (2.0, 1.6, Regime.MIXED, False),  # and half of one,
+        (10.0, 4.9, Regime.TURNS, True),
+        (10.0, 5.1, Regime.TURNS, False),  # and half of all to go to another regime
+        (10.0, 4.9, Regime.SPLIT, True),
+        (10.0, 5.1, Regime.SPLIT, False),
+    ],
+)
+def test_a_change_has_to_save_enough(
+    here: float, there: float, regime: Regime, changes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    own = policy.start().sharing
+
+    def foretold(sharing: Sharing, *_: Any) -> Outlook:
+        misses = there if sharing.regime is regime and sharing != own else here
+        return Outlook(sharing, misses, misses, 0.2, 0.2, 0.2, 1.0, 0.03, 50000.0)
+
+    monkeypatch.setattr("weft.phases.auto.outlook", foretold)
+    _, decision = policy.decide(pressed(policy), (), Queue(((0.0, 900),) * 4, 20, 20000, ((1.0, 30),) * 20), 0.0)
+    assert decision is not None
+    assert (decision.sharing != own and decision.sharing.regime is regime) is changes
+
+
+def pressed(policy: AutoPolicy) -> AutoState:
+    """It knows the device, and 20 requests/s come in, of 900 tokens."""
+    arrivals = tuple(Arrived(-0.05 * at, 900) for at in range(48, 0, -1))
+    return replace(policy.start(), since=-100.0, fitted=0.0, arrivals=arrivals, fit=LAW, model=LAW)
+
+
+@given(st.lists(st.tuples(st.floats(0.0, 40.0), st.floats(1e3, 4e4)), min_size=1, max_size=30), st.floats(0.5, 40.0))
+def test_what_cannot_compute_what_comes_in_is_not_chosen_beside_what_can(
+    ways: list[tuple[float, float]], rate: float
+) -> None:
+    options = [
+        Outlook(Sharing(Regime.SPLIT, Partition(1 + number % 11, 11 - number % 11)), score, score, 0, 0, 0, 1, 1, speed)
+        for number, (score, speed) in enumerate(ways)
+    ]
+    best = AutoPolicy(TARGETS, DEVICE)._best(options, False, Load(rate, (900,), 10.0))
+    able = [one for one in options if one.speed > 900 * rate]
+    assert best in able or not able
+    assert best.score == min(one.score for one in able or options)
+
+
+@pytest.mark.parametrize(("arrived", "counts"), [(4.9, 0), (5.1, 1)])
+def test_a_first_token_of_a_request_that_came_before_the_last_change_tells_nothing_of_it(
+    arrived: float, counts: int
+) -> None:
+    policy = AutoPolicy(TARGETS, DEVICE)
+    state = replace(pressed(policy), since=5.0, fitted=5.0)
+    state, _ = policy.decide(state, (FirstToken(5.2, arrived, 900, 1.0),), EMPTY, 5.2)
+    assert len(state.firsts) == counts
 
 
 def test_prompts_go_in_the_order_of_arrival_unless_the_targets_are_out_of_reach() -> None:

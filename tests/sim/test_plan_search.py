@@ -82,8 +82,8 @@ def test_what_does_not_fit_the_limit_is_not_an_answer(setup: Any) -> None:
     assert verdict.replicas is None and "--max-gpus 1" in verdict.reason
 
 
-@given(bound=st.integers(1, 30), needed=st.integers(1, 90), more=st.integers(0, 60))
-def test_the_fewest_replicas_are_found_within_the_limits(bound: int, needed: int, more: int) -> None:
+@given(bound=st.integers(1, 30), needed=st.integers(1, 90), more=st.integers(0, 60), down=st.booleans())
+def test_the_fewest_replicas_are_found_within_the_limits(bound: int, needed: int, more: int, down: bool) -> None:
     """As if one after the other had been tried, also where the bound was none."""
     asked: list[int] = []
 
@@ -91,7 +91,7 @@ def test_the_fewest_replicas_are_found_within_the_limits(bound: int, needed: int
         asked.append(count)
         return Tried(None if count >= needed else "misses", None)
 
-    count, reason, _ = plan_search._fewest(run, 0, bound, bound + more)
+    count, reason, _ = plan_search._fewest(run, 0, bound, bound + more if down else bound, bound + more)
     assert count == (needed if needed <= bound + more else None)
     most = max((one for one in asked if one < needed), default=0)
     assert reason == (f"with {plan_search.replicas(most)} misses" if most else plan_search.ONE)
@@ -190,6 +190,16 @@ def test_the_answer_stays_the_cheapest_when_its_whole_fleet_takes_more(monkeypat
     assert by_name["a"].replicas is None and "with 3 replicas behind" in by_name["a"].reason
     assert all(one.reason and one.price >= first.price for one in others)
     assert len(fleets.runs) == len(set(fleets.runs))
+
+
+def test_one_run_tells_what_cannot_be_cheaper_than_a_known_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A takes 4, for 20.0. B would have to do with 6, and misses; C with 4, and does with 3."""
+    options = [Candidate("a", 1, 5.0, too_small), Candidate("b", 1, 3.0, too_small), Candidate("c", 1, 4.0, too_small)]
+    fleets = Fleets(monkeypatch, {"a": (4, 4), "b": (9, 9), "c": (3, 3)}, {"b": 2, "c": 2})
+    first, *_ = searched(options, traffic())
+    assert (first.candidate.name, first.replicas, first.price) == ("c", 3, 12.0)
+    assert [count for name, _, count in fleets.runs if name == "b"] == [6]
+    assert [count for name, whole, count in fleets.runs if name == "c" and not whole] == [4, 2, 3]
 
 
 def test_a_whole_fleet_that_takes_fewer_is_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:

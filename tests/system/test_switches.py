@@ -138,8 +138,17 @@ def test_a_switch_at_every_step_changes_no_bit_and_loses_no_step(regimes: tuple[
 
 def assert_nobody_is_left_out(plans: list[Plan]) -> None:
     """No request stalls longer than one step of its own lane: each decode step has everybody that has begun to decode
-    by then and has not ended."""
-    steps = [{piece.sequence for piece in plan.slices} for plan in plans if plan.lane is Lane.DECODE]
-    for sequence in set().union(*steps):
-        present = [number for number, step in enumerate(steps) if sequence in step]
+    by then and has not ended, and each step of prompts has those that are half done."""
+    filling, decode = (
+        [{piece.sequence for piece in plan.slices} for plan in plans if plan.lane is lane and plan.last]
+        for lane in (Lane.PREFILL, Lane.DECODE)
+    )
+    for sequence in set().union(*decode):
+        present = [number for number, step in enumerate(decode) if sequence in step]
         assert present == list(range(present[0], present[0] + LENGTH - 1))
+    cut = 0
+    for sequence in set().union(*filling):
+        present = [number for number, step in enumerate(filling) if sequence in step]
+        assert present == list(range(present[0], present[-1] + 1))
+        cut += len(present) > 1
+    assert cut >= 2, "there are prompts that take several steps"

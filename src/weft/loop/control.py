@@ -62,6 +62,7 @@ class Control:
         self._flying = {lane: Flying() for lane in device.lanes()}
         self._first: dict[str, tuple[float, int]] = {}  # arrival and prompt of who has no first token yet
         self.decision = controller.first(now)
+        logger.info("partition: %s", self.decision.reason)
         self._adopt(self.decision)
 
     # -- what happens ----------------------------------------------------------------------------------------------
@@ -115,9 +116,12 @@ class Control:
         left = len(sequence.tokens) - sequence.computed
         return left if sequence.state is State.PREFILL else self._new * left
 
-    def arrived(self, request: Request, now: float) -> None:
-        self._first[request.id] = (now, len(request.prompt))
+    def offered(self, request: Request, now: float) -> None:
+        """A request that was accepted, or found no place: both are what the device is asked to do."""
         self._controller.tell(Arrived(now, max(1, round(self._new * len(request.prompt)))))
+
+    def accepted(self, request: Request, now: float) -> None:
+        self._first[request.id] = (now, len(request.prompt))
 
     def noted(self, events: list[Event], now: float) -> None:
         for event in events:

@@ -15,7 +15,7 @@ from weft.core.plan import Lane, Plan, Result, Ticket
 from weft.core.request import Event, Request, RequestEnd
 from weft.core.scheduler import Scheduler
 from weft.devices.base import Device
-from weft.errors import DeviceError, Unavailable
+from weft.errors import DeviceError, QueueFull, Unavailable
 from weft.ipc.messages import LaneStats, Stats
 from weft.loop.control import Control
 from weft.phases.controller import Controller
@@ -75,11 +75,17 @@ class Engine:
             raise Unavailable(f"the engine is dead: {self.dead}")
         if self._closed:
             raise Unavailable("the engine is closed")
-        now = self._clock()
-        back = 0.0 if self._control is None else self._control.admit(request, now)
-        self._scheduler.submit(request, now, back)
-        if self._control is not None:
-            self._control.arrived(request, now)
+        now, control = self._clock(), self._control
+        try:
+            back = 0.0 if control is None else control.admit(request, now)
+            self._scheduler.submit(request, now, back)
+        except QueueFull:
+            if control is not None:
+                control.offered(request, now)
+            raise
+        if control is not None:
+            control.offered(request, now)
+            control.accepted(request, now)
 
     def abort(self, request_id: str) -> None:
         """End a request; its events come out of the next `step`. An id that is not live is ignored: it just ended."""

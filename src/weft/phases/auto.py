@@ -152,7 +152,7 @@ class AutoPolicy:
         if looks is not state.looks:
             state = replace(state, looks=looks, turned=now)
         overload = looks if now - state.turned >= BELIEVED else state.overload
-        best = self._best(options, overload)
+        best = self._best(options, overload, load)
         saved = here.score - best.score
         part = SAVES_PART if best.sharing.regime is state.sharing.regime else SAVES_REGIME
         better = saved > max(SAVES, part * here.score) or (overload and self._protects(here, best))
@@ -268,13 +268,16 @@ class AutoPolicy:
         state = replace(state, sharing=sharing, since=now, trial=True, tried=state.tried + 1)
         return state, Decision(now, sharing, reason)
 
-    def _best(self, options: list[Outlook], overload: bool) -> Outlook:
+    def _best(self, options: list[Outlook], overload: bool, load: Load) -> Outlook:
+        """Of ways that can compute what comes in, while there are any: the others' queue grows for ever (the paper's
+        x > lambda)."""
         if overload:
             safe = [one for one in options if one.slow <= OUT_OF_REACH]
             if safe:  # decode keeps its target; of those, what serves prompts fastest
                 return max(safe, key=lambda one: one.speed)
             return min(options, key=lambda one: one.tpot)
-        return min(options, key=lambda one: one.score)
+        stable = [one for one in options if one.speed > load.rate * load.prompt]
+        return min(stable or options, key=lambda one: one.score)
 
     def _protects(self, here: Outlook, best: Outlook) -> bool:
         if best.slow <= OUT_OF_REACH < here.slow:

@@ -38,6 +38,8 @@ ADVANCE = 16
 # may be as large as the device takes them: answers are held up by few prompts, and a long one need not miss its target
 # for the sake of a few tokens.
 RARE, LONG = 0.5, 0.25
+# Splits that are looked at: all of a device that has no more units, as GPUs do.
+SPLITS = 16
 # A queue closer to this has no mean wait to speak of.
 FULL = 0.98
 
@@ -335,7 +337,8 @@ def candidates(
     for prefill in (1, 2, 3, 4, 5, 6, 7):
         found.append(Sharing(Regime.TURNS, Partition(prefill, 8 - prefill), turn, weight))
     if device.shares > 1:
-        units = sorted({max(1, min(device.shares - 1, round(device.shares * part / 12))) for part in range(1, 12)})
+        parts = (round(device.shares * part / SPLITS) for part in range(1, SPLITS))
+        units = sorted({max(1, min(device.shares - 1, one)) for one in parts})
         found += [Sharing(Regime.SPLIT, Partition(unit, device.shares - unit), None, weight) for unit in units]
     return found
 

@@ -12,7 +12,7 @@ from weft.core.plan import Lane, Sharing, StepCost
 
 @dataclass(frozen=True, slots=True)
 class Arrived:
-    """A request was accepted. tokens: of its prompt."""
+    """A request came, and was accepted or found no place. tokens: of its prompt."""
 
     at: float
     tokens: int

@@ -310,8 +310,10 @@ def _searched(option: Option, traffic: Traffic, targets: Targets, router: str, m
     limit = most if math.isinf(best) else max(option.least, min(most, math.ceil(best / price) - 1))
     whole = router == "prefix-aware" and _shares(setup, traffic)
     run = partial(_try, setup, traffic, targets, router if whole else None)
+    # Where a price is known, one run mostly tells that this one does not beat it: that of the most that still would.
+    first = option.least if math.isinf(best) else limit
     below = option.least - 1 if verdict.reason else 0
-    count, reason, totals = _fewest(run, below, option.least, limit, verdict.reason)
+    count, reason, totals = _fewest(run, below, option.least, first, limit, verdict.reason)
     found = replace(verdict, replicas=count, reason=reason, totals=totals, confirmed=whole and count is not None)
     return replace(option, verdict=found, least=limit + 1 if count is None else count)
 
@@ -349,11 +351,11 @@ def _told(option: Option) -> Verdict:
 
 
 def _fewest(
-    run: Callable[[int], Tried], below: int, count: int, limit: int, reason: str = ""
+    run: Callable[[int], Tried], below: int, least: int, count: int, limit: int, reason: str = ""
 ) -> tuple[int | None, str, Totals | None]:
     """(the fewest replicas up to the limit that meet the targets or None, what one fewer misses, totals): up from
     `count` in growing steps, then halving. More replicas are taken to be no worse. below, reason: so many are known to
-    miss a target, and which one.
+    miss a target, and which one. least: a bound.
 
     A bound comes from the cheapest of some steps, not of all, so where it is enough one fewer is tried, too.
     """
@@ -362,7 +364,7 @@ def _fewest(
         if count >= limit:
             return None, reason, tried.totals
         count = min(limit, max(count + 1, count * 3 // 2))
-    found, known, totals = _down(run, below, count, (below + count) // 2 if below else count - 1, tried.totals)
+    found, known, totals = _down(run, below, count, max(least - 1, (below + count) // 2), tried.totals)
     return found, known or reason, totals
 
 
