@@ -7,6 +7,7 @@ import json
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,7 +341,9 @@ def test_a_lane_runs_where_its_kernels_expect_it(
 class FakeLane(CpuLane):
     """A lane that computes nothing and writes down the cores it was on."""
 
-    def __init__(self, cores: tuple[int, ...]) -> None:
+    def __init__(self, cores: tuple[int, ...], seconds: float = 0.0) -> None:
+        """seconds: what other cores take."""
+        self.seconds = seconds
         kernels: Any = SimpleNamespace(name="none", close=lambda: None, set_cores=self._adopt)
         super().__init__(kernels, None, None, cores)  # type: ignore[arg-type]
         self.adopted = [cores]
@@ -348,6 +351,7 @@ class FakeLane(CpuLane):
     def _adopt(self, cores: tuple[int, ...]) -> None:
         if 13 in cores:
             raise DeviceError("core 13 is not for us")
+        time.sleep(self.seconds)
         self.adopted.append(cores)
 
     def pin(self) -> None:
@@ -357,8 +361,8 @@ class FakeLane(CpuLane):
         return Result(Ticket(plan.step, plan.lane), (Sampled(0, self.cores[0]),))
 
 
-def fake_device(cores: tuple[int, ...]) -> tuple[CpuDevice, dict[Lane, FakeLane]]:
-    lanes = {Lane.PREFILL: FakeLane(cores[:1]), Lane.DECODE: FakeLane(cores[1:])}
+def fake_device(cores: tuple[int, ...], seconds: float = 0.0) -> tuple[CpuDevice, dict[Lane, FakeLane]]:
+    lanes = {Lane.PREFILL: FakeLane(cores[:1], seconds), Lane.DECODE: FakeLane(cores[1:], seconds)}
     device = CpuDevice(
         Capacity(8, BLOCK, 8, 8, len(cores), 64, 97),
         dict(lanes),
@@ -382,6 +386,16 @@ def test_each_lane_adopts_its_share_at_its_own_next_step() -> None:
     assert lanes[Lane.DECODE].adopted == [(5, 6, 7), (7,)]
     one(device, piece(1, [1]), lane=Lane.DECODE, step=4)
     assert lanes[Lane.DECODE].adopted == [(5, 6, 7), (7,)]
+    device.close()
+
+
+def test_a_result_says_what_it_took_to_adopt_a_new_share() -> None:
+    device, _ = fake_device((4, 5, 6, 7), seconds=0.02)
+    assert one(device, piece(1, [1]), lane=Lane.PREFILL, step=1).moved == 0.0, "it begins on its share"
+    device.set_partition(Partition(3, 1))
+    assert one(device, piece(1, [1]), lane=Lane.PREFILL, step=2).moved >= 0.02
+    assert one(device, piece(1, [1]), lane=Lane.PREFILL, step=3).moved == 0.0, "it has that share already"
+    assert one(device, piece(1, [1]), lane=Lane.DECODE, step=4).moved >= 0.02
     device.close()
 
 

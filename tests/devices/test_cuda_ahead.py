@@ -90,6 +90,9 @@ class LazyStream:
     def move(self, share: int) -> None:
         assert share == 4, "a mixed lane does not move"
 
+    def moved(self) -> float:
+        return 0.0
+
     @property
     def now(self) -> LazyStream:
         return self
@@ -201,6 +204,16 @@ def take(prefixes: dict[int, list[int]], result: Result) -> None:
         prefix = prefixes[sampled.sequence]
         assert (sampled.token,) == continuation(prefix, 1, VOCABULARY)
         prefix.append(sampled.token)
+
+
+def test_a_result_says_what_its_lane_took_to_adopt_a_new_share() -> None:
+    lazy = Lazy(32, (Lane.PREFILL, Lane.DECODE))
+    one = lazy.lanes[Lane.DECODE]
+    found = []
+    for share in (4, 5, 5):
+        found.append(one.start(Plan(1, Lane.DECODE, (piece(0, [1, 2], 2),)), share=share).finish().moved)
+    assert found[0] == found[2] == 0.0 < found[1]
+    lazy.device.close()
 
 
 def decode(lane: CudaLane, prefixes: dict[int, list[int]], *sequences: int, **changes: Any) -> None:

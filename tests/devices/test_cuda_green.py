@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,28 @@ def test_a_graph_is_recorded_once_for_each_share_it_is_replayed_on() -> None:
         replay()
     told = [("capture", 2), ("replay", 2), ("follow", 5, 2), ("capture", 5), ("replay", 5), ("replay", 5)]
     assert log == [*told, ("follow", 2, 5), ("replay", 2), ("follow", 5, 2), ("replay", 5)]
+
+
+def test_a_stream_says_what_moves_took_with_what_they_had_recorded_anew() -> None:
+    class Slow(Told):
+        def __init__(self, share: int) -> None:
+            super().__init__(share, [])
+            time.sleep(0.02)
+
+        def capture(self, work: Any) -> Any:
+            time.sleep(0.02)
+            return super().capture(work)
+
+    stream = SharedStream(Slow, 2)  # type: ignore[arg-type, return-value]
+    replay = stream.capture(lambda: None)
+    assert stream.moved() == 0.0, "what a first share takes is no move"
+    stream.move(5)
+    assert stream.moved() >= 0.02
+    replay()
+    assert stream.moved() >= 0.02
+    replay()
+    stream.move(5)
+    assert stream.moved() == 0.0
 
 
 def test_a_share_that_cannot_be_had_changes_nothing() -> None:

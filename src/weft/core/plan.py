@@ -135,6 +135,8 @@ class Result:
     gone: the lane carries out no plan any more, and nothing of this one is under way.
     repeats: how often the plan was carried out; `sampled` is what was drawn the last time.
     before: for each entry of `sampled`, the tokens drawn the times before.
+    moved: seconds that the lane took to adopt a new share for this step, 0 when it had it already; what a GPU records
+    anew on that share is in `seconds`, too.
     """
 
     ticket: Ticket
@@ -146,6 +148,7 @@ class Result:
     gone: bool = False
     repeats: int = 1
     before: tuple[tuple[int, ...], ...] = ()
+    moved: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

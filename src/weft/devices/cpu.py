@@ -155,13 +155,16 @@ class CpuLane:
         self.kv = kv
         self.pinned: Cores | None = None
 
-    def move(self, cores: Cores) -> None:
-        """Compute on these cores from now on. Only the lane's thread may call it: it is pinned."""
-        if cores != self.cores:
+    def move(self, cores: Cores) -> float:
+        """Compute on these cores from now on. Only the lane's thread may call it: it is pinned. The seconds that other
+        cores than before took."""
+        begun, other = time.perf_counter(), cores != self.cores
+        if other:
             self.kernels.set_cores(cores)
             self.cores = cores
         self.pin()
         self.pinned = cores
+        return time.perf_counter() - begun if other else 0.0
 
     def pin(self) -> None:
         """Put the calling thread, which is the lane's, where the kernels expect it."""
@@ -278,16 +281,18 @@ class CpuDevice:
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._queues.closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
+        moved = 0.0
         if (cores := self._shares[name]) != lane.pinned:
             try:
-                lane.move(cores)
+                moved = lane.move(cores)
             except Exception as error:
                 return Result(Ticket(plan.step, plan.lane), error=_words(error))
         try:
-            return lane.run(plan)
+            result = lane.run(plan)
         except RankLost as error:  # the device has failed, and `poll` says so
             self._lost = error
             return Result(Ticket(plan.step, plan.lane), error=error.message)
+        return replace(result, moved=moved) if moved else result
 
 
 def share_out(partition: str, cores: int, ranks: int = 1) -> Partition | None:

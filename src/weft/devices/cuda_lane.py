@@ -14,7 +14,7 @@ event on the other lane's (`follow`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -55,7 +55,8 @@ class Launch:
 
 @dataclass(frozen=True, slots=True)
 class Pending:
-    """A plan whose launches are under way, or an error. lost: that of a device that can go on no more."""
+    """A plan whose launches are under way, or an error. lost: that of a device that can go on no more. moved: as in
+    Result."""
 
     plan: Plan
     launches: tuple[Launch, ...] = ()
@@ -63,6 +64,7 @@ class Pending:
     failed: tuple[tuple[int, str], ...] = ()
     error: str | None = None
     lost: RankLost | None = None
+    moved: float = 0.0
 
     def finish(self) -> Result:
         """Wait for the device and say what it found. Raises DeviceError when the device has failed."""
@@ -70,7 +72,7 @@ class Pending:
         if self.lost is not None:
             raise self.lost
         if self.error is not None:
-            return Result(ticket, error=self.error)
+            return Result(ticket, error=self.error, moved=self.moved)
         outcomes: dict[int, Outcome] = {}
         for launch in self.launches:
             outcomes |= launch.read()
@@ -84,7 +86,8 @@ class Pending:
             else:
                 sampled.append(Sampled(piece.sequence, *outcome))
         seconds = sum(launch.done.seconds_since(launch.began) for launch in self.launches)
-        return Result(ticket, tuple(sampled), self.prompt_scores, tuple(failed.items()), seconds=seconds)
+        scores, alone = self.prompt_scores, tuple(failed.items())
+        return Result(ticket, tuple(sampled), scores, alone, seconds=seconds, moved=self.moved)
 
 
 class CudaLane:
@@ -112,12 +115,14 @@ class CudaLane:
             if share is not None:
                 self._stream.move(share)
             with self._stream.use(), torch.inference_mode():
-                return self._start(plan, others, ahead)
+                pending = self._start(plan, others, ahead)
         except RankLost as error:  # that is more than this step
             return Pending(plan, lost=error)
         except Exception as error:
             self._guess = None
-            return Pending(plan, error=f"{type(error).__name__}: {error}")
+            pending = Pending(plan, error=f"{type(error).__name__}: {error}")
+        moved = self._stream.moved()
+        return replace(pending, moved=moved) if moved else pending
 
     def check(self) -> None:
         """Raises DeviceError when the device has failed, so that nothing will work any more."""

@@ -69,6 +69,10 @@ class Stream(Protocol):
         DeviceError, with nothing changed."""
         ...
 
+    def moved(self) -> float:
+        """Seconds of the host that moves have taken since this was last asked, with what was recorded anew for them."""
+        ...
+
 
 class Gpu(Protocol):
     """device: where tensors go. shares: units that a partition divides. undivided: why lanes have all of the device
@@ -147,6 +151,7 @@ class SharedStream:
         self._make = make
         self._streams: dict[int, Stream] = {share: make(share)}
         self._share = share
+        self._moved = 0.0
 
     @property
     def now(self) -> Stream:
@@ -157,11 +162,24 @@ class SharedStream:
         """Have another share from the next `use` on. Raises DeviceError, with nothing changed."""
         if share == self._share:
             return
-        if share not in self._streams:
-            self._streams[share] = self._make(share)
-        done = self.now.mark()
-        self._share = share
-        self.now.follow(done)
+        with self._moving():
+            if share not in self._streams:
+                self._streams[share] = self._make(share)
+            done = self.now.mark()
+            self._share = share
+            self.now.follow(done)
+
+    def moved(self) -> float:
+        seconds, self._moved = self._moved, 0.0
+        return seconds
+
+    @contextlib.contextmanager
+    def _moving(self) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._moved += time.perf_counter() - begun
 
     def use(self) -> AbstractContextManager[None]:
         return self.now.use()
@@ -181,7 +199,8 @@ class SharedStream:
 
         def replay() -> None:
             if self._share not in graphs:
-                graphs[self._share] = self.now.capture(work)
+                with self._moving():
+                    graphs[self._share] = self.now.capture(work)
             graphs[self._share]()
 
         return replay
@@ -262,6 +281,9 @@ class TorchStream:
 
     def move(self, share: int) -> None:
         pass
+
+    def moved(self) -> float:
+        return 0.0
 
 
 class TorchGpu:
@@ -365,6 +387,9 @@ class Immediate:
 
     def move(self, share: int) -> None:
         pass
+
+    def moved(self) -> float:
+        return 0.0
 
 
 class Interpreted:
