@@ -18,7 +18,7 @@ from weft.ipc.messages import LaneStats, Stats
 from weft.server import metrics as module
 from weft.server.metrics import Metrics, RequestWatch, metrics_router
 
-LANES = (LaneStats("prefill", 1, 2.0, 7, 70, 3), LaneStats("decode", 3, 1.0, 9, 9, 5))
+LANES = (LaneStats("prefill", 1, 2.0, 7, 70, 3, 4, 0.125), LaneStats("decode", 3, 1.0, 9, 9, 5))
 STATS = Stats(8, 2, 60, 20, 15, 5, 4, 100, 30, 900, 450, 10.0, LANES)
 REQUEST = Request("r", (1, 2, 3))
 
@@ -81,6 +81,8 @@ async def test_what_the_engine_counts_is_there_under_the_known_names(metrics: Me
         "lane_busy_seconds_total|lane=prefill": 2,
         "lane_steps_total|lane=decode": 9,
         "lane_tokens_total|lane=prefill": 70,
+        "partition_moves_total|lane=prefill": 4,
+        "partition_move_seconds_total|lane=prefill": 0.125,
         "lane_busy_ratio|lane=prefill": 0.2,
     }
     assert {name: found.get(name) for name in expected} == expected

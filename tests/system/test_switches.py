@@ -127,6 +127,9 @@ def test_a_switch_at_every_step_changes_no_bit_and_loses_no_step(regimes: tuple[
         stats = engine.stats()
     assert found == wanted
     assert stats.partition_switches >= 20 and (stats.blocks_held, stats.blocks_pinned) == (0, 0)
+    decode = next(lane for lane in stats.lanes if lane.lane == "decode")
+    if Regime.SPLIT in regimes:
+        assert 0 < decode.moves <= decode.steps and 0 < decode.move_seconds < 1.0, "what a switch costs is told"
     # No step is lost: every token of a prompt is computed once, every other one once.
     computed = sum(plan.tokens for plan in plans if plan.last)
     assert computed == sum(map(len, prompts())) + len(prompts()) * (LENGTH - 1) == stats.iteration_tokens

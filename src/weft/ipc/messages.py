@@ -35,7 +35,8 @@ class AskStats(msgspec.Struct, frozen=True, tag=True):
 
 class LaneStats(msgspec.Struct, frozen=True):
     """share: units of the device. busy: seconds of device time since start. steps, tokens: counts since start.
-    running: sequences the lane owns now."""
+    running: sequences the lane owns now. moves: steps for which it took on another share than it had before;
+    move_seconds: what that took."""
 
     lane: str
     share: int
@@ -43,6 +44,8 @@ class LaneStats(msgspec.Struct, frozen=True):
     steps: int
     tokens: int
     running: int
+    moves: int = 0
+    move_seconds: float = 0.0
 
 
 class Stats(msgspec.Struct, frozen=True, tag=True):

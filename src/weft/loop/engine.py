@@ -27,12 +27,15 @@ STEP_TIMEOUT = 300.0
 
 @dataclass(slots=True)
 class LaneMeter:
-    """What a lane has done since the start, and since when its ticket is in flight. warned: its step was given up.
-    retired: the lane was, too."""
+    """What a lane has done since the start, and since when its ticket is in flight. moves, moved: steps that began on
+    another share than the one before, and the seconds that this took. warned: its step was given up. retired: the lane
+    was, too."""
 
     busy: float = 0.0
     steps: int = 0
     tokens: int = 0
+    moves: int = 0
+    moved: float = 0.0
     plan: Plan | None = None
     since: float = 0.0
     warned: bool = False
@@ -218,6 +221,8 @@ class Engine:
             logger.warning("lane %s answers again", lane.value)
         meter.busy += result.seconds
         meter.steps += result.repeats
+        meter.moves += result.moved > 0
+        meter.moved += result.moved
         meter.plan = None
         if result.error is not None:
             logger.error("step %d of lane %s failed: %s", result.ticket.step, lane.value, result.error)
@@ -289,7 +294,10 @@ class Engine:
             share = self._device.capacity().shares
         else:
             share = partition.prefill if lane is Lane.PREFILL else partition.decode
-        return LaneStats(lane.value, share, meter.busy, meter.steps, meter.tokens, self._scheduler.owned(lane))
+        owned = self._scheduler.owned(lane)
+        return LaneStats(
+            lane.value, share, meter.busy, meter.steps, meter.tokens, owned, meter.moves, meter.moved
+        )
 
 
 def _log_end(end: RequestEnd) -> None:

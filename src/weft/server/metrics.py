@@ -153,6 +153,8 @@ class Metrics:
             ("lane_busy_seconds", "device time of a lane", {x.lane: x.busy for x in lanes}),
             ("lane_steps", "steps of a lane", {x.lane: float(x.steps) for x in lanes}),
             ("lane_tokens", "tokens computed by a lane", {x.lane: float(x.tokens) for x in lanes}),
+            ("partition_moves", "steps before which a lane took on another share", {x.lane: x.moves for x in lanes}),
+            ("partition_move_seconds", "time to take on other shares", {x.lane: x.move_seconds for x in lanes}),
         ):
             family = CounterMetricFamily(PREFIX + name, words, labels=["model_name", "lane"])
             for lane, value in values.items():
