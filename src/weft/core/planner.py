@@ -24,7 +24,7 @@ from weft.core.turns import Turns
 # See scheduler.py.
 DECODE = State.DECODE
 # The part of a mixed step's chunk that prompts get however many decode.
-PROMPTS_LEAST = 4
+PROMPTS_LEAST = 0.25
 # The part of what answers have saved that a step may take: it can turn out to be longer than its cost was said to be.
 SPEND = 0.9
 # An answer that is so many tokens behind, since it was preempted, say, does not catch up at the cost of all prompts.
@@ -201,7 +201,7 @@ class Planner:
         if self._both is None:
             return min(budget, max(1, sharing.chunk) * self.layers)
         # As decode grows, prompts get less of a step, but never next to nothing.
-        least = max(1, sharing.chunk // PROMPTS_LEAST)
+        least = max(1, int(sharing.chunk * PROMPTS_LEAST))
         if sharing.tpot is None or self._cost is None:
             return min(budget, max(least, sharing.chunk - len(decoding)))
         return min(budget, max(least, _affordable(decoding, read, sharing.tpot, self._cost, now)))

@@ -5,8 +5,8 @@ or as large as the device takes them), turns, and any split that the device allo
 step; shares that were not seen are tried for a moment, but only while there are misses to be saved. A change must save
 enough (hysteresis), and no change comes soon after another (dwell).
 
-Prompts wait in the order of arrival. One that could not make the TTFT target any more when it came is put back: it
-would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
+Prompts wait in the order of arrival. One that could not make the TTFT target any more, when it comes or when its turn
+has come, is put back: it would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
 prompts are put back by their size, so that short ones go first and long ones get their turn, and one that could not
 make its deadline even so is refused, if that was allowed.
 """

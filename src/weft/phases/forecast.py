@@ -211,7 +211,7 @@ def _pace(
     lone = device.chunk / of_prompts(steps, device.chunk, prompt)
     chunk = float(min(sharing.chunk or device.chunk, device.chunk))
     if sharing.regime is Regime.MIXED:
-        least, most = max(1.0, chunk / PROMPTS_LEAST), max(1.0, device.chunk - batch)
+        least, most = max(1.0, chunk * PROMPTS_LEAST), max(1.0, device.chunk - batch)
         if sharing.tpot is not None:
             chunk = tokens_within(steps, sharing.tpot, slots, prompt)
         chunk = min(max(least, chunk - batch), most)
