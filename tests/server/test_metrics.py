@@ -101,6 +101,8 @@ async def test_the_controller_of_the_shares_is_told_of_where_there_is_one(metric
         partition_decide_seconds=0.25,
         partition_put_back=7,
         partition_refused=2,
+        partition_decisions=9,
+        partition_ttft=0.75,
     )
     found = await scrape(metrics)
     expected = {
@@ -110,12 +112,15 @@ async def test_the_controller_of_the_shares_is_told_of_where_there_is_one(metric
         "partition_decide_seconds_total": 0.25,
         "partition_put_back_total": 7,
         "partition_refused_total": 2,
+        "partition_decisions_total": 9,
+        "partition_predicted_ttft_seconds": 0.75,
         "partition_chunk": 128,
         "partition_regime|regime=mixed": 1,
         "partition_regime|regime=split": 0,
         "partition_regime|regime=turns": 0,
     }
     assert {name: found.get(name) for name in expected} == expected
+    assert "partition_predicted_tpot_seconds" not in found
 
 
 async def test_the_busy_ratio_is_of_the_time_since_the_last_scrape(metrics: Metrics, engine: Engine) -> None:

@@ -53,7 +53,8 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
 
     iteration_tokens: computed by all lanes. partition_*: of the controller; regime is "" without one, chunk 0 without a
     limit; seconds are those that the device took to be told of new shares, and that the decisions took; put_back and
-    refused are requests that could not make the TTFT target when they came.
+    refused are requests that could not make the TTFT target when they came; ttft and tpot are mean seconds as the last
+    decision predicts them, None where it does not.
     """
 
     running: int
@@ -77,6 +78,9 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     partition_decide_seconds: float = 0.0
     partition_put_back: int = 0
     partition_refused: int = 0
+    partition_decisions: int = 0
+    partition_ttft: float | None = None
+    partition_tpot: float | None = None
 
 
 class Phase(msgspec.Struct, frozen=True):

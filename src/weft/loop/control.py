@@ -45,11 +45,12 @@ class Flying:
 
 
 class Control:
-    """switches: changes of how the device is shared. switch_seconds: what the device took to be told of shares.
-    decide_seconds: what the policy took. decision: the one in force. put_back: requests that could
-    not make the TTFT target any more. refused: when they came."""
+    """decisions: that were made; switches: those which changed how the device is shared. switch_seconds: what the
+    device took to be told of shares. decide_seconds: what the policy took. decision: the one in force. put_back:
+    requests that could not make the TTFT target any more. refused: when they came."""
 
     def __init__(self, controller: Controller, device: Device, scheduler: Scheduler, now: float) -> None:
+        self.decisions = 0
         self.switches = 0
         self.switch_seconds = 0.0
         self.decide_seconds = 0.0
@@ -185,6 +186,7 @@ class Control:
         self.decide_seconds += time.perf_counter() - began
         if decision is not None:
             changed = decision.sharing != self.decision.sharing
+            self.decisions += 1
             self.switches += changed
             self.decision = decision
             logger.log(logging.INFO if changed else logging.DEBUG, "partition: %s", decision.reason)

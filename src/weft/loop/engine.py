@@ -150,6 +150,9 @@ class Engine:
             partition_decide_seconds=0.0 if control is None else control.decide_seconds,
             partition_put_back=0 if control is None else control.put_back,
             partition_refused=0 if control is None else control.refused,
+            partition_decisions=0 if control is None else control.decisions,
+            partition_ttft=None if control is None else control.decision.ttft,
+            partition_tpot=None if control is None else control.decision.tpot,
         )
 
     def close(self) -> None:
@@ -295,9 +298,7 @@ class Engine:
         else:
             share = partition.prefill if lane is Lane.PREFILL else partition.decode
         owned = self._scheduler.owned(lane)
-        return LaneStats(
-            lane.value, share, meter.busy, meter.steps, meter.tokens, owned, meter.moves, meter.moved
-        )
+        return LaneStats(lane.value, share, meter.busy, meter.steps, meter.tokens, owned, meter.moves, meter.moved)
 
 
 def _log_end(end: RequestEnd) -> None:

@@ -6,13 +6,14 @@ step; shares that were not seen are tried for a moment, but only while there are
 enough (hysteresis), and no change comes soon after another (dwell).
 
 Prompts wait in the order of arrival. One that could not make the TTFT target any more, when it comes or when its turn
-has come, is put back: it would make others late and gain nothing. Where nothing meets both targets, the declared policy: decode keeps its target,
-prompts are put back by their size, so that short ones go first and long ones get their turn, and one that could not
-make its deadline even so is refused, if that was allowed.
+has come, is put back: it would make others late and gain nothing. Where nothing meets both targets, the declared
+policy: decode keeps its target, prompts are put back by their size, so that short ones go first and long ones get their
+turn, and one that could not make its deadline even so is refused, if that was allowed.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -295,16 +296,17 @@ class AutoPolicy:
                 decision = replace(decision, hold=state.hold, within=HOLD * self.targets.ttft, back=self._back)
                 decision = replace(decision, cost=cost(state.model))
             return state, decision
-        speed = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now).speed
-        hold = max(1, int(HOLD * self.targets.ttft * speed))
+        here = self._outlook(state.sharing, state, self._load(state, now, queue), queue, now)
+        hold = max(1, int(HOLD * self.targets.ttft * here.speed))
         if decision is None:
             if state.hold is not None and abs(hold - state.hold) < HOLD_CHANGES * state.hold:
                 return state, None
-            reason = f"{words(state.sharing, self.device.shares)} goes on, at {speed:.0f} tokens of prompts/s"
+            reason = f"{words(state.sharing, self.device.shares)} goes on, at {here.speed:.0f} tokens of prompts/s"
             decision = Decision(now, state.sharing, reason)
         within = HOLD * self.targets.ttft
         decision = replace(decision, hold=hold, within=within, back=self._back, shed=self.shed and state.overload)
-        return replace(state, hold=hold), replace(decision, cost=cost(state.model))
+        ttft = here.ttft if math.isfinite(here.ttft) else None
+        return replace(state, hold=hold), replace(decision, cost=cost(state.model), ttft=ttft, tpot=here.tpot)
 
     def _change(
         self,

@@ -93,7 +93,7 @@ class Decision:
     hold: tokens of prompts that are computed within `within` seconds, those that a first token may take; None: not
     known. A prompt that has waited for so long that nothing is left to compute it in lets those pass that come in the
     next `back` seconds. shed: one that finds so many before it that this is bound to happen is refused. cost: of a
-    step, where it is known.
+    step, where it is known. ttft, tpot: mean seconds that are predicted; None: not known, or no end in sight.
     """
 
     at: float
@@ -104,6 +104,8 @@ class Decision:
     back: float = 0.0
     shed: bool = False
     cost: StepCost | None = None
+    ttft: float | None = None
+    tpot: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

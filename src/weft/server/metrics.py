@@ -122,6 +122,7 @@ class Metrics:
             ("prompt_tokens", "prompt tokens of the requests taken", stats.prompt_tokens),
             ("generation_tokens", "tokens generated", stats.generation_tokens),
             ("iteration_tokens", "tokens computed, of prompts and of output", stats.iteration_tokens),
+            ("partition_decisions", "decisions on shares, some to go on", stats.partition_decisions),
             ("partition_switches", "changes of how the lanes share the device", stats.partition_switches),
             ("partition_switch_seconds", "time to tell the device of new shares", stats.partition_switch_seconds),
             ("partition_decide_seconds", "time to decide on shares", stats.partition_decide_seconds),
@@ -135,6 +136,10 @@ class Metrics:
             regimes = {regime.value: float(regime.value == stats.partition_regime) for regime in Regime}
             yield self._by("partition_regime", "how the lanes share the device: 1 is in force", "regime", regimes)
             yield self._gauge("partition_chunk", "most prompt tokens beside decode; 0: no limit", stats.partition_chunk)
+        for name, value in (("ttft", stats.partition_ttft), ("tpot", stats.partition_tpot)):
+            if value is not None:
+                words = f"mean {name.upper()} that the controller predicts"
+                yield self._gauge(f"partition_predicted_{name}_seconds", words, value)
         yield from self._lanes(stats)
 
     def _lanes(self, stats: Stats) -> Iterator[Metric]:
