@@ -17,7 +17,7 @@ from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices.simulated import Faults, ManualDevice, SimulatedDevice, continuation
 from weft.errors import InvalidRequest, NeverFits, QueueFull, Unavailable
-from weft.loop.engine import Engine
+from weft.loop.engine import Engine, LaneMeter
 
 VOCABULARY = 60
 CAPACITY = Capacity(
@@ -136,6 +136,14 @@ def test_stats_tell_what_the_lanes_did(engines: Any, partition: Any) -> None:
     assert set(lanes) == ({"mixed"} if partition is None else {"prefill", "decode"})
     assert sum(lane.steps for lane in stats.lanes) == 8 and sum(lane.tokens for lane in stats.lanes) == 9 + 1 + 6
     assert sum(lane.share for lane in stats.lanes) == 2 and all(lane.running == 0 for lane in stats.lanes)
+    assert stats.step_sizes == (7, 0, 1, *[0] * 11), "seven of one token, and one of nine, which are at most 16"
+
+
+@pytest.mark.parametrize(("tokens", "place"), [(1, 0), (2, 1), (8, 1), (9, 2), (16384, 12), (16385, 13)])
+def test_a_step_counts_where_the_bound_is_the_least_that_it_does_not_exceed(tokens: int, place: int) -> None:
+    meter = LaneMeter()
+    meter.count(tokens, 3)
+    assert meter.tokens == 3 * tokens and [index for index, steps in enumerate(meter.sizes) if steps == 3] == [place]
 
 
 def test_requests_that_cannot_be_served_are_refused_and_the_engine_goes_on(engines: Any) -> None:

@@ -26,7 +26,7 @@ from weft.sim.hardware import find_gpu
 from weft.sim.models import find_model, model_names
 from weft.sim.part import Part, Placed
 from weft.sim.precision import find_precision
-from weft.sim.replica import Setup
+from weft.sim.replica import Replica, Setup
 from weft.sim.run import Transfer
 from weft.sim.step import StepCost
 from weft.sim.study import Failure, Fleet, Outcome, study
@@ -100,6 +100,14 @@ def test_most_steps_are_not_planned(setup: Make, monkeypatch: pytest.MonkeyPatch
     outcome, _ = served(Fleet(setup(block_size=64, blocks=32)), [(0.0, Size(60, 100)), (0.1, Size(60, 200))])
     # Two prompts, what the second one cuts, both ends, seven looks, and what 64 times are not enough for.
     assert outcome.steps > 200 and len(plans) < 20
+
+
+def test_steps_that_are_not_planned_count_by_their_tokens_like_the_others(setup: Make) -> None:
+    replica = Replica(setup(block_size=64, blocks=32))
+    replica.submit("one", (2,) * 60, 100, 0.0)
+    while not replica.engine.idle:
+        replica.step()
+    assert replica.engine.stats().step_sizes == (99, 0, 0, 0, 1, *[0] * 9), "99 of one token, one of up to 64"
 
 
 @pytest.mark.parametrize("name", model_names())

@@ -9,6 +9,9 @@ import msgspec
 
 from weft.core.request import PromptScores, Request, RequestEnd, TokenOutput
 
+# Tokens of a step, by which steps are counted: vLLM's bounds.
+STEP_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
 
 class Submit(msgspec.Struct, frozen=True, tag=True):
     request: Request
@@ -51,10 +54,11 @@ class LaneStats(msgspec.Struct, frozen=True):
 class Stats(msgspec.Struct, frozen=True, tag=True):
     """A snapshot of the engine; counters grow from start. Blocks: free + cached + held + pinned = total.
 
-    iteration_tokens: computed by all lanes. partition_*: of the controller; regime is "" without one, chunk 0 without a
-    limit; seconds are those that the device took to be told of new shares, and that the decisions took; put_back and
-    refused are requests that could not make the TTFT target when they came; ttft and tpot are mean seconds as the last
-    decision predicts them, None where it does not.
+    iteration_tokens: computed by all lanes. step_sizes: how many steps had up to each of STEP_BUCKETS tokens, but more
+    than the bound before, and how many had more than the last. partition_*: of the controller; regime is "" without
+    one, chunk 0 without a limit; seconds are those that the device took to be told of new shares, and that the
+    decisions took; put_back and refused are requests that could not make the TTFT target when they came; ttft and tpot
+    are mean seconds as the last decision predicts them, None where it does not.
     """
 
     running: int
@@ -71,6 +75,7 @@ class Stats(msgspec.Struct, frozen=True, tag=True):
     uptime: float
     lanes: tuple[LaneStats, ...] = ()
     iteration_tokens: int = 0
+    step_sizes: tuple[int, ...] = (0,) * (len(STEP_BUCKETS) + 1)
     partition_regime: str = ""
     partition_chunk: int = 0
     partition_switches: int = 0

@@ -7,8 +7,9 @@ import sys
 import threading
 import time
 import traceback
+from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from weft.core.inflight import UnknownTicket
 from weft.core.plan import Lane, Plan, Result, Ticket
@@ -16,7 +17,7 @@ from weft.core.request import Event, Request, RequestEnd
 from weft.core.scheduler import Scheduler
 from weft.devices.base import Device
 from weft.errors import DeviceError, QueueFull, Unavailable
-from weft.ipc.messages import LaneStats, Stats
+from weft.ipc.messages import STEP_BUCKETS, LaneStats, Stats
 from weft.loop.control import Control
 from weft.phases.controller import Controller
 
@@ -27,19 +28,25 @@ STEP_TIMEOUT = 300.0
 
 @dataclass(slots=True)
 class LaneMeter:
-    """What a lane has done since the start, and since when its ticket is in flight. moves, moved: steps that began on
-    another share than the one before, and the seconds that this took. warned: its step was given up. retired: the lane
-    was, too."""
+    """What a lane has done since the start, and since when its ticket is in flight. sizes: see Stats.step_sizes. moves,
+    moved: steps that began on another share than the one before, and the seconds that this took. warned: its step was
+    given up. retired: the lane was, too."""
 
     busy: float = 0.0
     steps: int = 0
     tokens: int = 0
+    sizes: list[int] = field(default_factory=lambda: [0] * (len(STEP_BUCKETS) + 1))
     moves: int = 0
     moved: float = 0.0
     plan: Plan | None = None
     since: float = 0.0
     warned: bool = False
     retired: bool = False
+
+    def count(self, tokens: int, steps: int) -> None:
+        """So many steps have ended that computed so many tokens each."""
+        self.tokens += tokens * steps
+        self.sizes[bisect_left(STEP_BUCKETS, tokens)] += steps
 
 
 class Engine:
@@ -143,6 +150,7 @@ class Engine:
             uptime=self._clock() - self._started,
             lanes=tuple(self._lane_stats(lane, meter) for lane, meter in self._meters.items()),
             iteration_tokens=sum(meter.tokens for meter in self._meters.values()),
+            step_sizes=tuple(map(sum, zip(*(meter.sizes for meter in self._meters.values()), strict=True))),
             partition_regime="" if sharing is None else sharing.regime.value,
             partition_chunk=0 if sharing is None else sharing.chunk or 0,
             partition_switches=0 if control is None else control.switches,
@@ -216,7 +224,8 @@ class Engine:
             self._recover(error, result.ticket)
         meter = self._meters[lane]
         if meter.plan is not None:
-            meter.tokens += meter.plan.tokens * result.repeats if meter.plan.last else 0
+            if meter.plan.last:
+                meter.count(meter.plan.tokens, result.repeats)
             if self._control is not None:
                 self._control.landed(meter.plan, result, self._clock())
         if meter.retired:

@@ -1,4 +1,5 @@
-"""Prometheus metrics: vLLM's stems under the prefix weft:, so that its dashboards work after one search-and-replace.
+"""Prometheus metrics: vLLM's stems, kinds and bounds of buckets under the prefix weft:, so that its dashboards work
+after one search-and-replace.
 
 Times that a client feels are taken in this process; queue, prefill and decode times on the engine's clock; counts and
 gauges of the engine are asked for on every scrape.
@@ -10,35 +11,53 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from itertools import accumulate
 
 from fastapi import APIRouter
 from fastapi.responses import Response
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
-from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.utils import floatToGoString
 
 from weft.core.plan import Regime
 from weft.core.request import Event, Finish, Request, RequestEnd, TokenOutput
 from weft.errors import Unavailable, WeftError
-from weft.ipc.messages import Stats
+from weft.ipc.messages import STEP_BUCKETS, Stats
 
 PREFIX = "weft:"
 # Seconds that a scrape waits for the engine. It answers between two steps.
 STATS_SECONDS = 5.0
-FIRST_TOKEN_BUCKETS = (0.005, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
-TOKEN_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
-REQUEST_BUCKETS = (0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 60, 120, 240, 480, 960, 1920)
+# vLLM's bounds, and some below them, since small models are quicker: an alert on one bound finds it here.
+FIRST_TOKEN_BUCKETS = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560),
+)
+TOKEN_BUCKETS = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1, 2.5, 5, 7.5, 10, 20, 40, 80),
+)
+REQUEST_BUCKETS = (
+    *(0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60),
+    *(120, 240, 480, 960, 1920, 7680),
+)
 COUNT_BUCKETS = tuple(base * 10**power for power in range(6) for base in (1, 2, 5))
+SEQUENCE_BUCKETS = (1, 2, 5, 10, 20)
 HISTOGRAMS = (
     ("time_to_first_token_seconds", "from the arrival of a request to its first token", FIRST_TOKEN_BUCKETS),
     ("inter_token_latency_seconds", "between two tokens of a sequence", TOKEN_BUCKETS),
     ("request_time_per_output_token_seconds", "mean gap between the tokens of a sequence", TOKEN_BUCKETS),
     ("e2e_request_latency_seconds", "from the arrival of a request to its end", REQUEST_BUCKETS),
     ("request_queue_time_seconds", "from arrival in the engine to the first step", REQUEST_BUCKETS),
+    ("request_inference_time_seconds", "from the first step to the end", REQUEST_BUCKETS),
     ("request_prefill_time_seconds", "from the first step to the first token", REQUEST_BUCKETS),
     ("request_decode_time_seconds", "from the first token to the end", REQUEST_BUCKETS),
     ("request_prompt_tokens", "prompt tokens of a request", COUNT_BUCKETS),
+    ("request_prefill_kv_computed_tokens", "prompt tokens of a request that no cache had", COUNT_BUCKETS),
     ("request_generation_tokens", "generated tokens of a request, of all its sequences", COUNT_BUCKETS),
+    ("request_max_num_generation_tokens", "generated tokens of a request's longest sequence", COUNT_BUCKETS),
+    ("request_params_max_tokens", "tokens that a request asked for at most, where it did", COUNT_BUCKETS),
+    ("request_params_n", "sequences that a request asked for", SEQUENCE_BUCKETS),
 )
 
 
@@ -63,7 +82,7 @@ class Metrics:
 
     def watch(self, request: Request) -> RequestWatch:
         """Measures one request. Call it when the request has arrived, before it is submitted."""
-        return RequestWatch(self, len(request.prompt))
+        return RequestWatch(self, request)
 
     def refused(self, error: WeftError) -> None:
         """A request that was not taken, by the engine or before it came there."""
@@ -121,7 +140,6 @@ class Metrics:
             ("prefix_cache_hits", "prompt tokens found in the prefix cache", stats.prefix_hits),
             ("prompt_tokens", "prompt tokens of the requests taken", stats.prompt_tokens),
             ("generation_tokens", "tokens generated", stats.generation_tokens),
-            ("iteration_tokens", "tokens computed, of prompts and of output", stats.iteration_tokens),
             ("partition_decisions", "decisions on shares, some to go on", stats.partition_decisions),
             ("partition_switches", "changes of how the lanes share the device", stats.partition_switches),
             ("partition_switch_seconds", "time to tell the device of new shares", stats.partition_switch_seconds),
@@ -132,6 +150,7 @@ class Metrics:
             family = CounterMetricFamily(PREFIX + name, words, labels=["model_name"])
             family.add_metric(list(self._labels.values()), count)
             yield family
+        yield self._steps(stats)
         if stats.partition_regime:
             regimes = {regime.value: float(regime.value == stats.partition_regime) for regime in Regime}
             yield self._by("partition_regime", "how the lanes share the device: 1 is in force", "regime", regimes)
@@ -141,6 +160,14 @@ class Metrics:
                 words = f"mean {name.upper()} that the controller predicts"
                 yield self._gauge(f"partition_predicted_{name}_seconds", words, value)
         yield from self._lanes(stats)
+
+    def _steps(self, stats: Stats) -> Metric:
+        words = "tokens of a step, of prompts and of output"
+        family = HistogramMetricFamily(PREFIX + "iteration_tokens_total", words, labels=["model_name"])
+        bounds = [*map(floatToGoString, STEP_BUCKETS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(stats.step_sizes), strict=True))
+        family.add_metric(list(self._labels.values()), buckets, stats.iteration_tokens)
+        return family
 
     def _lanes(self, stats: Stats) -> Iterator[Metric]:
         """Busy ratios are over the time since the last scrape, whoever made it; the counters have no such flaw."""
@@ -181,9 +208,9 @@ class Metrics:
 class RequestWatch:
     """Measures one request: give it every event of the engine, in order, or the error that ended it instead."""
 
-    def __init__(self, metrics: Metrics, prompt_tokens: int, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, metrics: Metrics, request: Request, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
-        self._prompt_tokens = prompt_tokens
+        self._request = request
         self._clock = clock
         self._arrived = clock()
         self._first: float | None = None
@@ -218,11 +245,15 @@ class RequestWatch:
         self._sequences[index] = (first, now, count + 1)
 
     def _end(self, end: RequestEnd, now: float) -> None:
-        observe = self._metrics.observe
+        observe, params = self._metrics.observe, self._request.params
         self._metrics.ended(end.reason)
         observe("e2e_request_latency_seconds", now - self._arrived)
-        observe("request_prompt_tokens", self._prompt_tokens)
+        observe("request_prompt_tokens", len(self._request.prompt))
         observe("request_generation_tokens", end.generated_tokens)
+        observe("request_max_num_generation_tokens", max((count for *_, count in self._sequences.values()), default=0))
+        observe("request_params_n", params.n)
+        if params.max_tokens is not None:
+            observe("request_params_max_tokens", params.max_tokens)
         for first, last, count in self._sequences.values():
             if count > 1:
                 observe("request_time_per_output_token_seconds", (last - first) / (count - 1))
@@ -231,6 +262,9 @@ class RequestWatch:
             observe("request_queue_time_seconds", times.scheduled - times.arrived)
             if times.first_token is not None:
                 observe("request_prefill_time_seconds", times.first_token - times.scheduled)
+                observe("request_prefill_kv_computed_tokens", end.prompt_tokens - end.cached_tokens)
+            if times.ended is not None:
+                observe("request_inference_time_seconds", times.ended - times.scheduled)
         if times.first_token is not None and times.ended is not None:
             observe("request_decode_time_seconds", times.ended - times.first_token)
 
