@@ -59,9 +59,17 @@ def test_a_fleet_with_a_failure_and_one_with_phases_apart(capsys: pytest.Capture
     assert main([*fleet, "--prefill-replicas", "1"]) == 0
 
 
+@pytest.mark.parametrize("partition", ["off", "1:1", "turns:1:1", "auto", "paper"])
+def test_every_partition_is_measured_against_targets(partition: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["simulate", "--partition", partition, *LOAD, *TARGETS]) == 0
+    assert "TTFT 0.5 s, TPOT 0.05 s" in capsys.readouterr().out
+
+
 def test_the_plan_names_the_cheapest_and_says_why(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "plan.json"
     prices = ["--price", "h100=3", "--price", "a100-80=1.5", "--tp", "1", "--partitions", "off"]
+    assert main(["plan", *prices[:-1], "turns:1:1", "--rate", "2", *LOAD, *TARGETS]) == 0
+    assert "--partition turns:1:1, " in capsys.readouterr().out
     assert main(["plan", *prices, "--rate", "30", *LOAD, *TARGETS, "--json", str(out)]) == 0
     words = capsys.readouterr().out
     assert "cheapest (simulated): " in words

@@ -135,7 +135,7 @@ def _load(arguments: argparse.Namespace) -> Load:
 def config_of(arguments: argparse.Namespace, partition: str, load: Load) -> EngineConfig:
     """The settings that the simulated engines run by. Raises ConfigError that names every bad one."""
     shares = parse_partition(partition)
-    moving = shares is not None and shares.policy != "fixed"
+    moving = shares is not None and shares.policy in ("auto", "paper")  # the others have no use for targets
     caching = arguments.enable_prefix_caching
     config = EngineConfig(
         partition=partition,
