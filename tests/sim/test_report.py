@@ -15,6 +15,8 @@ from rich.console import Console
 
 from weft.bench.stats import Record, Slo, summarise
 from weft.bench.traces import Size
+from weft.core.plan import Lane
+from weft.devices.cost import CostModel
 from weft.errors import ConfigError
 from weft.sim.report import Run, as_json, plot, print_runs
 from weft.sim.study import Fleet, Outcome, study
@@ -80,6 +82,15 @@ def test_the_timeline_tells_shares_and_occupancy(outcome: Outcome) -> None:
     assert shares["prefill"] <= {0.75, 1.0} and shares["decode"] <= {0.25, 1.0}
     assert all(0 <= value <= 1 for value in line.kv) and max(line.kv) > 0.5
     assert max(line.busy[next(iter(line.busy))]) > 0.5 and max(line.running) <= 8 and max(line.waiting) > 0
+
+
+def test_a_step_was_under_way_before_the_look_that_tells_of_its_end(setup: Any) -> None:
+    """Nine looks in each step, of which the last one before the end of the run is not over."""
+    cost = CostModel(fixed=1.0, per_token=0.0, per_context=0.0)
+    outcome = study(Fleet(setup(cost=cost)), [(0.5, Size(20, 4))], Slo(), seconds=5.0, looks=45)
+    at, busy = np.array(outcome.timeline.at), np.array(outcome.timeline.busy[Lane.MIXED])
+    assert busy[(at > 0.7) & (at < 3.5)] == pytest.approx(1.0) and busy.max() == pytest.approx(1.0)
+    assert (np.diff(at, prepend=0.0) * busy).sum() == pytest.approx(3.0)
 
 
 def test_every_output_says_that_it_is_simulated(outcome: Outcome, tmp_path: Path) -> None:

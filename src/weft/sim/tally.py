@@ -167,6 +167,7 @@ class Timeline:
             since = max(0.0, busy - self._before.get(lane, 0.0))  # less where a replica was lost
             self.share[lane].append(sum(share for share, _ in own) / max(len(own), 1))
             self.busy[lane].append(since / (passed * len(own)) if passed > 0 and own else 0.0)
+            self._spread(self.busy[lane])
             self._before[lane] = busy
         used = sum(one.used for one in states)
         totals = used + sum(one.free + one.cached for one in states)
@@ -174,3 +175,13 @@ class Timeline:
         self.cached.append(sum(one.cached for one in states) / totals)
         self.running.append(sum(one.running for one in states))
         self.waiting.append(sum(one.waiting for one in states))
+
+    def _spread(self, busy: array[float]) -> None:
+        """A step counts when it ends. What is more than there was time for since the look before was done before it."""
+        for index in range(len(busy) - 1, 0, -1):
+            if busy[index] <= 1.0:
+                return
+            own = self.at[index] - self.at[index - 1]
+            before = self.at[index - 1] - (self.at[index - 2] if index > 1 else 0.0)
+            busy[index - 1] += (busy[index] - 1.0) * own / before
+            busy[index] = 1.0
