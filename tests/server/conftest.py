@@ -62,10 +62,6 @@ class Reciter:
         self.seen.append(request)
         return Recital(self, request)
 
-    def abort(self, request_id: str) -> None:
-        if request_id in self.live:
-            self.aborted.append(request_id)
-
     def stop(self, request_id: str, index: int) -> None:
         if request_id in self.live:
             self.stopped.append((request_id, index))

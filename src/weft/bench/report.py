@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from weft.bench.stats import Record, Slo, Spread, Summary
+from weft.errors import ConfigError
 
 
 def print_report(summary: Summary, slo: Slo | None, console: Console, open_loop: bool = True) -> None:
@@ -90,6 +94,15 @@ def output_problems(arguments: Any) -> list[str]:
         elif not os.access(path if path.exists() else path.parent, os.W_OK):
             found.append(f"{flag} is {path}, which may not be written; give another file")
     return found
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Into the file of --json. Raises ConfigError."""
+    try:
+        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    except OSError as error:
+        raise ConfigError(f"--json {path}: {error.strerror}") from error
+    print(f"written: {path}", file=sys.stderr)
 
 
 def finite(content: Any) -> Any:

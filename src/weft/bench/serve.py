@@ -7,7 +7,6 @@ import asyncio
 import json
 import math
 import os
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from weft.bench import traffic
 from weft.bench.client import Target, first_model
 from weft.bench.load import run_load
 from weft.bench.plot import plot, require_picture
-from weft.bench.report import as_json, output_problems, print_report
+from weft.bench.report import as_json, output_problems, print_report, write_json
 from weft.bench.stats import Record, Slo, summarise
 from weft.bench.traces import Size, clip, read_trace, scale_trace
 from weft.bench.traffic import Shot
@@ -121,7 +120,7 @@ def run(arguments: argparse.Namespace) -> int:
         console.print(note, markup=False, highlight=False)
     print_report(summary, slo, console, open_loop=any(shot.due > 0 for shot in planned))
     if arguments.json is not None:
-        _write_json(arguments, as_json(_settings(arguments, target), summary, records, arguments.json_gaps))
+        write_json(arguments.json, as_json(_settings(arguments, target), summary, records, arguments.json_gaps))
     if arguments.plot is not None:
         plot(
             records,
@@ -273,11 +272,3 @@ def _settings(arguments: argparse.Namespace, target: Target) -> dict[str, Any]:
         if name not in SECRETS
     }
     return plain | {"model": target.model, "prompt_format": _prompt_format(arguments)}
-
-
-def _write_json(arguments: argparse.Namespace, content: dict[str, Any]) -> None:
-    try:
-        arguments.json.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {arguments.json}: {error.strerror}") from error
-    print(f"written: {arguments.json}", file=sys.stderr)

@@ -27,7 +27,7 @@ NEEDED = (
     *("fastapi", "uvicorn", "prometheus-client", "rich", "pyyaml"),
 )
 OPTIONAL = {
-    "matplotlib": "the plots of weft bench; pip install 'weft[plot]'",
+    "matplotlib": "pictures (--plot); pip install 'weft[plot]'",
     "ray": "ranks that a Ray cluster starts; pip install 'weft[ray]'",
     "transformers": "the tests and the baselines of benchmarks/; pip install 'weft[test]'",
 }

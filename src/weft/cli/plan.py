@@ -12,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from weft.bench.report import finite
+from weft.bench.report import finite, write_json
 from weft.cli import simulated
 from weft.cli.flags import Parser
 from weft.config import EngineConfig
@@ -50,7 +50,7 @@ def main(arguments: Sequence[str]) -> int:
     if given.json is not None:
         rows = [_row(one) for one in verdicts]
         content = {"simulated": True, "settings": simulated.settings_of(given), "traffic": words, "verdicts": rows}
-        simulated.write_json(given.json, finite(content))
+        write_json(given.json, finite(content))
     return 0 if verdicts[0].replicas is not None else 1
 
 

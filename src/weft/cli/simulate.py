@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 
 from weft.bench.plot import require_picture
+from weft.bench.report import write_json
 from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
@@ -57,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
         console.print(f"  {run.words}", markup=False, highlight=False)
     print_runs(runs, slo, console)
     if given.json is not None:
-        simulated.write_json(given.json, as_json(simulated.settings_of(given), runs))
+        write_json(given.json, as_json(simulated.settings_of(given), runs))
     if given.plot is not None:
         plot(runs, title, given.plot)
     return 0 if any(run.outcome.totals.completed for run in runs) else 1

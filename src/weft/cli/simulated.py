@@ -4,9 +4,7 @@ shown."""
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -235,15 +233,6 @@ class Bar:
 
     def __exit__(self, *exception: object) -> None:
         self._progress.stop()
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Raises ConfigError."""
-    try:
-        path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
-    except OSError as error:
-        raise ConfigError(f"--json {path}: {error.strerror}") from error
-    print(f"written: {path}", file=sys.stderr)
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from starlette.exceptions import HTTPException
 
 from weft import __version__
 from weft.errors import WeftError
-from weft.server.context import Client, EventStream, ServerContext
+from weft.server.context import ServerContext
 from weft.server.errors import error_body, error_headers
 from weft.server.health import health_router
 from weft.server.metrics import metrics_router
 from weft.server.openai import openai_router, tokens_router
 from weft.server.openapi import describe
 
-__all__ = ["Client", "EventStream", "ServerContext", "create_app"]
+__all__ = ["ServerContext", "create_app"]
 
 
 def create_app(context: ServerContext) -> FastAPI:

@@ -10,9 +10,7 @@ from fastapi.responses import JSONResponse
 from weft import __version__
 from weft.errors import Unavailable
 from weft.server.errors import error_body, error_headers
-from weft.server.state import Health, State
-
-__all__ = ["Health", "State", "health_router"]
+from weft.server.state import Health
 
 
 def health_router(health: Health) -> APIRouter:
