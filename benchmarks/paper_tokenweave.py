@@ -76,6 +76,7 @@ def main() -> None:
         ("share", ("model, tokens", "AllReduce %: theirs", "ours", "norm %: theirs", "ours"), shares(paper)),
         ("seam", ("tokens", "AllReduce us: theirs", "ours", "norm: theirs", "ours", "fused: theirs", "ours"),
          seams(paper)),
+        ("whole", ("model, tokens", "plain us: theirs", "ours", "woven: theirs", "ours"), whole_layers(paper)),
         ("gain", ("model, tokens", "woven: theirs", "ours", "ours with their seams"), with_their_seams(paper)),
         ("layer", ("model, tokens", "theirs us: plain", "woven", "predicted: woven", "fused", "choice"), layers(paper)),
         ("throughput", ("model, load", "theirs", "ours"), throughputs(paper, arguments.quick)),
@@ -171,6 +172,16 @@ def with_their_seams(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
                 "name": f"{cells['model']}, {tokens}",
                 "values": (woven, ways.plain / ways.woven, swapped / ways.woven),
             }
+
+
+def whole_layers(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Microseconds of a layer with both its seams."""
+    theirs, one = paper["layers"]["llama-3-70b"], cost("llama-3-70b", 8)
+    for tokens, plain, woven in zip(theirs["tokens"], theirs["plain"], theirs["woven"], strict=True):
+        ways, each = one.ways(tokens), one.stages(tokens)
+        whole = each.attend + each.feed + 2 * (each.join + each.norm)
+        quicker = (ways.plain - ways.woven) / theirs["layers"]
+        yield {"name": f"llama-3-70b, {tokens}", "values": (plain, 1e6 * whole, woven, 1e6 * (whole - quicker))}
 
 
 def layers(paper: dict[str, Any]) -> Iterator[dict[str, Any]]:
