@@ -26,8 +26,8 @@ import common
 
 from weft.bench.stats import Record, Slo
 from weft.bench.traces import read_trace
-from weft.cli.simulated import Bar
 from weft.config import EngineConfig
+from weft.progress import Bar
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu
 from weft.sim.load import Load

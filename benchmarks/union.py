@@ -34,8 +34,8 @@ from union_tables import Cell, claims, draw, findings, show
 
 from weft.bench.stats import Record, Slo
 from weft.bench.traces import Row, read_trace
-from weft.cli.simulated import Bar
 from weft.config import EngineConfig
+from weft.progress import Bar
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu
 from weft.sim.models import find_model

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from weft.core.plan import TokenScore
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.text.detokenizer import TextStream
+from weft.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,23 @@ class Continuation:
         new = [piece for piece in self.text[self.taken :] if piece]
         self.taken = len(self.text)
         return new
+
+
+def continuations(tokenizer: Tokenizer, params: SamplingParams, before: Sequence[int]) -> list[Continuation]:
+    """Those that a request asks for. before: the tokens that their text goes on from."""
+    return [
+        Continuation(
+            TextStream(
+                tokenizer,
+                params.stop,
+                include_stop=params.include_stop_str_in_output,
+                skip_special_tokens=params.skip_special_tokens,
+                min_tokens=params.min_tokens,
+                prompt=before,
+            )
+        )
+        for _ in range(params.n)
+    ]
 
 
 def stop_reason(sequence: Continuation, params: SamplingParams) -> str | int | None:

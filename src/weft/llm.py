@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -19,9 +20,8 @@ from weft.config import BUILTIN_MODEL, EngineConfig
 from weft.core.request import Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.errors import ConfigError, InvalidRequest, QueueFull, Unavailable, WeftError
-from weft.jobs import Completion, Continuation, Job, Output
+from weft.jobs import Completion, Job, Output, continuations
 from weft.text.chat import ChatTemplate, missing_template
-from weft.text.detokenizer import TextStream
 from weft.text.generation import GenerationDefaults
 from weft.text.hub import resolve_model
 from weft.text.tokenizer import Tokenizer
@@ -149,7 +149,7 @@ class LLM:
         text = self._template.render(messages, continue_final_message=go_on, **variables)
         # The template has written the special tokens; an answer begins a text of its own, so the prompt is no context.
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        return Job(self._request(ids, params), text, self._streams(ids if go_on else (), params))
+        return Job(self._request(ids, params), text, continuations(self.tokenizer, params, ids if go_on else ()))
 
     def _job(self, where: str, prompt: Prompt, params: SamplingParams) -> Job:
         text = prompt if isinstance(prompt, str) else None
@@ -164,32 +164,19 @@ class LLM:
                     f"{where} holds {token!r}; token ids are numbers from 0 to {self.info.vocabulary - 1}",
                     param="prompts",
                 )
-        return Job(self._request(ids, params), text, self._streams(ids, params))
+        return Job(self._request(ids, params), text, continuations(self.tokenizer, params, ids))
 
     def _request(self, ids: Sequence[int], params: SamplingParams) -> Request:
         return Request(f"offline-{next(self._numbers)}", tuple(ids), params, eos=self.defaults.eos_ids)
 
-    def _streams(self, context: Sequence[int], params: SamplingParams) -> list[Continuation]:
-        return [
-            Continuation(
-                TextStream(
-                    self.tokenizer,
-                    params.stop,
-                    include_stop=params.include_stop_str_in_output,
-                    skip_special_tokens=params.skip_special_tokens,
-                    min_tokens=params.min_tokens,
-                    prompt=context,
-                )
-            )
-            for _ in range(params.n)
-        ]
-
     def _run(self, jobs: Sequence[Job], progress: bool) -> list[Output]:
-        from weft.progress import ProgressBar  # rich is slow to import
+        from weft.progress import Bar  # rich is slow to import
 
-        with ProgressBar(len(jobs), progress) as bar:
+        began = time.monotonic()
+        with Bar(len(jobs), progress) as bar:
             for finished, tokens in self._drive(jobs):
-                bar.show(finished, tokens)
+                rate = tokens / max(time.monotonic() - began, 1e-9)
+                bar.show(finished, f"{finished}/{len(jobs)} {tokens} tokens, {rate:.1f} tokens/s")
         return [job.output() for job in jobs]
 
     def _drive(self, jobs: Sequence[Job]) -> Iterator[tuple[int, int]]:

@@ -1,34 +1,31 @@
-"""The progress bar of the offline API."""
+"""A progress bar."""
 
 from __future__ import annotations
 
-import time
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-class ProgressBar:
-    """Requests done and tokens/s, on standard error when that is a terminal; use it as a context manager."""
+class Bar:
+    """What is done of `total`, and words on it, on standard error when that is a terminal; use it as a context
+    manager."""
 
-    def __init__(self, total: int, visible: bool = True) -> None:
-        rate = TextColumn("{task.fields[tokens]} tokens, {task.fields[rate]:.1f} tokens/s")
+    def __init__(self, total: float, visible: bool = True) -> None:
         console = Console(stderr=True)
         self._progress = Progress(
             BarColumn(),
-            MofNCompleteColumn(),
-            rate,
+            TextColumn("{task.fields[words]}"),
             TimeElapsedColumn(),
             console=console,
             disable=not (visible and console.is_terminal),
+            refresh_per_second=4,  # it takes its time from what it shows
         )
-        self._task = self._progress.add_task("", total=total, tokens=0, rate=0.0)
-        self._start = time.monotonic()
+        self._task = self._progress.add_task("", total=total, words="")
 
-    def show(self, finished: int, tokens: int) -> None:
-        rate = tokens / max(time.monotonic() - self._start, 1e-9)
-        self._progress.update(self._task, completed=finished, tokens=tokens, rate=rate)
+    def show(self, done: float, words: str) -> None:
+        self._progress.update(self._task, completed=done, words=words)
 
     def __enter__(self) -> Self:
         self._progress.start()

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from weft.bench import traffic
 from weft.bench.client import Target, first_model
@@ -25,6 +24,7 @@ from weft.bench.traces import Size, clip, read_trace, scale_trace
 from weft.bench.traffic import Shot
 from weft.bench.wire import parse_url
 from weft.errors import ConfigError, WeftError
+from weft.progress import Bar
 
 SECRETS = ("api_key",)
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -170,8 +170,15 @@ async def _measure(arguments: argparse.Namespace, planned: Sequence[Shot]) -> tu
     for record in await run_load(target, warm, 1, lambda _: None):
         if record.error is not None:
             raise WeftError(f"a warm-up request failed: {record.error}")
-    with _Bar(len(planned), not arguments.disable_progress) as bar:
-        return await run_load(target, planned, arguments.max_concurrency, bar.show), target
+    ended = tokens = failed = 0
+    with Bar(len(planned), not arguments.disable_progress) as bar:
+
+        def show(record: Record) -> None:
+            nonlocal ended, tokens, failed
+            ended, tokens, failed = ended + 1, tokens + record.output_tokens, failed + (record.error is not None)
+            bar.show(ended, f"{ended}/{len(planned)} {tokens} tokens, {failed} failed")
+
+        return await run_load(target, planned, arguments.max_concurrency, show), target
 
 
 def _warm_ups(arguments: argparse.Namespace, planned: Sequence[Shot]) -> list[Shot]:
@@ -183,36 +190,6 @@ def _warm_ups(arguments: argparse.Namespace, planned: Sequence[Shot]) -> list[Sh
     rng = np.random.default_rng([arguments.seed, 1])
     vocabulary = arguments.random_vocab_size if _prompt_format(arguments) == "ids" else None
     return traffic.shots([0.0] * len(chosen), chosen, vocabulary, 0, rng)
-
-
-class _Bar:
-    """Requests done, tokens so far and failures, on standard error when that is a terminal."""
-
-    def __init__(self, total: int, visible: bool) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[tokens]} tokens, {task.fields[failed]} failed"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not (visible and console.is_terminal),
-            refresh_per_second=4,  # the bar shares the cores with the server
-        )
-        self._task = self._progress.add_task("", total=total, tokens=0, failed=0)
-        self._tokens = self._failed = 0
-
-    def show(self, record: Record) -> None:
-        self._tokens += record.output_tokens
-        self._failed += record.error is not None
-        self._progress.update(self._task, advance=1, tokens=self._tokens, failed=self._failed)
-
-    def __enter__(self) -> _Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
 
 
 def _problems(arguments: argparse.Namespace) -> list[str]:

@@ -16,6 +16,7 @@ from weft.bench.report import finite, write_json
 from weft.cli import simulated
 from weft.cli.flags import Parser
 from weft.config import EngineConfig
+from weft.progress import Bar
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import Gpu, find_gpu, gpu_names
 from weft.sim.load import Load
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str]) -> int:
     sizes = f"{traffic.inputs.mean():.0f} in, {traffic.outputs.mean():.0f} out"
     words = f"{load.words(given.rate)}: {traffic.rate:.2f} requests/s, {sizes}"
     console.print(f"{words}\n{SIMULATED}", markup=False, highlight=False)
-    with simulated.Bar(len(candidates), not given.disable_progress) as bar:
+    with Bar(len(candidates), not given.disable_progress) as bar:
         verdicts = search(candidates, traffic, targets, given.router, given.max_gpus, bar.show)
     _print(verdicts, targets, console)
     for caveat in _caveats(verdicts[0]):

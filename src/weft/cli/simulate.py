@@ -14,6 +14,7 @@ from weft.bench.report import write_json
 from weft.bench.stats import Slo
 from weft.cli import simulated
 from weft.cli.flags import Parser
+from weft.progress import Bar
 from weft.sim.estimate import cost_of, setup_of
 from weft.sim.hardware import find_gpu, gpu_names
 from weft.sim.load import Load
@@ -143,7 +144,7 @@ def _fleet(given: argparse.Namespace, cost: StepCost, load: Load) -> Fleet:
 
 def _run(fleet: Fleet, load: Load, rate: float, slo: Slo, given: argparse.Namespace) -> Run:
     seconds = load.length(rate)
-    with simulated.Bar(seconds, not given.disable_progress) as bar:
+    with Bar(seconds, not given.disable_progress) as bar:
 
         def show(now: float) -> None:
             bar.show(min(now, seconds), f"rate {rate:g}: {now:.0f} of {seconds:.0f} s (simulated)")

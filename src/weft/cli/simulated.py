@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
 from weft.bench.report import output_problems
 from weft.cli.flags import Parser
 from weft.config import EngineConfig, disaggregated, parse_partition
@@ -208,31 +205,6 @@ def factors(text: str) -> tuple[float, ...]:
     if not values or not all(0 <= value < math.inf for value in values) or not any(values):
         raise argparse.ArgumentTypeError(f"{text!r} is no list of factors such as 0.5,1,2")
     return values
-
-
-class Bar:
-    """Progress on standard error, when that is a terminal."""
-
-    def __init__(self, total: float, visible: bool = True) -> None:
-        console = Console(stderr=True)
-        self._progress = Progress(
-            BarColumn(),
-            TextColumn("{task.fields[words]}"),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not (visible and console.is_terminal),
-        )
-        self._task = self._progress.add_task("", total=total, words="")
-
-    def show(self, done: float, words: str) -> None:
-        self._progress.update(self._task, completed=done, words=words)
-
-    def __enter__(self) -> Bar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
 
 
 def settings_of(arguments: argparse.Namespace) -> dict[str, Any]:

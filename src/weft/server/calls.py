@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from weft.core.request import Request
 from weft.core.sampling import SamplingParams
 from weft.errors import ContextTooLong, InvalidRequest, NotFound
-from weft.jobs import Continuation, Job
+from weft.jobs import Job, continuations
 from weft.server.context import ServerContext
 from weft.server.schemas import (
     MAX_SEQUENCES,
@@ -23,7 +23,6 @@ from weft.server.schemas import (
     TokenizeRequest,
 )
 from weft.text.chat import missing_template
-from weft.text.detokenizer import TextStream
 
 # Characters from which a text is rendered and tokenised in a thread, so that the others' streams go on: a few
 # milliseconds of work. A message counts as some, whatever it holds.
@@ -303,18 +302,7 @@ def _job(
         raise InvalidRequest("the messages become an empty prompt; give some content", param="messages")
     _check_length(context, len(ids), None if prompt_only else params.max_tokens)
     request = Request(name, tuple(ids), params, context.defaults.eos_ids, body.priority or 0, body.cache_salt or "")
-    streams = (
-        TextStream(
-            context.tokenizer,
-            params.stop,
-            include_stop=params.include_stop_str_in_output,
-            skip_special_tokens=params.skip_special_tokens,
-            min_tokens=params.min_tokens,
-            prompt=before,
-        )
-        for _ in range(params.n)
-    )
-    return Job(request, text, [Continuation(stream) for stream in streams], prompt_only)
+    return Job(request, text, continuations(context.tokenizer, params, before), prompt_only)
 
 
 def _call(
