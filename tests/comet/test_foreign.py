@@ -76,7 +76,7 @@ def check(scheme: Scheme, tensors: dict[str, torch.Tensor], weight: torch.Tensor
 @pytest.mark.parametrize("group", [GROUP, -1])
 @pytest.mark.parametrize("desc_act", [False, True])
 def test_gptq(form: str, group: int, desc_act: bool) -> None:
-    # The greatest zero point of 4 bits, 15, is stored as 14 in format gptq, and 16 as 15.
+    # The greatest zero point of 4 bits, 15, is stored as 14 in format gptq.
     groups = 1 if group == -1 else INPUTS // GROUP
     index = np.random.default_rng(1).permutation(np.arange(INPUTS) // (INPUTS // groups)) if desc_act else None
     drawn = Drawn(groups, index=index)
@@ -91,6 +91,23 @@ def test_gptq(form: str, group: int, desc_act: bool) -> None:
     del tensors["g_idx"]
     if not desc_act:
         check(parse_scheme(raw), tensors, drawn.weight)
+
+
+@pytest.mark.parametrize(("bits", "ones"), [(4, 0x11111111), (8, 0x01010101)])
+def test_gptq_takes_its_offset_from_whole_words(bits: int, ones: int) -> None:
+    """As GPTQModel writes zero points of 0 in format gptq: what they lack is borrowed from their neighbours."""
+    drawn = Drawn(INPUTS // GROUP, bits=bits)
+    drawn.zeros[::3] = 0
+    drawn.weight = torch.from_numpy(drawn.values - drawn.zeros[:, drawn.index]).float()
+    drawn.weight *= drawn.scales.float()[:, drawn.index]
+    places = IN_ORDER if bits == 4 else BYTES
+    tensors = {
+        "qweight": pack(drawn.values, places, bits).T.contiguous(),
+        "qzeros": pack(drawn.zeros.T, places, bits) - ones,
+        "scales": drawn.scales.T.contiguous(),
+    }
+    linear = read(parse_scheme(GPTQ | {"bits": bits, "sym": False}), tensors)
+    assert torch.allclose(linear.dequantised(), drawn.weight, rtol=1e-6, atol=0)
 
 
 def test_gptq_of_8_bits() -> None:

@@ -26,6 +26,7 @@ LETTERS = {  # what a tensor of a quantised linear may be, in safetensors' lette
     torch.int64: "I64",
 }
 HALVES, INDICES = ("F16", "BF16", "F32"), ("I32", "I64")
+ONES = {4: 0x11111111, 8: 0x01010101}  # a word whose integers of so many bits are all 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,8 +187,10 @@ class _Taker:
 
 def _read_gptq(scheme: Scheme, take: _Taker, shape: tuple[int, int], group: int) -> Read:
     outputs, inputs = shape
-    # What is stored of a zero point lacks zero_offset; both it and the values are unsigned, so their middle cancels.
-    zeros = _unpacked(take("qzeros"), scheme.bits, outputs).T.short() + scheme.zero_offset
+    # What is stored of a zero point lacks zero_offset. That was taken from whole words, so that a zero point of 0 has
+    # borrowed from its neighbour, and is given back alike. Zero points and values are unsigned: their middle cancels.
+    words = take("qzeros") + scheme.zero_offset * ONES[scheme.bits]
+    zeros = _unpacked(words, scheme.bits, outputs).T.short()
     values = _unpacked(take("qweight").T, scheme.bits, inputs)
     order = take.order("g_idx", inputs, group) if scheme.reordered or "g_idx" in take else None
     return values, zeros, take("scales").T.float().contiguous(), order
