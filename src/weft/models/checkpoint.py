@@ -111,7 +111,8 @@ def opened(path: Path) -> Iterator[Any]:
         with safe_open(path, "pt") as file:
             yield file
     except FileNotFoundError:
-        raise CheckpointError(f"{path} is missing") from None
+        where = f": it is a link to {path.readlink()}" if path.is_symlink() else ""
+        raise CheckpointError(f"{path} is missing{where}") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except SafetensorError as error:
@@ -120,8 +121,9 @@ def opened(path: Path) -> Iterator[Any]:
 
 def _find_files(folder: Path) -> tuple[list[Path], dict[str, Path]]:
     """(the files, tensor name -> file as the index has it; empty for a single file)."""
-    if (folder / SINGLE_FILE).exists():
-        return [folder / SINGLE_FILE], {}
+    single = folder / SINGLE_FILE
+    if single.exists() or single.is_symlink():
+        return [single], {}
     if (folder / INDEX_FILE).exists():
         index = _read_index(folder / INDEX_FILE)
         files = sorted(set(index.values()))
