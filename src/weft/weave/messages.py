@@ -104,8 +104,9 @@ class Messages:
         try:
             message.work.wait(timedelta(seconds=self._timeout))
         except RuntimeError as error:
-            who = "another rank" if message.rank is None else f"rank {message.rank}"
-            late = "Timed out" in str(error)
+            from_whom = self.others if message.rank is None else [message.rank]
+            who = f"rank {from_whom[0]}" if len(from_whom) == 1 else "another rank"
+            late = "timed out" in str(error).lower()  # a message's and an all-reduce's words differ
             return f"{who} {f'did not come within {self._timeout:g} s' if late else 'has ended or left'}", error
         return None
 
