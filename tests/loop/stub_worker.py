@@ -18,6 +18,7 @@ from weft.loop.worker import main
 
 # First tokens of a prompt, and what becomes of the request.
 ECHO, FOREVER, FULL, BAD, CRASH, FAULT, KILL, DEAD, SLOW = range(9)
+CLOSED = 5  # exit code, once a dead engine was closed
 
 
 class StubEngine:
@@ -84,7 +85,9 @@ class StubEngine:
         return Stats(len(self._open), 0, 90, 6, 4, 0, 2, 11, 5, 100, 50, time.monotonic() - self._started, lanes)
 
     def close(self) -> None:
-        pass
+        if self.dead is not None:
+            time.sleep(0.3)  # as for ranks that have to be ended
+            os._exit(CLOSED)
 
 
 def _end(name: str, reason: Finish, error: str | None = None) -> RequestEnd:

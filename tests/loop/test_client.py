@@ -212,6 +212,7 @@ async def test_when_the_device_dies_requests_get_their_ends_before_the_death() -
         assert isinstance(events[-1], RequestEnd) and events[-1].reason is Finish.ERROR
         death = await asyncio.wait_for(client.death, SECONDS)
         assert (death.code, death.message) == ("device_error", "the stub's device burnt out")
+    assert client.launched.process.returncode == stub.CLOSED  # it had the time to close
 
 
 async def test_a_killed_engine_is_noticed() -> None:

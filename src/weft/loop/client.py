@@ -59,6 +59,7 @@ class EngineClient:
         self._streams: dict[str, EventStream] = {}
         self._asking: list[asyncio.Future[Stats]] = []
         self._exited = asyncio.Event()
+        self._died = False  # in its own words
         self._sender: Sender[ToEngine] = Sender(launched.folder, TO_ENGINE)
         self._receiver: Receiver[FromEngine] = Receiver(launched.folder, FROM_ENGINE, FromEngine)
         self._loop.add_reader(self._receiver.fileno(), self._receive)
@@ -152,6 +153,7 @@ class EngineClient:
         self._die(Unavailable(reason))
         if serves:
             self._sender.send(Shutdown())
+        if serves or self._died:  # it ends by itself, and what it has started with it
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._exited.wait(), seconds)
         await asyncio.to_thread(self.launched.end)
@@ -185,6 +187,7 @@ class EngineClient:
                 if not self._started.done():
                     self._started.set_result(message)
             case Died(error, code):
+                self._died = True
                 self._die(by_code(code)(error))
 
     def _deliver(self, event: Event) -> None:
