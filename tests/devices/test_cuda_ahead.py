@@ -24,7 +24,7 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices import cuda_lane
 from weft.devices.base import Description
 from weft.devices.cuda import CudaDevice
-from weft.devices.cuda_lane import CudaLane
+from weft.devices.cuda_lane import CudaLane, Pending
 from weft.devices.cuda_streams import SharedStream
 from weft.devices.oracle import Executor, Faults, continuation
 from weft.errors import DeviceError
@@ -142,12 +142,18 @@ class Lazy:
     """A cuda device on a GPU that puts everything off."""
 
     def __init__(
-        self, blocks: int, lanes: tuple[Lane, ...], *, seed: int = 0, max_model_len: int | None = None
+        self,
+        blocks: int,
+        lanes: tuple[Lane, ...],
+        *,
+        seed: int = 0,
+        max_model_len: int | None = None,
+        adopt: Callable[[], None] = lambda: None,
     ) -> None:
         capacity = Capacity(blocks, BLOCK, 16, 6, 8, max_model_len or blocks * BLOCK, VOCABULARY, ahead=1)
         executor, lock, streams = Executor(capacity, Faults()), threading.RLock(), list[LazyStream]()
         decoder: Any = SimpleNamespace(max_model_len=capacity.max_model_len)
-        gpu: Any = SimpleNamespace(shares=8, adopt=lambda: None)
+        gpu: Any = SimpleNamespace(shares=8, adopt=adopt)
         self.forwards: dict[Lane, LazyForward] = {}
         self.lanes: dict[Lane, CudaLane] = {}
         for lane in lanes:
@@ -394,5 +400,66 @@ def test_a_gpu_that_has_failed_ends_the_device() -> None:
         assert second.error == "the GPU failed: it was told to"
         with pytest.raises(DeviceError, match="it was told to"):
             lazy.device.submit(plan)
+    finally:
+        lazy.device.close()
+
+
+def answers(lazy: Lazy, *plans: Plan) -> dict[int, Result]:
+    for plan in plans:
+        lazy.device.submit(plan)
+    found: dict[int, Result] = {}
+    while len(found) < len(plans):
+        results = lazy.device.poll(10.0)
+        assert results, "a plan without a result"
+        found |= {result.ticket.step: result for result in results}
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("which", ["launch", "collect"])
+def test_a_lane_whose_thread_cannot_work_for_the_gpu_says_so_and_the_other_goes_on(which: str) -> None:
+    def adopt() -> None:
+        if threading.current_thread().name == f"weft-prefill-{which}":
+            raise RuntimeError("no context for this thread")
+
+    lazy = Lazy(32, (Lane.PREFILL, Lane.DECODE), adopt=adopt)
+    try:
+        plans = [Plan(step, Lane.PREFILL, (piece(step, [1, 2], 2),)) for step in (1, 2)]
+        found = answers(lazy, *plans, Plan(3, Lane.DECODE, (piece(3, [1, 2], 2),)))
+        found |= answers(lazy, Plan(4, Lane.PREFILL, (piece(1, [1, 2], 2),)))
+        wanted = "the thread of lane prefill has ended: RuntimeError: no context for this thread"
+        assert {step: (one.error, one.gone) for step, one in found.items()} == {
+            1: (wanted, True),
+            2: (wanted, True),
+            3: (None, False),
+            4: (wanted, True),
+        }
+    finally:
+        lazy.device.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("where", ["start", "finish"])
+def test_a_lane_is_gone_when_the_device_has_done_what_it_launched(monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    """Plans that were launched before its first thread ended have their results."""
+    monkeypatch.setattr(LazyStream, "pace", 0.0)  # the device does nothing before somebody waits for it
+    lazy = Lazy(32, (Lane.MIXED,))
+    owner = CudaLane if where == "start" else Pending
+    whole = getattr(owner, where)
+
+    def ends(self: Any, *given: Any, **named: Any) -> Any:
+        plan = given[0] if where == "start" else self.plan
+        found = whole(self, *given, **named) if where == "start" or plan.step == 1 else None
+        if plan.step == 2:
+            raise SystemExit("told to go")
+        return found
+
+    monkeypatch.setattr(owner, where, ends)
+    try:
+        found = answers(lazy, *[Plan(step, Lane.MIXED, (piece(step, [1, 2], 2),)) for step in (1, 2, 3)])
+        assert (found[1].error, found[2].gone, found[3].gone) == (None, True, True)
+        assert found[2].error == "the thread of lane mixed has ended: SystemExit: told to go"
+        (stream,) = lazy.streams
+        assert stream.done == len(stream.work)
     finally:
         lazy.device.close()

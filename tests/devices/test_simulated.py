@@ -240,6 +240,7 @@ def test_a_lost_step_never_ends_and_does_not_keep_the_device_from_closing(device
     device.submit(plan(2, piece(0, 4)))
     assert device.poll(0.05) == []
     device.close()
+    assert [result.error for result in device.poll(None)] == ["the device is closed"] * 2
     with pytest.raises(DeviceError, match="closed"):
         device.submit(plan(3, piece(0, 4)))
 
@@ -347,12 +348,16 @@ def test_lanes_that_overlap_shrink_only_while_both_compute(devices: Any) -> None
     assert collect(device, 1)[0].seconds == pytest.approx(0.02)
 
 
-def test_a_thread_that_is_gone_never_answers_and_the_other_lane_does(devices: Any) -> None:
+def test_a_lane_whose_thread_has_ended_says_so_of_every_plan_and_the_other_goes_on(devices: Any) -> None:
     device = devices(CAPACITY, Partition(2, 2), faults=Faults(gone=frozenset({1})))
-    device.submit(plan(1, piece(0, 4, (0,)), lane=Lane.PREFILL))
+    for step in (1, 3):
+        device.submit(plan(step, piece(0, 4, (0,)), lane=Lane.PREFILL))
     device.submit(plan(2, piece(0, 4, (1,)), lane=Lane.DECODE))
-    assert [result.ticket.step for result in collect(device, 1)] == [2]
-    assert device.poll(0.05) == []
+    results = {result.ticket.step: result for result in collect(device, 3)}
+    device.submit(plan(4, piece(0, 4, (0,)), lane=Lane.PREFILL))
+    (results[4],) = collect(device, 1)
+    assert {step for step, result in results.items() if result.gone} == {1, 3, 4} and results[2].error is None
+    assert results[4].error == "the thread of lane prefill has ended: RuntimeError: simulated fault"
 
 
 # -- virtual time ----------------------------------------------------------------------------------------------------

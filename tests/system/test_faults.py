@@ -1,11 +1,15 @@
-"""A lane of the CPU fails, hangs, or its thread ends: its requests end with an error, and everybody else is served."""
+"""A lane of the CPU or of a GPU fails, hangs, or its thread ends: its requests end with an error, and everybody else is
+served."""
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +31,13 @@ KERNELS = available()[0]
 BLOCKS = 64
 TIMEOUT = 100.0  # on the test's own clock
 LONG, SHORT = 120, 12  # tokens of prompts; longer ones are the victims of a trap in the prefill lane
+CPU = pytest.param(
+    "cpu",
+    marks=pytest.mark.skipif(KERNELS == "reference", reason="torch's products round differently in another batch"),
+)
+CUDA = pytest.param("cuda", marks=pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed"))
 pytestmark = [
-    pytest.mark.skipif(KERNELS == "reference", reason="torch's products round differently in another batch"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # of the interpreter
     # That a thread ends with an exception is what some of these are about.
     pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning"),
 ]
@@ -36,23 +45,41 @@ pytestmark = [
 
 class Trap:
     """Stands before the model. It springs once: in the prefill lane at a long prompt, in the decode lane at the fifth
-    token after a short one."""
+    token after a short one. A lane of a GPU has a second thread, which waits for what the first has launched."""
 
     def __init__(self, kind: str, lane: Lane | None) -> None:
         self.kind, self.lane = kind, lane
         self.sprung, self.go_on = threading.Event(), threading.Event()
-        self._compute = cpu.compute
 
-    def compute(self, plan: Plan, decoder: Any, forward: Any) -> Any:
+    def set(self, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+        if device == "cpu":
+            compute = cpu.compute
+            monkeypatch.setattr(cpu, "compute", lambda plan, *given: self._spring(plan) or compute(plan, *given))
+            return
+        from weft.devices.cuda_lane import CudaLane, Pending
+
+        if self.kind == "second ends":
+            finish = Pending.finish
+            monkeypatch.setattr(Pending, "finish", lambda pending: self._spring(pending.plan) or finish(pending))
+            return
+        name = "_start" if self.kind == "fails" else "start"  # what the former raises is a step's failure
+        start = getattr(CudaLane, name)
+
+        def spring(lane: CudaLane, plan: Plan, *given: Any, **named: Any) -> Any:
+            self._spring(plan)
+            return start(lane, plan, *given, **named)
+
+        monkeypatch.setattr(CudaLane, name, spring)
+
+    def _spring(self, plan: Plan) -> None:
         at = plan.tokens > SHORT if self.lane is Lane.PREFILL else plan.slices[0].start == SHORT + 4
         if plan.lane is self.lane and at and not self.sprung.is_set():
             self.sprung.set()
             if self.kind == "fails":
                 raise RuntimeError("a kernel stumbles")
-            if self.kind == "ends":
+            if self.kind.endswith("ends"):
                 raise SystemExit("the thread was told to go")
             assert self.go_on.wait(60.0)
-        return self._compute(plan, decoder, forward)
 
 
 class Client:
@@ -85,19 +112,30 @@ class Client:
             self.hear(60.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Served:
+    """A device and its model."""
+
+    device: str
+    model: Path
+
+
 @contextmanager
-def served(monkeypatch: pytest.MonkeyPatch, partition: str, trap: Trap | None = None) -> Iterator[Client]:
+def served(monkeypatch: pytest.MonkeyPatch, by: Served, partition: str, trap: Trap | None = None) -> Iterator[Client]:
     config = EngineConfig(
-        model=str(BUILTIN),
-        kernels=KERNELS,
+        model=str(by.model),
+        device=by.device,
         partition=partition,
         num_blocks=BLOCKS,
         enable_prefix_caching=False,
-        cores=str(min(os.sched_getaffinity(0))),  # both lanes on one: nothing here is about speed
     )
+    if by.device == "cpu":  # both lanes on one core: nothing here is about speed
+        config = replace(config, kernels=KERNELS, cores=str(min(os.sched_getaffinity(0))))
+    else:
+        config = replace(config, load_format="dummy")
     if trap is not None:
-        monkeypatch.setattr(cpu, "compute", trap.compute)
-    device, clock = open_device(config, BUILTIN, lambda phase: None), [0.0]
+        trap.set(monkeypatch, by.device)
+    device, clock = open_device(config, by.model, lambda phase: None), [0.0]
     scheduler = Scheduler(device.capacity(), device.lanes(), settings(config))
     engine = Engine(
         device, scheduler, lambda: clock[0], step_timeout=TIMEOUT, controller=controller(config, device.capacity())
@@ -113,14 +151,24 @@ def served(monkeypatch: pytest.MonkeyPatch, partition: str, trap: Trap | None = 
 def prompts() -> dict[str, tuple[tuple[int, ...], int]]:
     """(prompt, tokens of the answer) of each request."""
     tokens = Tokenizer.from_folder(BUILTIN).encode((BUILTIN.parents[1] / "errors.py").read_text())
-    cuts = {"short": (0, SHORT, 30), "long": (50, LONG, 6), "later": (200, SHORT, 8), "last": (300, LONG, 8)}
+    cuts = {"short": (0, SHORT, 16), "long": (50, LONG, 6), "later": (200, SHORT, 8), "last": (300, LONG, 8)}
     return {name: (tuple(tokens[at : at + length]), count) for name, (at, length, count) in cuts.items()}
 
 
+@pytest.fixture(scope="module", params=[CPU, CUDA])
+def by(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Served:
+    if request.param == "cpu":
+        return Served("cpu", BUILTIN)
+    folder = tmp_path_factory.mktemp("one-layer")  # interpreted kernels take their time
+    shape = json.loads((tiny_model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(shape | {"num_hidden_layers": 1}))
+    return Served("cuda", folder)
+
+
 @pytest.fixture(scope="module")
-def right() -> dict[str, list[int]]:
+def right(by: Served) -> dict[str, list[int]]:
     """What one mixed lane answers."""
-    with pytest.MonkeyPatch.context() as monkeypatch, served(monkeypatch, "off") as client:
+    with pytest.MonkeyPatch.context() as monkeypatch, served(monkeypatch, by, "off") as client:
         for name, (prompt, count) in prompts().items():
             client.ask(name, prompt, count)
         client.until_ended(*prompts())
@@ -129,13 +177,17 @@ def right() -> dict[str, list[int]]:
 
 @pytest.mark.parametrize("partition", ["100%:100%", "turns:1:1"])
 @pytest.mark.parametrize("lane", [Lane.PREFILL, Lane.DECODE], ids=["prefill", "decode"])
-@pytest.mark.parametrize("kind", ["fails", "hangs", "ends"])
+@pytest.mark.parametrize("kind", ["fails", "hangs", "ends", "second ends"])
 def test_a_lane_that_fails_ends_its_requests_and_the_other_goes_on(
-    monkeypatch: pytest.MonkeyPatch, right: dict[str, list[int]], kind: str, lane: Lane, partition: str
+    monkeypatch: pytest.MonkeyPatch, by: Served, right: dict[str, list[int]], kind: str, lane: Lane, partition: str
 ) -> None:
+    if by.device == "cpu" and kind == "second ends":
+        pytest.skip("a lane of the CPU has one thread")
+    if by.device == "cuda" and partition == "turns:1:1":
+        pytest.skip("turns are the scheduler's, whatever the device")
     trap, asked = Trap(kind, lane), prompts()
     victim, spared = ("long", "short") if lane is Lane.PREFILL else ("short", "long")
-    with served(monkeypatch, partition, trap) as client:
+    with served(monkeypatch, by, partition, trap) as client:
         client.ask("short", *asked["short"])
         while not (trap.sprung.is_set() if lane is Lane.DECODE else "short" in client.tokens):
             client.hear(0.05)
@@ -175,10 +227,10 @@ def test_a_lane_that_fails_ends_its_requests_and_the_other_goes_on(
 
 
 def test_a_lane_whose_thread_has_ended_says_so_at_once_and_for_every_later_plan(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, by: Served, caplog: pytest.LogCaptureFixture
 ) -> None:
     trap, asked = Trap("ends", Lane.PREFILL), prompts()
-    with served(monkeypatch, "100%:100%", trap) as client:
+    with served(monkeypatch, by, "100%:100%", trap) as client:
         client.ask("long", *asked["long"])
         client.until_ended("long")  # the clock stands still: no time-out has any part in it
         wanted = "the thread of lane prefill has ended: SystemExit: the thread was told to go"
@@ -189,8 +241,10 @@ def test_a_lane_whose_thread_has_ended_says_so_at_once_and_for_every_later_plan(
         assert (result.ticket.step, result.error, result.gone) == (999, wanted, True)
 
 
-def test_when_the_threads_of_all_lanes_have_ended_the_device_is_dead(monkeypatch: pytest.MonkeyPatch) -> None:
-    with served(monkeypatch, "off", Trap("ends", Lane.MIXED)) as client:
+def test_when_the_threads_of_all_lanes_have_ended_the_device_is_dead(
+    monkeypatch: pytest.MonkeyPatch, by: Served
+) -> None:
+    with served(monkeypatch, by, "off", Trap("ends", Lane.MIXED)) as client:
         for name in ("short", "later"):
             client.ask(name, *prompts()[name])
         client.until_ended("short", "later")

@@ -14,7 +14,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -36,6 +36,9 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.loader import compute_dtype, load_weights, move, stored_dtype, weight_bytes
 from weft.models.shard import WHOLE, shard_config
+
+# What a lane's first thread hands to the second: plans, and in the end None, or what has ended it before its time.
+Launched: TypeAlias = Pending | BaseException | None
 
 SHARED = "the lanes' shares are not enforced, each lane may use the whole GPU: "
 
@@ -225,7 +228,7 @@ class CudaDevice:
         self._queues = Queues(lanes)
         self._threads = []
         for name in lanes:
-            launched: SimpleQueue[Pending | None] = SimpleQueue()
+            launched: SimpleQueue[Launched] = SimpleQueue()
             for work in (self._launch, self._collect):
                 title = f"weft-{name.value}-{work.__name__.strip('_')}"
                 self._threads.append(threading.Thread(target=work, args=(name, launched), name=title, daemon=True))
@@ -282,28 +285,50 @@ class CudaDevice:
         if self._ranks is not None:
             self._ranks.close()
 
-    def _launch(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
-        """A lane's first thread: its plans in order, until close()."""
-        self._gpu.adopt()
-        lane = self._lanes[name]
-        others = [other for other in self._lanes.values() if other is not lane]
-        while (plan := self._queues.next(name)) is not None:
-            if self._queues.closing:
-                launched.put(Pending(plan, error=CLOSED))
-            else:
-                ahead, share = self._ahead(name), _share(self._partition, name)
-                launched.put(lane.start(plan, others, ahead=ahead, share=share))
+    def _launch(self, name: Lane, launched: SimpleQueue[Launched]) -> None:
+        """A lane's first thread: its plans in order, until close(). How it ends is the last that the second is told."""
+        try:
+            self._gpu.adopt()
+            lane = self._lanes[name]
+            others = [other for other in self._lanes.values() if other is not lane]
+            while (plan := self._queues.next(name)) is not None:
+                if self._queues.closing:
+                    launched.put(Pending(plan, error=CLOSED))
+                else:
+                    ahead, share = self._ahead(name), _share(self._partition, name)
+                    launched.put(lane.start(plan, others, ahead=ahead, share=share))
+        except BaseException as error:
+            launched.put(error)
+            raise
         launched.put(None)
 
     def _ahead(self, name: Lane) -> bool:
         """Whether a lane guesses what comes next; of ranks all must do alike."""
         return self._ranks is not None or not self._queues.waiting(name)
 
-    def _collect(self, name: Lane, launched: SimpleQueue[Pending | None]) -> None:
-        """A lane's second thread."""
-        self._gpu.adopt()
-        while (pending := launched.get()) is not None:
-            self._queues.post(self._finish(self._lanes[name], pending))
+    def _collect(self, name: Lane, launched: SimpleQueue[Launched]) -> None:
+        """A lane's second thread. If either ends before its time, the lane does."""
+        try:
+            self._gpu.adopt()
+            while isinstance(pending := launched.get(), Pending):
+                self._queues.post(self._finish(self._lanes[name], pending))
+        except BaseException as error:
+            self._queues.stop(name)
+            while isinstance(launched.get(), Pending):
+                pass  # the first thread launches no more once it has put something else here
+            self._end(name, error)
+            raise
+        if pending is not None:
+            self._end(name, pending)
+
+    def _end(self, name: Lane, error: BaseException) -> None:
+        """Say that the lane is gone, once the device has done what it launched."""
+        try:
+            self._lanes[name].check()
+        except DeviceError as failed:
+            self._dead = failed.message
+        finally:
+            self._queues.end(name, error)
 
     def _finish(self, lane: CudaLane, pending: Pending) -> Result:
         ticket = Ticket(pending.plan.step, pending.plan.lane)

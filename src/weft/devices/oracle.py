@@ -58,8 +58,8 @@ class Faults:
     """What goes wrong, by `Plan.step` (the scheduler counts from 1).
 
     slow: seconds more. failed: the step ends in an error. lost: it never ends, nor does any later one of its lane.
-    gone: the lane's thread ends at this step without a word. dead: at this step the device dies. nan: (step, sequence)
-    of slices that fail alone.
+    gone: the lane's thread ends at this step. dead: at this step the device dies. nan: (step, sequence) of slices that
+    fail alone.
     """
 
     slow: Mapping[int, float] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 
@@ -12,13 +13,18 @@ CLOSED = "the device is closed"
 
 
 class Queues:
-    """The engine's thread calls submit, poll and close; each lane has a thread that calls `serve` or `next`; `post` and
-    `wake` may come from any thread."""
+    """The engine's thread calls submit, poll and close; each lane has a thread that calls `serve` or `next`; `post`,
+    `end` and `wake` may come from any thread.
+
+    Invariant: a plan has one result. The plans of a lane that has ended are answered: what is posted of one is dropped.
+    """
 
     def __init__(self, lanes: Iterable[Lane]) -> None:
         self._plans: dict[Lane, SimpleQueue[Plan | None]] = {lane: SimpleQueue() for lane in lanes}
         self._results: SimpleQueue[Result | None] = SimpleQueue()  # None: somebody called wake()
-        self._ended: dict[Lane, str] = {}  # lanes whose threads have ended before their time, and why
+        self._lock = threading.Lock()  # held for the next two
+        self._unanswered: dict[Lane, list[Ticket]] = {lane: [] for lane in self._plans}
+        self._ended: dict[Lane, str] = {}  # lanes that have ended before their time, and why
         self.closing = False
 
     def submit(self, plan: Plan) -> Ticket:
@@ -27,37 +33,39 @@ class Queues:
             raise DeviceError(f"a plan for lane {plan.lane.value}; this device has {', '.join(self._plans)}")
         if self.closing:
             raise DeviceError(CLOSED)
-        self._plans[plan.lane].put(plan)
-        if plan.lane in self._ended:  # nobody else is going to
-            self._refuse(plan.lane)
-        return Ticket(plan.step, plan.lane)
+        ticket = Ticket(plan.step, plan.lane)
+        with self._lock:
+            if plan.lane in self._ended:  # nobody else is going to answer
+                self._results.put(self._refusal(ticket))
+            else:
+                self._unanswered[plan.lane].append(ticket)
+                self._plans[plan.lane].put(plan)
+        return ticket
 
     def serve(self, lane: Lane, run: Callable[[Plan], Result]) -> None:
         """A lane's thread: carries out its plans in order until `close`.
 
-        `run` answers for what can go wrong in a step. What it raises ends the thread, but no plan without a result: the
-        one under way, those in line and those that are still to come fail, and say that the lane is gone.
+        `run` answers for what can go wrong in a step. What it raises ends the thread, and with it the lane.
         """
         while (plan := self.next(lane)) is not None:
             try:
                 result = run(plan)
             except BaseException as error:
-                self._ended[lane] = f"the thread of lane {lane.value} has ended: {type(error).__name__}: {error}"
-                self.post(self._refusal(plan))
-                self._refuse(lane)
+                self.end(lane, error)
                 raise
             self.post(result)
 
-    def _refuse(self, lane: Lane) -> None:
-        """All that is in line. Both the lane's thread and the engine's may be here: each plan goes to one of them."""
-        try:
-            while (plan := self._plans[lane].get_nowait()) is not None:
-                self.post(self._refusal(plan))
-        except Empty:
-            return
+    def end(self, lane: Lane, error: BaseException) -> None:
+        """A lane ends before its time, and nothing of it is under way any more: plans without a result, and those that
+        are still to come, fail and say that the lane is gone."""
+        with self._lock:
+            self._ended[lane] = f"the thread of lane {lane.value} has ended: {type(error).__name__}: {error}"
+            for ticket in self._unanswered[lane]:
+                self._results.put(self._refusal(ticket))
+            self._unanswered[lane].clear()
 
-    def _refusal(self, plan: Plan) -> Result:
-        return Result(Ticket(plan.step, plan.lane), error=self._ended[plan.lane], gone=True)
+    def _refusal(self, ticket: Ticket) -> Result:
+        return Result(ticket, error=self._ended[ticket.lane], gone=True)
 
     def next(self, lane: Lane) -> Plan | None:
         """The lane's next plan, when there is one; None when the lane should end."""
@@ -68,7 +76,11 @@ class Queues:
         return not self._plans[lane].empty()
 
     def post(self, result: Result) -> None:
-        self._results.put(result)
+        with self._lock:
+            unanswered = self._unanswered[result.ticket.lane]
+            if result.ticket in unanswered:
+                unanswered.remove(result.ticket)
+                self._results.put(result)
 
     def poll(self, timeout: float | None) -> list[Result]:
         """As Device.poll."""
@@ -85,8 +97,12 @@ class Queues:
     def wake(self) -> None:
         self._results.put(None)
 
+    def stop(self, lane: Lane) -> None:
+        """What was submitted stays in line; after it, the lane is told to end."""
+        self._plans[lane].put(None)
+
     def close(self) -> None:
-        """What was submitted stays in line; after it, each lane is told to end."""
+        """Stops all lanes, and takes no more plans."""
         self.closing = True
-        for plans in self._plans.values():
-            plans.put(None)
+        for lane in self._plans:
+            self.stop(lane)

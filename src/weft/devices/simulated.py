@@ -8,7 +8,6 @@ in order. `SimulatedDevice` runs them on a thread per lane that sleeps as long a
 from __future__ import annotations
 
 import json
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from weft.devices.cost import FREE, SMALL, CostModel
 from weft.devices.memory import decode_blocks
 from weft.devices.modelless import Modelless
 from weft.devices.oracle import SLOT_BYTES, Faults, continuation, oracle
+from weft.devices.queues import CLOSED, Queues
 from weft.errors import CheckpointError, ConfigError, DeviceError
 from weft.text.tokenizer import Tokenizer
 
@@ -85,13 +85,11 @@ class SimulatedDevice(Modelless):
         super().__init__(capacity, partition, faults)
         self._cost = cost
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._closed = threading.Event()  # ends the steps that are under way
         # The shares of the lanes that compute now.
         self._computing: dict[Lane, float] = {}
         self._dead: str | None = None
-        # A result, or None for "wake up".
-        self._results: queue.SimpleQueue[Result | None] = queue.SimpleQueue()
-        self._plans: dict[Lane, queue.SimpleQueue[Plan | None]] = {lane: queue.SimpleQueue() for lane in self._lanes}
+        self._queues = Queues(self._lanes)
         self._threads = [
             threading.Thread(target=self._work, args=(lane,), name=f"simulated-{lane.value}", daemon=True)
             for lane in self._lanes
@@ -102,52 +100,46 @@ class SimulatedDevice(Modelless):
     def submit(self, plan: Plan) -> Ticket:
         if self._dead is not None:
             raise DeviceError(self._dead)
-        if self._closed.is_set():
-            raise DeviceError("the simulated device is closed")
-        self._plans[plan.lane].put(plan)
-        return Ticket(plan.step, plan.lane)
+        return self._queues.submit(plan)
 
     def poll(self, timeout: float | None) -> list[Result]:
-        if self._dead is not None and self._results.empty():
-            raise DeviceError(self._dead)
-        found: list[Result] = []
-        try:
-            one = self._results.get(block=timeout is None or timeout > 0, timeout=timeout)
-            while one is not None:
-                found.append(one)
-                one = self._results.get_nowait()
-        except queue.Empty:
-            return found  # all there is
+        dead = self._dead
+        found = self._queues.poll(timeout if dead is None else 0.0)
+        if dead is not None and not found:
+            raise DeviceError(dead)
         return found
 
     def wake(self) -> None:
-        self._results.put(None)
+        self._queues.wake()
 
     def close(self) -> None:
+        if self._queues.closing:
+            return
+        self._queues.close()
         self._closed.set()
-        for plans in self._plans.values():
-            plans.put(None)
         for thread in self._threads:
             thread.join()
 
     def _work(self, lane: Lane) -> None:
-        while (plan := self._plans[lane].get()) is not None and not self._closed.is_set():
-            if plan.step == self._executor.faults.dead:
-                self._dead = f"the simulated device died at step {plan.step}: simulated fault"
-            if self._dead is not None:
-                self._results.put(Result(Ticket(plan.step, lane), error=self._dead))
-                continue
+        while (plan := self._queues.next(lane)) is not None:
             if plan.step in self._executor.faults.gone:
+                self._queues.end(lane, RuntimeError("simulated fault"))
                 return
-            seconds = self._begin(plan) + self._executor.faults.slow.get(plan.step, 0.0)
-            # A lost step is one that only `close` ends.
-            lost = plan.step in self._executor.faults.lost
-            if (lost or seconds > 0) and self._closed.wait(None if lost else seconds):
-                return
-            with self._lock:
-                self._computing.pop(lane, None)
-                result = self._executor.run(plan, seconds)
-            self._results.put(result)
+            self._queues.post(self._run(plan))
+
+    def _run(self, plan: Plan) -> Result:
+        ticket, faults = Ticket(plan.step, plan.lane), self._executor.faults
+        if plan.step == faults.dead:
+            self._dead = f"the simulated device died at step {plan.step}: simulated fault"
+        if self._dead is not None:
+            return Result(ticket, error=self._dead)
+        seconds = self._begin(plan) + faults.slow.get(plan.step, 0.0)
+        # A lost step is one that only `close` ends.
+        if self._closed.wait(None if plan.step in faults.lost else seconds):
+            return Result(ticket, error=CLOSED)
+        with self._lock:
+            self._computing.pop(plan.lane, None)
+            return self._executor.run(plan, seconds)
 
     def _begin(self, plan: Plan) -> float:
         """How long the step takes."""
