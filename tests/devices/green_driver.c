@@ -8,7 +8,10 @@ typedef struct { unsigned first, count; } Run;
 static const unsigned SMS = 132, UNIT = 8;
 static unsigned GROUPS = 16; /* units whose SMs are neighbours; a real H100 of 132 SMs has been seen with 15 */
 
+static unsigned CONTEXTS = 1000; /* that can still be made */
+
 void set_groups(unsigned groups) { GROUPS = groups; }
+void set_contexts(unsigned contexts) { CONTEXTS = contexts; }
 
 static Run *run_of(const CUdevResource *resource) { return (Run *)resource->_internal_padding; }
 
@@ -54,6 +57,8 @@ CUresult cuDevResourceGenerateDesc(CUdevResourceDesc *description, CUdevResource
 
 CUresult cuGreenCtxCreate(CUgreenCtx *context, CUdevResourceDesc description, CUdevice device, unsigned flags) {
     if (device != 0 || flags != CU_GREEN_CTX_DEFAULT_STREAM) return CUDA_ERROR_INVALID_VALUE;
+    if (CONTEXTS == 0) return CUDA_ERROR_OUT_OF_MEMORY;
+    CONTEXTS--;
     *context = (CUgreenCtx)description;
     return CUDA_SUCCESS;
 }
@@ -65,7 +70,9 @@ CUresult cuGreenCtxStreamCreate(CUstream *stream, CUgreenCtx context, unsigned f
 }
 
 CUresult cuGetErrorName(CUresult code, const char **name) {
-    *name = code == CUDA_ERROR_INVALID_DEVICE ? "CUDA_ERROR_INVALID_DEVICE" : "CUDA_ERROR";
+    *name = code == CUDA_ERROR_INVALID_DEVICE  ? "CUDA_ERROR_INVALID_DEVICE"
+            : code == CUDA_ERROR_OUT_OF_MEMORY ? "CUDA_ERROR_OUT_OF_MEMORY"
+                                               : "CUDA_ERROR";
     return CUDA_SUCCESS;
 }
 

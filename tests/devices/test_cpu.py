@@ -408,14 +408,18 @@ def test_an_impossible_partition_is_refused_and_changes_nothing(shares: tuple[in
     device.close()
 
 
-def test_a_move_that_fails_fails_the_step_and_not_the_lane() -> None:
-    device, _ = fake_device((4, 13, 6))
-    device.set_partition(Partition(2, 1))
-    failed = one(device, piece(1, [1]), lane=Lane.PREFILL)
-    assert failed.error == "DeviceError: core 13 is not for us"
-    assert one(device, piece(1, [1]), lane=Lane.DECODE, step=2).error is None
-    device.set_partition(Partition(1, 2))
-    assert one(device, piece(1, [1]), lane=Lane.PREFILL, step=3).error is None
+def test_a_share_that_cannot_be_had_costs_no_step_and_is_told_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    device, lanes = fake_device((4, 5, 13, 6))
+    lane = lanes[Lane.PREFILL]
+    steps = iter(range(1, 99))
+    for share, cores in ((3, (4,)), (3, (4,)), (2, (4, 5)), (3, (4, 5)), (1, (4,))):
+        device.set_partition(Partition(share, 1))
+        found = one(device, piece(1, [1]), lane=Lane.PREFILL, step=next(steps))
+        assert found.error is None and found.sampled and lane.cores == lane.adopted[-1] == cores
+        assert found.moved > 0 or share in (1, 3)
+        assert one(device, piece(1, [1]), lane=Lane.DECODE, step=next(steps)).error is None
+    wanted = "lane prefill keeps the share that it has, not (4, 5, 13): DeviceError: core 13 is not for us"
+    assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", wanted)]
     device.close()
 
 

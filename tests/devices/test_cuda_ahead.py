@@ -24,6 +24,7 @@ from weft.core.scheduler import Scheduler, SchedulerSettings
 from weft.devices import cuda_lane
 from weft.devices.base import Description
 from weft.devices.cuda import CudaDevice
+from weft.devices.cuda_green import GreenSms
 from weft.devices.cuda_lane import CudaLane, Pending
 from weft.devices.cuda_streams import SharedStream
 from weft.devices.oracle import Executor, Faults, continuation
@@ -149,7 +150,9 @@ class Lazy:
         seed: int = 0,
         max_model_len: int | None = None,
         adopt: Callable[[], None] = lambda: None,
+        have: Callable[[Lane, int], Any] = lambda lane, share: None,
     ) -> None:
+        """adopt: what a thread does first. have: what a lane does to have a share for the first time."""
         capacity = Capacity(blocks, BLOCK, 16, 6, 8, max_model_len or blocks * BLOCK, VOCABULARY, ahead=1)
         executor, lock, streams = Executor(capacity, Faults()), threading.RLock(), list[LazyStream]()
         decoder: Any = SimpleNamespace(max_model_len=capacity.max_model_len)
@@ -158,7 +161,8 @@ class Lazy:
         self.lanes: dict[Lane, CudaLane] = {}
         for lane in lanes:
 
-            def make(_share: int) -> Any:
+            def make(share: int, lane: Lane = lane) -> Any:
+                have(lane, share)
                 return LazyStream(lock, streams, random.Random(seed))
 
             stream: Any = make(0) if lane is Lane.MIXED else SharedStream(make, 4)
@@ -220,6 +224,32 @@ def test_a_result_says_what_its_lane_took_to_adopt_a_new_share() -> None:
         found.append(one.start(Plan(1, Lane.DECODE, (piece(0, [1, 2], 2),)), share=share).finish().moved)
     assert found[0] == found[2] == 0.0 < found[1]
     lazy.device.close()
+
+
+def test_a_share_that_the_driver_refuses_costs_no_step_and_is_told_of_once(
+    driver: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    lazy = Lazy(32, (Lane.PREFILL, Lane.DECODE), have=GreenSms(0, driver, (9, 0)).stream)
+    driver.set_contexts(0)
+    try:
+        moved, steps = [], iter(range(1, 99))
+        for share, contexts in ((4, 0), (5, 0), (5, 0), (4, 0), (5, 0), (4, 0), (5, 1)):
+            driver.set_contexts(contexts)
+            lazy.device.set_partition(Partition(share, 4))
+            found = answers(
+                lazy, *[Plan(next(steps), name, (piece(number, [1, 2], 2),)) for number, name in enumerate(lazy.lanes)]
+            )
+            assert [one.error for one in found.values()] == [None, None]
+            moved.append([one.moved > 0 for one in found.values() if one.ticket.lane is Lane.PREFILL])
+        assert moved == [[False]] * 6 + [[True]]
+        wanted = (
+            "lane prefill keeps the share that it has, not 5: "
+            "DeviceError: cuGreenCtxCreate failed: CUDA_ERROR_OUT_OF_MEMORY (2)"
+        )
+        assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", wanted)]
+    finally:
+        driver.set_contexts(1000)
+        lazy.device.close()
 
 
 def decode(lane: CudaLane, prefixes: dict[int, list[int]], *sequences: int, **changes: Any) -> None:

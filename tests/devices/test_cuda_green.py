@@ -1,12 +1,9 @@
-"""Parts of a GPU's SMs, against a stand-in for the driver that is compiled with the CUDA toolkit's own header."""
+"""Parts of a GPU's SMs, against a stand-in for the driver (conftest.py)."""
 
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,19 +14,6 @@ from weft.devices.cuda_streams import SharedStream
 from weft.errors import DeviceError
 
 SMS, UNIT = 132, 8
-
-
-@pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    triton = pytest.importorskip("triton")
-    header = Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    compiler = shutil.which("cc")
-    if compiler is None or not (header / "cuda.h").exists():
-        pytest.skip("needs a C compiler and triton's cuda.h")
-    library = tmp_path_factory.mktemp("driver") / "libgreen.so"
-    source = Path(__file__).with_name("green_driver.c")
-    subprocess.run([compiler, "-shared", "-fPIC", "-I", str(header), "-o", str(library), str(source)], check=True)
-    return ctypes.CDLL(str(library))
 
 
 def sms(driver: Any, stream: int) -> set[int]:

@@ -28,6 +28,7 @@ from weft.devices.cores import Cores, usable_cores
 from weft.devices.group import Group, open_ranked
 from weft.devices.memory import decode_blocks, free_memory, size_pool
 from weft.devices.queues import CLOSED, Queues
+from weft.devices.shares import Shares
 from weft.devices.step import compute
 from weft.errors import ConfigError, DeviceError, RankLost
 from weft.kernels import REFERENCE, check_heads, open_kernels, resolve
@@ -142,8 +143,8 @@ def _open_kernels(name: str, cores: Cores, exact_a4: bool) -> Kernels:
 
 
 class CpuLane:
-    """What one lane computes with. `cores`: the kernels'. `pinned`: those that the lane's thread was put on, if any.
-    kv: each layer's keys and values, the forward's, where blocks are copied from one pool to another."""
+    """What one lane computes with. `cores`: the kernels'; the lane's thread is put there when it begins. kv: keys and
+    values of each layer, the forward's, where blocks are copied from one pool to another."""
 
     def __init__(
         self, kernels: Kernels, decoder: Decoder, forward: Forward, cores: Cores, kv: Sequence[Any] = ()
@@ -153,18 +154,26 @@ class CpuLane:
         self.forward = forward
         self.cores = cores
         self.kv = kv
-        self.pinned: Cores | None = None
+        self._shares: Shares[Cores] = Shares()
 
-    def move(self, cores: Cores) -> float:
-        """Compute on these cores from now on. Only the lane's thread may call it: it is pinned. The seconds that other
-        cores than before took."""
-        begun, other = time.perf_counter(), cores != self.cores
-        if other:
-            self.kernels.set_cores(cores)
-            self.cores = cores
-        self.pin()
-        self.pinned = cores
-        return time.perf_counter() - begun if other else 0.0
+    def adopt(self, lane: Lane, cores: Cores) -> float:
+        """Compute on these cores from now on or, where that cannot be, on those as before (see Shares). Only the lane's
+        thread may call it: it is pinned. The seconds that other cores took; 0 without."""
+        return self._shares.adopt(lane, cores, self._move) or 0.0
+
+    def _move(self, cores: Cores) -> float:
+        begun, before = time.perf_counter(), self.cores
+        try:
+            if cores != before:
+                self.kernels.set_cores(cores)
+                self.cores = cores
+            self.pin()
+        except Exception:  # some threads may have moved
+            self.kernels.set_cores(before)
+            self.cores = before
+            self.pin()
+            raise
+        return time.perf_counter() - begun if cores != before else 0.0
 
     def pin(self) -> None:
         """Put the calling thread, which is the lane's, where the kernels expect it."""
@@ -281,12 +290,7 @@ class CpuDevice:
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._queues.closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
-        moved = 0.0
-        if (cores := self._shares[name]) != lane.pinned:
-            try:
-                moved = lane.move(cores)
-            except Exception as error:
-                return Result(Ticket(plan.step, plan.lane), error=_words(error))
+        moved = lane.adopt(name, self._shares[name])
         try:
             result = lane.run(plan)
         except RankLost as error:  # the device has failed, and `poll` says so

@@ -22,6 +22,7 @@ from weft.core.plan import Plan, Result, Sampled, Slice, Ticket
 from weft.devices.cuda_draw import Draw, Outcome, start_draw
 from weft.devices.cuda_forward import CudaForward, last_rows
 from weft.devices.cuda_streams import Event, Gpu, Stream
+from weft.devices.shares import Shares
 from weft.devices.step import PromptScores, score_prompts
 from weft.errors import RankLost
 from weft.models.decoder import Decoder
@@ -99,6 +100,7 @@ class CudaLane:
         self._decoder = decoder
         self._forward = forward
         self._block_size = block_size
+        self._shares: Shares[int] = Shares()
         self._guess: Launch | None = None
         self._guesses: tuple[tuple[frozenset[int], Event], ...] = ()  # that may still write, oldest first
         self._overwritten: frozenset[int] = frozenset()  # blocks that others have written to since the latest guess
@@ -109,11 +111,11 @@ class CudaLane:
         """Launch a plan, or what of it was not launched already. An exception fails the step, not the lane.
 
         others: the lanes whose guesses it must not run into. ahead: whether to guess what comes next. share: of the
-        device, from now on; None for the same as before.
+        device, from now on (see Shares); None for the same as before.
         """
+        if share is not None:
+            self._shares.adopt(plan.lane, share, self._stream.move)
         try:
-            if share is not None:
-                self._stream.move(share)
             with self._stream.use(), torch.inference_mode():
                 pending = self._start(plan, others, ahead)
         except RankLost as error:  # that is more than this step

@@ -165,9 +165,8 @@ class SharedStream:
         with self._moving():
             if share not in self._streams:
                 self._streams[share] = self._make(share)
-            done = self.now.mark()
+            self._streams[share].follow(self.now.mark())
             self._share = share
-            self.now.follow(done)
 
     def moved(self) -> float:
         seconds, self._moved = self._moved, 0.0
@@ -176,10 +175,8 @@ class SharedStream:
     @contextlib.contextmanager
     def _moving(self) -> Iterator[None]:
         begun = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._moved += time.perf_counter() - begun
+        yield  # what fails is no move
+        self._moved += time.perf_counter() - begun
 
     def use(self) -> AbstractContextManager[None]:
         return self.now.use()
