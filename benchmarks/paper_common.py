@@ -22,6 +22,7 @@ from weft.sim.estimate import setup_of
 from weft.sim.replica import Setup
 from weft.sim.step import StepCost
 
+BLOCK = 64  # tokens of a KV block
 FIGURES = Path(__file__).with_name("paper_figures.json")
 SIMULATED = "SIMULATED: no GPU was used, and no coefficient was changed to come nearer to the paper"
 
@@ -78,7 +79,7 @@ def setup(
 ) -> Setup:
     """A replica as the papers' servers were: no prefix cache, and nobody is refused for others' sake."""
     config = EngineConfig(
-        max_num_seqs=seats, max_num_batched_tokens=max(tokens, seats), block_size=64, max_model_len=longest,
+        max_num_seqs=seats, max_num_batched_tokens=max(tokens, seats), block_size=BLOCK, max_model_len=longest,
         enable_prefix_caching=False, max_num_queued_reqs=10**6, partition=partition, **more,
     )  # fmt: skip
     return setup_of(cost, config)

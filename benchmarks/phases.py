@@ -83,7 +83,8 @@ def contest(arguments: argparse.Namespace, part: str) -> list[Row]:
                     records, switches = simulated.serve(one, asked[one.devices], what.targets, load.caching)
                     found = summarise(records, what.targets)
                     made = row(device, load.name, rate, one.name, one.kind, found, switches)
-                    here.append(made | {"goodput": made["goodput"] / one.devices, "devices": one.devices})
+                    each = {"devices": one.devices, "per_second": len(asked[one.devices]) / seconds / one.devices}
+                    here.append(made | each | {"goodput": made["goodput"] / one.devices})
                 print(
                     f"\n{load.name} ({part}), {rate:g} times its rate, on {device}: {len(asked[1])} requests in "
                     f"{seconds:g} s, goodput of each device (simulated)"

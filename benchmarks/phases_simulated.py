@@ -63,7 +63,7 @@ DEVICES = {
         mooncake=Scale(1 / 8, 1 / 2, _LONG, 1.4),  # prompts of 1600 tokens, half of which others have computed before
         mixes=(Mix(4.0, 2000, 40), Mix(8.0, 150, 300), Mix(4.0, 2000, 40)),
         chunks=(128, 256, 512, 1024, 2048),
-        splits=(3, 4, 5, 6, 7, 8, 9),
+        splits=tuple(range(1, 12)),
         turns=((1, 1), (3, 1)),
         link=(131072, 300e9),
     ),
