@@ -1,7 +1,8 @@
 """How prefill and decode should share a device: chunks, splits, overlap, turns, PD disaggregation, semi-PD's way, auto.
 
-    python benchmarks/phases.py [TRACE ...] [--quick] [--part report] [--json FILE] [--plot FILE]
+    python benchmarks/phases.py [TRACE ...] [--quick] [--part report] [--json FILE] [--plot FILE] [--doc FILE]
     python benchmarks/phases.py [TRACE ...] --cpu MODEL ... [--minutes 20] [--json FILE [--resume]] [--plot FILE]
+    python benchmarks/phases.py --again JSON [--plot FILE] [--doc FILE]
 
 TRACES: files with arrival_s, input_tokens, output_tokens (CSV), or Mooncake's JSON lines; also .gz. A load whose mix
 changes twice, prompt-heavy, generation-heavy and prompt-heavy again, is always there. A request counts when it met both
@@ -13,19 +14,35 @@ minutes later (other seeds, where the load is drawn). `--part both` adds how the
 
 With --cpu: `weft serve`, and llama.cpp's server where it has been built (benchmarks/peers/llama_server.py), over HTTP;
 see phases_cpu.py.
+
+--again: nothing is measured; pictures and tables are made of an earlier run's JSON.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import common
 import phases_cpu
 import phases_simulated as simulated
+from paper_common import into_document
 from phases_loads import CHANGING, load_all
-from phases_tables import Found, Row, against_best, chosen_elsewhere, claims, draw, no_room, row, show
+from phases_tables import (
+    Found,
+    Row,
+    against_best,
+    chosen_elsewhere,
+    claims,
+    documents,
+    draw,
+    no_room,
+    row,
+    show,
+    told,
+)
 
 from weft.bench.stats import summarise
 
@@ -34,15 +51,29 @@ def main() -> None:
     arguments = _arguments()
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     logging.getLogger("weft.partition").setLevel(logging.INFO if arguments.log else logging.ERROR)
-    found = run_simulated(arguments) if arguments.cpu is None else phases_cpu.run(arguments)
-    notes = [*found.notes, *against_best([one for one in found.rows if one.get("part", "report") == "report"])]
-    for note in notes:
+    found = _found(arguments)
+    for note in found.notes:
         print(note)
     for name, value in found.claims.items():
         print(f"{name} = {value:.3f}")
+    shown = _reported(found.rows)
     if arguments.plot is not None:
-        draw([one for one in found.rows if one.get("part", "report") == "report"], arguments.plot, found.targets)
-    common.write_json(arguments, found.claims, found.rows, notes)
+        draw(shown, arguments.plot, found.targets)
+    if arguments.doc is not None:
+        into_document(arguments.doc, documents(shown, found.claims))
+    if arguments.again is None:
+        common.write_json(arguments, found.claims, found.rows, found.notes)
+
+
+def _found(arguments: argparse.Namespace) -> Found:
+    if arguments.again is not None:
+        return told(arguments.again)
+    found = run_simulated(arguments) if arguments.cpu is None else phases_cpu.run(arguments)
+    return replace(found, notes=[*found.notes, *against_best(_reported(found.rows))])
+
+
+def _reported(rows: list[Row]) -> list[Row]:
+    return [one for one in rows if one.get("part", "report") == "report"]
 
 
 def run_simulated(arguments: argparse.Namespace) -> Found:
@@ -105,6 +136,7 @@ def _arguments() -> argparse.Namespace:
     virtual = parser.add_argument_group("simulated")
     virtual.add_argument("--seconds", type=float, help="of virtual time; default 120, 30 with --quick")
     virtual.add_argument("--part", choices=("tune", "report", "both"), default="report")
+    virtual.add_argument("--doc", type=Path, metavar="FILE", help="put the tables into this document, too")
     virtual.add_argument("--log", action="store_true", help="print every decision")
     real = parser.add_argument_group("on this machine's CPU")
     models = phases_cpu.MODELS
@@ -113,7 +145,13 @@ def _arguments() -> argparse.Namespace:
     real.add_argument("--resume", action="store_true", help="go on where a run with the same --json was ended")
     real.add_argument("--llama-server", type=Path, metavar="FILE", help="default: the one in the cache")
     real.add_argument("--cache", type=Path, metavar="DIR", help="default: weft-bench in the user's cache")
-    return parser.parse_args()
+    parser.add_argument("--again", type=Path, metavar="JSON", help="measure nothing; show what an earlier run wrote")
+    arguments = parser.parse_args()
+    if arguments.again is not None and (arguments.json is not None or arguments.cpu is not None):
+        parser.error("--again measures nothing: --json and --cpu do not go with it")
+    if arguments.doc is not None and (arguments.cpu is not None or arguments.only or arguments.loads):
+        parser.error("--doc has all of the simulated contest: --cpu, --only and --loads do not go with it")
+    return arguments
 
 
 if __name__ == "__main__":

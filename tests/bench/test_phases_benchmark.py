@@ -107,6 +107,97 @@ def test_claims_are_the_least_ratio_to_the_best_in_hindsight(scripts: Any) -> No
     assert tables.claims(rows_of(attained) + other, "x_") == found, "devices are not compared with each other"
 
 
+def told_rows(policies: dict[str, str], attained: dict[str, tuple[float, float]]) -> list[dict[str, Any]]:
+    """Rows of one load at two rates, as a run in virtual time has them. policies: their kinds."""
+    times = {f"{what}_p{p}": 0.001 * p for what in ("ttft", "tpot") for p in (50, 90, 99)}
+    return [
+        {"device": "any", "trace": "conv", "rate": rate, "policy": name, "kind": kind, "requests": 100, "failed": 3,
+         "attainment": attained[name][at], "goodput": attained[name][at], "per_second": 2.0 * rate, "switches": 0,
+         "part": "report", **times}
+        for at, rate in enumerate((1.0, 2.0))
+        for name, kind in policies.items()
+    ]  # fmt: skip
+
+
+SOME = {
+    "chunk 64": "chunk", "chunk 128": "chunk", "split 1:3": "split", "split 3:1": "split", "turns 1:1": "turns",
+    "overlap": "overlap", "pd 1:1": "pd", "paper": "paper", "auto": "auto",
+}  # fmt: skip
+PARTS = {
+    "chunk 64": (0.9, 0.1), "chunk 128": (0.7, 0.5), "split 1:3": (0.2, 0.2), "split 3:1": (0.8, 0.3),
+    "turns 1:1": (0.5, 0.1), "overlap": (0.6, 0.2), "pd 1:1": (0.4, 0.1), "paper": (0.5, 0.2), "auto": (0.95, 0.8),
+}  # fmt: skip
+
+
+def test_of_each_kind_the_one_is_shown_that_did_best_at_all_rates(scripts: Any) -> None:
+    tables = scripts("phases_tables")
+    assert tables.chosen(told_rows(SOME, PARTS)) == {
+        "auto": "auto", "best chunk": "chunk 128", "best split": "split 3:1", "overlap or turns": "overlap",
+        "paper": "paper", "pd": "pd 1:1",
+    }  # fmt: skip
+    rows = told_rows(SOME, PARTS)
+    for one in rows:
+        if one["policy"] == "chunk 128":
+            one["requests"] = 50
+    assert tables.chosen(rows)["best chunk"] == "chunk 64", "the other one was left out of some rounds"
+    lucky = {"0": (9, 10)}
+    rounds = {"auto": {"0": (10, 10), "1": (2, 10)}, "chunk 64": {"0": (5, 10), "1": (2, 10)}, "chunk 128": lucky}
+    rows = [one | {"rounds": rounds[one["policy"]]} for one in rows if one["policy"] in rounds]
+    assert tables.chosen(rows)["best chunk"] == "chunk 128", "in the rounds that it was in"
+
+
+def test_tables_and_pictures_are_made_of_what_an_earlier_run_wrote(
+    scripts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = scripts("phases")
+    rows = [*told_rows(SOME, PARTS), *(one | {"device": "two cores"} for one in told_rows(SOME, PARTS))]
+    rows[0]["tpot_p50"] = None  # as JSON has what is not a number
+    note = "SIMULATED any: a device, 4 shares, targets TTFT 1 s and TPOT 0.025 s; part report"
+    told, document, picture = (tmp_path / name for name in ("told.json", "page.md", "picture.png"))
+    told.write_text(json.dumps({"claims": {"simulated_x": 1.5}, "rows": rows, "notes": [note]}))
+    document.write_text("".join(f"<!-- {name} -->\n<!-- end -->\n" for name in PLACES))
+    flags = ["--again", str(told), "--doc", str(document), "--plot", str(picture)]
+    monkeypatch.setattr(sys, "argv", ["phases.py", *flags])
+    phases.main()
+    assert phases.told(told).targets == {"any": (1.0, 0.025)}
+    text = document.read_text()
+    assert "| any | conv | 1 | 2.00 | 95% | 90% (chunk 64) | 50% | 40% | 0.95 | 0.90 | 0.50 | 0.40 | 3 of 100 |" in text
+    assert "| any | conv | 2 | 4.00 | 80% | 50% (chunk 128) |" in text
+    assert "| conv | 1 | **90%** | 70% | 20% | 80% | 50% | 60% |" in text
+    assert "| 2 | chunk 128 | 50.0% | 0.50 | 0.05 | 0.09 | 0.10 | 50.0 | 90.0 | 99.0 |" in text
+    assert "simulated_x = 1.500" in text
+    assert picture.exists() and (tmp_path / "picture_two_cores.png").exists()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [["--again", "a", "--json", "b"], ["--again", "a", "--cpu", "builtin"], ["--doc", "a", "--only", "auto"],
+     ["--doc", "a", "--cpu", "builtin"]],
+)  # fmt: skip
+def test_flags_that_do_not_go_together_are_refused(
+    scripts: Any, flags: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["phases.py", *flags])
+    with pytest.raises(SystemExit):
+        scripts("phases")._arguments()
+    assert "with it" in capsys.readouterr().err
+
+
+PLACES = ("simulated", "fixed", "latencies", "claims")
+
+
+def test_the_document_has_a_place_for_each_table() -> None:
+    text = (FOLDER.parent / "docs" / "phases.md").read_text()
+    assert all(f"<!-- {name} -->\n" in text for name in PLACES)
+
+
+def test_every_static_split_takes_part(scripts: Any) -> None:
+    simulated = scripts("phases_simulated")
+    for device in simulated.DEVICES.values():
+        splits = [one.name for one in simulated.contestants(device) if one.kind == "split"]
+        assert splits == [f"split {units}:{device.shares - units}" for units in range(1, device.shares)]
+
+
 def test_pieces_of_several_rates_have_no_request_in_common(scripts: Any, trace: Path) -> None:
     cpu, loads = scripts("phases_cpu"), scripts("phases_loads")
     load = loads.recorded(trace, loads.Scale(1.0, 1.0, (4000, 8)))
