@@ -54,6 +54,15 @@ def far(samples: list[Stepped], rng: random.Random, part: float) -> list[Stepped
     ]
 
 
+def bent(samples: list[Stepped], law: StepModel, bend: float) -> list[Stepped]:
+    """As on a device whose curve over shares is another: a share counts as share ** bend."""
+    made = []
+    for one in samples:
+        other = replace(one, share=one.share**bend)
+        made.append(replace(one, seconds=one.seconds * law.of_step(other) / law.of_step(one)))
+    return made
+
+
 @given(a=st.floats(0.01, 2.0), b=st.floats(0.0, 0.5), seed=st.integers(0, 10**6))
 @settings(max_examples=25, deadline=None)
 def test_the_ttft_curve_is_found_again(a: float, b: float, seed: int) -> None:
@@ -138,13 +147,61 @@ def test_the_saturation_point_takes_three_shares_and_is_where_the_curve_bends() 
     assert isinstance(below, StepModel) and below.saturation == 1.0
 
 
-def test_contention_is_told_only_where_it_was_seen_with_and_without() -> None:
-    rng, truth = random.Random(6), StepModel(0.001, 0.01, 0, 0, contention=0.4)
-    model = fit_steps(steps(truth, rng), now=24.0)
-    assert isinstance(model, StepModel) and model.contention == pytest.approx(0.4, abs=0.05)
-    always = [s for s in steps(truth, rng, 600) if s.rival == 1.0]
-    model = fit_steps(always, now=60.0)
+@given(contention=st.floats(0.0, 0.6), bend=st.floats(0.85, 1.2), seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_contention_is_found_where_shares_and_rivals_are_drawn_apart_whatever_the_curve(
+    contention: float, bend: float, seed: int
+) -> None:
+    """bend: the exponent of the device's curve over shares, which the law takes for 1."""
+    rng, truth = random.Random(seed), StepModel(0.001, 0.01, 1e-4, 1e-7, contention=contention)
+    model = fit_steps(bent(steps(truth, rng, 400), truth, bend), now=40.0)
+    assert isinstance(model, StepModel) and model.contention == pytest.approx(contention, abs=0.05)
+    assert model.excess == 0.0
+
+
+@given(contention=st.floats(0.0, 0.6), bend=st.floats(0.85, 1.2), sizes=st.booleans(), seed=st.integers(0, 10**6))
+@settings(max_examples=20, deadline=None)
+def test_a_rival_at_some_shares_only_or_beside_some_sizes_only_does_not_tell_contention(
+    contention: float, bend: float, sizes: bool, seed: int
+) -> None:
+    """As an engine sees it: a lane alone has the whole device, and a share of it beside the other lane. Contention and
+    a steeper curve explain that equally well. Likewise where steps beside a rival are all larger than those alone."""
+    rng, truth = random.Random(seed), StepModel(0.001, 0.01, 1e-4, 1e-7, contention=contention)
+    made = []
+    for one in steps(truth, rng, 300):
+        rival, output = float(one.share < 1.0), one.output
+        if sizes:
+            rival, output = rng.choice([(0.0, rng.randint(1, 7)), (1.0, rng.randint(8, 31))])
+        seconds = truth.predict(output, one.context, one.share, rival)
+        made.append(replace(one, output=output, rival=rival, seconds=seconds * math.exp(rng.gauss(0.0, 0.02))))
+    seen = bent(made, truth, bend)
+    model = fit_steps(seen, now=30.0)
     assert isinstance(model, StepModel) and model.contention is None
+    # What was seen is predicted as well as before: mean costs beside and alone are those that were observed.
+    for rival in (0.0, 1.0):
+        assert drift(model, [one for one in seen if one.rival == rival]) == pytest.approx(1.0, abs=0.08)
+
+
+def test_what_a_slope_explains_is_not_put_down_to_the_rival() -> None:
+    """Half of the device takes 1.5 times as long, beside a rival; that may be the share alone."""
+    rng, slope = random.Random(6), StepModel(0.005, 0.005, 0, 0)
+    seen = [replace(one, rival=float(one.share < 1.0)) for one in steps(slope, rng, shares=(0.5, 1.0))]
+    seen = [replace(one, seconds=0.015 if one.rival else 0.01) for one in seen]
+    model = fit_steps(seen, now=24.0)
+    assert isinstance(model, StepModel) and model.contention is None and model.excess < 0.01
+    beyond = [replace(one, seconds=0.026 if one.rival else 0.01) for one in seen]
+    model = fit_steps(beyond, now=24.0)
+    assert isinstance(model, StepModel) and model.contention is None and model.excess == pytest.approx(0.3, abs=0.01)
+    assert model.predict(8, 500, 0.5, rival=1.0) == pytest.approx(0.026, rel=0.02)
+    assert model.predict(8, 500, 1.0) == pytest.approx(0.01, rel=0.02)
+
+
+def test_contention_that_was_seen_long_ago_is_no_longer_told() -> None:
+    rng, truth = random.Random(6), StepModel(0.001, 0.01, 0, 0, contention=0.4)
+    old, new = steps(truth, rng), [one for one in steps(truth, rng, start=600.0) if one.rival == 1.0]
+    told, untold = (fit_steps(old + new, now=624.0, half_life=one) for one in (600.0, 60.0))
+    assert isinstance(told, StepModel) and told.contention == pytest.approx(0.4, abs=0.05)
+    assert isinstance(untold, StepModel) and untold.contention is None
 
 
 @given(seed=st.integers(0, 10**6))

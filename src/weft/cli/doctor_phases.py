@@ -91,7 +91,9 @@ def _step_lines(model: StepModel | None) -> list[str]:
     if model is None:
         return ["step times: no fit; fewer than three steps were seen"]
     saturation = "not told by these shares" if model.saturation is None else f"{model.saturation:.0%} of the device"
-    contention = "not told" if model.contention is None else f"{model.contention:.1%} longer beside the other lane"
+    longer = f"{model.excess if model.contention is None else model.contention:.1%} longer beside the other lane"
+    untold = f"not told, for no share was seen both with the other lane and without; {longer} than shares explain"
+    contention = longer if model.contention is not None else untold
     return [
         f"step times, from {model.samples} steps at {_shares(model.shares)} (median error {model.error:.1%})",
         f"  fixed       {model.fixed * 1e3:10.4f} ms",

@@ -13,9 +13,15 @@ prompts is a cost of its own: P pairs of a token and a slot that it attends to, 
 few tokens; without it, steps of a long prompt's last parts would look as if the device had become slower. What a step
 costs whatever is in it is paid by each of the parts that it is cut into.
 
-A fit never extrapolates from one share: that would be the model's word, not the data's. Newer samples count more
-(`half_life`), so that the fit follows a device or a load that drifts, and samples of a share that was left long ago
-stop counting as knowledge of it.
+A fit never extrapolates from one share: that would be the model's word, not the data's. So with contention. Where steps
+had a rival at some shares and none at others, any contention explains them, together with a curve over shares that is
+so much flatter or steeper; the law's own curve would choose one, and be wrong as far as the device's is another. It is
+told where steps of one size were seen at one share both alone and beside a rival: they differ by 1 + contention * rival
+whatever the curve is. Otherwise it stays unknown, and only what no share explains (on a share nothing takes more than
+1 / share times as long) is put down to the rival, so that predictions of what was seen are right.
+
+Newer samples count more (`half_life`), so that the fit follows a device or a load that drifts, and samples of a share
+that was left long ago stop counting as knowledge of it.
 """
 
 from __future__ import annotations
@@ -30,6 +36,7 @@ from numpy.typing import NDArray
 from weft.phases.observations import Stepped
 
 Array = NDArray[np.float64]
+Which = NDArray[np.bool_]
 
 HALF_LIFE = 60.0
 # A share counts as seen when its samples weigh as much as so many new ones.
@@ -38,6 +45,8 @@ SEEN = 2.0
 LEVEL_SAMPLES = 8
 # Shares closer than this are the same.
 SAME_SHARE = 0.015
+# A step was alone, or beside a rival, that had one for less, or for more, than this part of its time.
+ALONE, BESIDE = 0.2, 0.5
 # Never predict for a queue that is closer to instability than this: x > load * (1 + MARGIN).
 MARGIN = 0.02
 # Tukey's constant: 95 % efficient on normal errors; what is off by more than so many deviations counts nothing.
@@ -45,8 +54,10 @@ TUKEY = 4.685
 # What is off by less than this (relative) is never taken for an outlier beside many that are exactly alike.
 SPREAD_LEAST = 0.02
 SATURATIONS = tuple(round(0.1 * i, 2) for i in range(1, 11))
-# Turns of reweighting; more of them change nothing that matters.
-TURNS = 8
+# Turns of reweighting, and between contention and the rest; more of them change nothing that matters.
+TURNS, CONTENTION_TURNS = 8, 2
+# What chooses between saturation points that explain the samples equally well, relative to the error.
+TIE = 0.002
 # What prompts attend to is told from their other costs by so many steps, and where it makes the error so much smaller:
 # otherwise it would be noise that is explained.
 ATTENTION_SAMPLES, ATTENTION_GAIN = 16, 0.9
@@ -93,7 +104,8 @@ class StepModel:
     """Seconds of a step of T tokens that reads C slots, on a share, beside a rival (part of the time, 0 to 1). Of the
     slots prompts read R, and attend to them in P pairs.
 
-    saturation, contention: None where the samples do not tell; predictions then take 1 and 0.
+    saturation, contention: None where the samples do not tell; predictions then take 1, and `excess`: how much longer
+    steps beside a rival took than any share explains.
     """
 
     fixed: float
@@ -107,6 +119,7 @@ class StepModel:
     error: float = 0.0
     read: float = 0.0
     pair: float = 0.0
+    excess: float = 0.0
 
     def predict(
         self,
@@ -120,7 +133,8 @@ class StepModel:
     ) -> float:
         memory = (self.base + self.slot * context) / min(share, self.saturation or 1.0)
         work = self.token * tokens + self.read * read + self.pair * pairs
-        return (self.fixed * parts + work / share + memory) * (1.0 + (self.contention or 0.0) * rival)
+        longer = self.excess if self.contention is None else self.contention
+        return (self.fixed * parts + work / share + memory) * (1.0 + longer * rival)
 
     def of_step(self, step: Stepped) -> float:
         """What a step like this one takes."""
@@ -194,11 +208,11 @@ def _fit(good: list[Stepped], weights: Array, shares: tuple[float, ...], fixed: 
     parts = np.array([float(one.parts) for one in good])
     # Fewer than three shares cannot tell a saturation point from a slope.
     points = [one for one in SATURATIONS if one > shares[0] * 1.01] if len(shares) > 2 else [1.0]
-    contention = _contention_start(rival)
+    both = seen_both_ways(share, tokens, rival, weights)
 
     def best_of(work: Mapping[str, Array]) -> tuple[float, StepModel]:
         def at(point: float) -> tuple[float, StepModel]:
-            return _fit_at(point, y, share, work, context, rival, contention, weights, parts if fixed else None)
+            return _fit_at(point, y, share, work, context, rival, both, weights, parts if fixed else None)
 
         best = min(map(at, points), key=lambda one: one[0])
         if len(points) > 1:
@@ -236,12 +250,13 @@ def _fit_at(
     work: Mapping[str, Array],
     context: Array,
     rival: Array,
-    contention: float | None,
+    both: Sequence[Which],
     weights: Array,
     parts: Array | None,
 ) -> tuple[float, StepModel]:
     """(loss, model) for one saturation point. Contention multiplies, so it and the rest take turns to be fitted.
 
+    both: see `seen_both_ways`; where there are none, the excess is found in all samples alike, from 0 upwards.
     parts: None where no cost is to be found that does not depend on the share.
     """
     inverse = 1.0 / np.minimum(share, point)
@@ -257,50 +272,46 @@ def _fit_at(
         names, found = _non_negative(columns, y / (1.0 + value * rival), weights)
         return names, found, np.maximum(np.column_stack([columns[name] for name in names]) @ found, 1e-12)
 
-    value = contention
-    if value is not None:
-        turns = [_added(columns, inverse, y, rival, weights)]
-        for _ in range(2):
-            turns.append(_contention(y / costs(turns[-1])[2] - 1.0, rival, weights))
-        value = _limit(*turns)
-    names, found, predicted = costs(value or 0.0)
+    value = 0.0
+    for _ in range(CONTENTION_TURNS):
+        value = _contention(y / costs(value)[2], rival, both or [np.ones(len(y), dtype=bool)], weights)
+    names, found, predicted = costs(value)
     got = {name: float(number) for name, number in zip(names, found, strict=True)}
-    whole = predicted * (1.0 + (value or 0.0) * rival)
+    whole = predicted * (1.0 + value * rival)
     # Mean absolute error relative to the value: an outlier counts, but does not rule. Of two points that explain the
-    # samples equally well, the one with less of a cost that no share changes.
+    # samples equally well, the one with less of a cost that no share changes, and with less put down to the rival.
     loss = float(np.average(np.minimum(np.abs(y / whole - 1.0), 1.0), weights=weights))
-    loss += 0.002 * got.get("fixed", 0.0) / float(np.median(y))
+    loss += TIE * got.get("fixed", 0.0) / float(np.median(y)) + (0.0 if both else TIE * value)
     overhead, base, token, slot, read, pair = (
         got.get(name, 0.0) for name in ("fixed", "base", "token", "slot", "read", "pair")
     )
-    return loss, StepModel(overhead, base, token, slot, point, value, read=read, pair=pair)
+    contention, excess = (value, 0.0) if both else (None, value)
+    return loss, StepModel(overhead, base, token, slot, point, contention, read=read, pair=pair, excess=excess)
 
 
-def _added(columns: dict[str, Array], inverse: Array, y: Array, rival: Array, weights: Array) -> float:
-    """Contention as a cost that is added, relative to the mean step: near enough to start from."""
-    names, found = _non_negative({**columns, "rival": rival * inverse}, y, weights)
-    added = float(found[names.index("rival")]) if "rival" in names else 0.0
-    alone = float(np.mean(y)) - added * float(np.mean(rival * inverse))
-    return added * float(np.mean(inverse)) / max(alone, 1e-12)
+def seen_both_ways(share: Array, tokens: Array, rival: Array, weights: Array) -> list[Which]:
+    """For each share and size (to a factor of two) that was seen both alone and beside a rival: which samples are of
+    it. All arrays: one value per sample."""
+    size = np.frexp(tokens)[1]
+    near = [np.abs(share - one) < SAME_SHARE for one in seen_shares(share.tolist(), weights)]
+    kinds = [at & (size == one) for at in near for one in np.unique(size[at])]
+    ways = (rival < ALONE, rival > BESIDE)
+    return [at for at in kinds if all(weights[at & way].sum() >= SEEN for way in ways)]
 
 
-def _limit(first: float, second: float, third: float) -> float:
-    """Where a sequence that converges by a constant factor is going (Aitken), as far as three of its members tell."""
-    bend = (third - second) - (second - first)
-    if abs(bend) < 1e-6:
-        return third
-    end = third - (third - second) ** 2 / bend
-    return min(max(end, 0.0), 2.0 * max(first, third))
+def _contention(ratio: Array, rival: Array, kinds: Sequence[Which], weights: Array) -> float:
+    """How much longer steps of these kinds take beside a rival all of the time: the median, and not below 0.
 
-
-def _contention_start(rival: Array) -> float | None:
-    """0 where the samples can tell contention: some alone, some beside a rival."""
-    return 0.0 if np.sum(rival > 0.5) >= 3 and np.sum(rival < 0.2) >= 3 else None
-
-
-def _contention(excess: Array, rival: Array, weights: Array) -> float:
-    beside = rival > 0.2
-    return max(0.0, _median(excess[beside] / rival[beside], weights[beside] * rival[beside]))
+    ratio: seconds of each sample to what the law says of such a step alone. It is compared with that of steps of its
+    kind that were alone, so that what the law gets wrong about a share does not count.
+    """
+    excess, trust = [], []
+    for kind in kinds:
+        alone, beside = kind & (rival < ALONE), kind & (rival >= ALONE)
+        if alone.any() and beside.any():
+            excess.append((ratio[beside] / _median(ratio[alone], weights[alone]) - 1.0) / rival[beside])
+            trust.append(weights[beside] * rival[beside])
+    return max(0.0, _median(np.concatenate(excess), np.concatenate(trust))) if excess else 0.0
 
 
 def seen_shares(shares: Sequence[float], weights: Array) -> tuple[float, ...]:
