@@ -81,6 +81,13 @@ def test_it_takes_the_90th_percentile() -> None:
     assert after(POLICY.start(), *fine[:358], *bad, *ended(0.1, 0.5, 4))[1] is not None
 
 
+def test_the_reason_says_of_how_many_requests_it_speaks() -> None:
+    """More than the window, where several end between two questions."""
+    state, _ = after(POLICY.start(), *ended(0.1, 0.5, 399))
+    _, decision = after(state, *ended(0.1, 0.5, 4))
+    assert decision is not None and "of 403 requests" in decision.reason
+
+
 def test_percent_are_rounded_to_the_devices_units() -> None:
     for units, wanted in ((2, Partition(2, 2)), (12, Partition(11, 12)), (1, Partition(1, 1))):
         policy: Any = PaperPolicy(Targets(0.5, 0.1), units)

@@ -78,7 +78,7 @@ class PaperPolicy:
             return moved, None
         reason = (
             f"P{self.percentile * 100:.0f} TTFT {ttft:.3f} s (target {self.targets.ttft:g}) and TPOT {tpot:.4f} s "
-            f"(target {self.targets.tpot:g}) of {self.window} requests: {why}, {state.prefill}:{state.decode} to "
+            f"(target {self.targets.tpot:g}) of {len(state.window)} requests: {why}, {state.prefill}:{state.decode} to "
             f"{prefill}:{decode} percent"
         )
         return moved, self._decision(moved, now, reason)
