@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,9 @@ from weft.errors import CheckpointError, ConfigError, QueueFull
 from weft.ipc.messages import Phase
 from weft.loop import build
 from weft.loop.build import Phases, open_engine
+from weft.phases.controller import replay
+from weft.phases.observations import Targets
+from weft.phases.recording import read
 
 
 def test_an_engine_on_the_simulated_device_is_ready_and_serves() -> None:
@@ -66,6 +71,39 @@ def test_an_engine_whose_lanes_overlap_or_change_answers_like_one_with_a_mixed_l
         finally:
             engine.close()
     assert told[partition] == told["off"] and len(told["off"]) == 6
+
+
+@pytest.mark.parametrize("partition", ["auto", "paper"])
+def test_what_an_engine_records_is_decided_the_same_again(partition: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.jsonl"
+    config = EngineConfig(
+        device="simulated",
+        num_blocks=400,
+        max_num_seqs=32,
+        max_model_len=200,
+        max_num_batched_tokens=96,
+        partition=partition,
+        partition_record=str(path),
+        slo_ttft=1e-6,
+        slo_tpot=10.0,
+    )
+    engine, _ = open_engine(config, lambda phase: None)
+    found, number, until = read(path), 0, time.monotonic() + 60.0
+    try:
+        while all(one.decision is None for one in found.run) and time.monotonic() < until:
+            for _ in range(40):
+                number += 1
+                params = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+                with contextlib.suppress(QueueFull):
+                    engine.submit(Request(f"r{number}", tuple(range(20)), params))
+            while not engine.idle:
+                engine.step(10.0)
+            found = read(path)
+    finally:
+        engine.close()
+    made = [one.decision for one in found.run]
+    assert any(made) and replay(found.policy, found.run) == made
+    assert (found.device.chunk, found.device.seats, found.policy.targets) == (96, 32, Targets(1e-6, 10.0))
 
 
 def test_an_engine_on_the_cpu_says_what_it_is() -> None:

@@ -6,12 +6,14 @@ import json
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from weft.cli import doctor
-from weft.core.plan import Capacity, Partition
+from weft.core.plan import Capacity, Partition, Sharing
 from weft.core.request import Request
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
@@ -24,7 +26,8 @@ from weft.phases.controller import Asked, Controller, replay
 from weft.phases.forecast import Device
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
-from weft.phases.recording import Recorder, read
+from weft.phases.recording import Recorder, observer, read
+from weft.phases.review import review
 
 SHARES = 12
 CAPACITY = Capacity(2048, 16, 1024, 64, SHARES, 4096, 512)
@@ -52,7 +55,7 @@ def serve(policy: AutoPolicy | PaperPolicy, record: Callable[[Asked], None], sec
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Asked]]:
     path, run = tmp_path_factory.mktemp("recording") / "run.jsonl", list[Asked]()
-    recorder = Recorder(path, AUTO)
+    recorder = Recorder(path, AUTO, AUTO.device)
 
     def both(asked: Asked) -> None:
         run.append(asked)
@@ -71,15 +74,87 @@ def test_what_is_read_is_what_was_recorded_and_decides_the_same_again(recorded: 
     assert replay(found.policy, found.run) == made
 
 
-def test_a_run_of_the_papers_policy_is_replayed_too(tmp_path: Path) -> None:
-    recorder = Recorder(tmp_path / "run.jsonl", PAPER)
-    serve(PaperPolicy(TARGETS, SHARES), recorder, 4.0)
-    assert read(tmp_path / "run.jsonl").policy == PaperPolicy(TARGETS, SHARES)
-    assert doctor.main(["--phases", str(tmp_path / "run.jsonl")]) == 0
+@pytest.mark.parametrize(
+    "policy",
+    [
+        AutoPolicy(Targets(0.7, 0.05), Device(7, 96, 5, 3), shed=True, dwell=1.5, refit=2.0, trial=0.4),
+        PaperPolicy(Targets(0.7, 0.05), 7, window=20, percentile=0.8, step=4, most_steps=2, floor=60, tpot_margin=1.3),
+    ],
+)
+def test_every_constant_of_a_policy_is_kept(policy: AutoPolicy | PaperPolicy, tmp_path: Path) -> None:
+    assert not [one.name for one in fields(policy) if getattr(policy, one.name) == one.default], "each is another"
+    Recorder(tmp_path / "run.jsonl", policy, Device(7, 96, 5, 3))
+    found = read(tmp_path / "run.jsonl")
+    assert found.policy == policy and found.device == Device(7, 96, 5, 3) and found.run == ()
+
+
+def test_a_run_with_constants_of_its_own_is_replayed_with_them(tmp_path: Path) -> None:
+    policy = replace(AUTO, targets=Targets(0.5, 0.03), dwell=1.5, trial=2.0)
+    serve(policy, Recorder(tmp_path / "run.jsonl", policy, AUTO.device))
+    found = read(tmp_path / "run.jsonl")
+    made = [one.decision for one in found.run]
+    assert replay(found.policy, found.run) == made != replay(replace(policy, dwell=0.5, trial=1.0), found.run)
+
+
+@pytest.fixture(scope="module")
+def papers(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("recording") / "paper.jsonl"
+    serve(PAPER, Recorder(path, PAPER, AUTO.device))
+    return path
+
+
+def test_a_run_of_the_papers_policy_is_replayed_to_the_same_decisions(papers: Path) -> None:
+    found = read(papers)
+    made = [one.decision for one in found.run]
+    assert found.policy == PAPER and sum(one is not None for one in made) >= 2, "there is something to replay"
+    assert replay(found.policy, found.run) == made
+    assert replay(PaperPolicy(TARGETS, SHARES), found.run) != made, "with the window of the code, nothing is decided"
+
+
+def test_what_the_papers_policy_saw_teaches_the_law_with_the_device_and_the_shares_of_the_run(papers: Path) -> None:
+    found = read(papers)
+    assert observer(found) == AutoPolicy(TARGETS, AUTO.device)
+    shared = {one.decision.sharing.partition.prefill for one in found.run if one.decision is not None} | {SHARES}
+    steps = review(found).steps
+    assert steps is not None and set(steps.shares) >= {one / SHARES for one in shared if one < SHARES}
+    seen: list[Sharing] = []
+
+    class Watching(AutoPolicy):
+        def decide(self, state: Any, *rest: Any) -> Any:
+            seen.append(state.sharing)
+            return super().decide(state, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("weft.phases.review.observer", lambda recording: Watching(TARGETS, recording.device))
+        review(found)
+    in_force = [PAPER.first(0.0).sharing]
+    for one in found.run[:-1]:
+        in_force.append(in_force[-1] if one.decision is None else one.decision.sharing)
+    assert seen == in_force, "and not as auto would have shared it"
+
+
+def test_doctor_shows_a_run_of_the_papers_policy_too(
+    papers: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    picture = tmp_path / "phases.png"
+    assert doctor.main(["--phases", str(papers), "--plot", str(picture)]) == 0
+    text = capsys.readouterr().out
+    assert "--partition paper" in text and "decides the same again" in text and "percent" in text
+    assert "step times, from" in text and picture.stat().st_size > 5000
+    assert doctor.main(["--phases", str(papers), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["policy"] == "paper" and found["prediction"]["decode"]["count"] > 100
+
+
+def test_doctor_shows_a_run_without_questions(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path, picture = tmp_path / "run.jsonl", tmp_path / "phases.png"
+    Recorder(path, PAPER, AUTO.device)
+    assert doctor.main(["--phases", str(path), "--plot", str(picture)]) == 0 and picture.exists()
+    assert "there was no model before the run ended" in capsys.readouterr().out
 
 
 def test_a_full_file_ends_with_a_whole_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    recorder = Recorder(tmp_path / "run.jsonl", AUTO, most=20_000)
+    recorder = Recorder(tmp_path / "run.jsonl", AUTO, AUTO.device, most=20_000)
     with caplog.at_level(logging.WARNING, "weft.partition"):
         serve(AUTO, recorder, 5.0)
     text = (tmp_path / "run.jsonl").read_text()
@@ -108,7 +183,7 @@ def test_a_line_that_was_cut_off_is_left_out_and_a_broken_one_is_named(
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "absent")
     with pytest.raises(ConfigError, match="--partition-record"):
-        Recorder(tmp_path / "absent" / "run.jsonl", AUTO)
+        Recorder(tmp_path / "absent" / "run.jsonl", AUTO, AUTO.device)
 
 
 def test_doctor_shows_the_law_of_the_device_and_how_well_it_was_predicted(

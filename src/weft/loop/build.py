@@ -69,20 +69,19 @@ def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
     if shares.policy == "turns":
         turn = max(1, min(config.max_num_batched_tokens, capacity.max_tokens) // TURNS_A_STEP)
         return Controller(FixedPolicy(Sharing(Regime.TURNS, Partition(shares.prefill, shares.decode), turn)))
-    if shares.policy == "paper":
-        paper = PaperPolicy(targets, capacity.shares)
-        return Controller(paper, record=_recorder(config, paper))
     chunk = min(config.max_num_batched_tokens, capacity.max_tokens)
     seats = min(config.max_num_seqs, capacity.max_slices)
+    device = Forecast(capacity.shares, chunk, seats, capacity.layers)
+    if shares.policy == "paper":
+        paper = PaperPolicy(targets, capacity.shares)
+        return Controller(paper, record=_recorder(config, paper, device))
     # Only who has named a target has asked for requests to be refused in its name.
-    policy = AutoPolicy(
-        targets, Forecast(capacity.shares, chunk, seats, capacity.layers), shed=config.slo_ttft is not None
-    )
-    return Controller(policy, lone=True, record=_recorder(config, policy))
+    policy = AutoPolicy(targets, device, shed=config.slo_ttft is not None)
+    return Controller(policy, lone=True, record=_recorder(config, policy, device))
 
 
-def _recorder(config: EngineConfig, policy: AutoPolicy | PaperPolicy) -> Recorder | None:
-    return None if config.partition_record is None else Recorder(Path(config.partition_record), policy)
+def _recorder(config: EngineConfig, policy: AutoPolicy | PaperPolicy, device: Forecast) -> Recorder | None:
+    return None if config.partition_record is None else Recorder(Path(config.partition_record), policy, device)
 
 
 def settings(config: EngineConfig) -> SchedulerSettings:

@@ -1,6 +1,7 @@
 """What a controller saw and decided, on disk: JSON lines that `replay` and `weft doctor --phases` read.
 
-The first line names the policy, so that a file is enough to decide again. Each other line is one question to it: what
+The first line has the policy, all of its constants, and what the latency models have to know of the device, so that a
+file is enough to decide again and to be looked at. Each other line is one question to it: what
 was observed since the last one, where the engine stood, and what was decided. Numbers are written so that they are read
 back bit by bit, and a policy is a pure function: the same decisions must come out.
 """
@@ -10,41 +11,43 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from weft.core.plan import Lane, Partition, Regime, Sharing, StepCost
 from weft.errors import ConfigError
 from weft.phases.auto import AutoPolicy
-from weft.phases.controller import Asked, Policy
+from weft.phases.controller import Asked
 from weft.phases.forecast import Device
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 from weft.phases.paper import PaperPolicy
 
 logger = logging.getLogger("weft.partition")
 
-VERSION = 4
+VERSION = 5
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
 NAMES = {kind: name for name, kind in KINDS.items()}
+NAMED = {AutoPolicy: "auto", PaperPolicy: "paper"}
 
 
 class Recorder:
     """Writes what it is told to a file, up to `most` bytes; then it says so, in the log, and writes no more.
 
+    device: that of the run, which not every policy knows.
     Raises ConfigError when the file cannot be written.
     """
 
-    def __init__(self, path: Path, policy: AutoPolicy | PaperPolicy, most: int = MOST) -> None:
+    def __init__(self, path: Path, policy: AutoPolicy | PaperPolicy, device: Device, most: int = MOST) -> None:
         self._path = path
         self._left = most
         try:
             path.write_text("")
         except OSError as error:
             raise ConfigError(f"--partition-record {path}: {error.strerror}") from error
-        self._write({"weft_phases": VERSION, "policy": _policy_row(policy)})
+        self._write({"weft_phases": VERSION, "policy": _policy_row(policy), "device": asdict(device)})
 
     def __call__(self, asked: Asked) -> None:
         decision = asked.decision
@@ -81,9 +84,10 @@ class Recorder:
 
 @dataclass(frozen=True, slots=True)
 class Recording:
-    """A run that was recorded. policy: what decided, as it was at its start."""
+    """A run that was recorded. policy: what decided, as it was at its start. device: what it decided for."""
 
     policy: AutoPolicy | PaperPolicy
+    device: Device
     run: tuple[Asked, ...]
 
 
@@ -101,7 +105,7 @@ def read(path: Path) -> Recording:
         _, head = next(rows)
         if head.get("weft_phases") != VERSION:
             raise ValueError(f"this is no recording of version {VERSION}")
-        policy = _policy(head["policy"])
+        policy, device = _policy(head["policy"]), Device(**head["device"])
     except StopIteration:
         raise ConfigError(f"{path} is empty") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -112,7 +116,7 @@ def read(path: Path) -> Recording:
             run.append(_asked(row))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}, line {number}: {error!r}") from error
-    return Recording(policy, tuple(run))
+    return Recording(policy, device, tuple(run))
 
 
 def _parsed(path: Path, lines: list[str]) -> Iterator[tuple[int, Any]]:
@@ -169,27 +173,21 @@ def _asked(row: dict[str, Any]) -> Asked:
 
 
 def _policy_row(policy: AutoPolicy | PaperPolicy) -> dict[str, Any]:
-    targets = {"ttft": policy.targets.ttft, "tpot": policy.targets.tpot}
-    if isinstance(policy, PaperPolicy):
-        return {"name": "paper", "targets": targets, "shares": policy.shares}
-    names = ("shares", "chunk", "seats", "layers")
-    device = {name: getattr(policy.device, name) for name in names}
-    return {"name": "auto", "targets": targets, "device": device, "shed": policy.shed}
+    """All fields: any of them may be the reason for a decision."""
+    return {"name": NAMED[type(policy)], **asdict(policy)}
 
 
 def _policy(row: dict[str, Any]) -> AutoPolicy | PaperPolicy:
-    targets = Targets(**row["targets"])
-    if row["name"] == "paper":
-        return PaperPolicy(targets, row["shares"])
-    if row["name"] == "auto":
-        return AutoPolicy(targets, Device(**row["device"]), shed=row["shed"])
-    raise ValueError(f"the policy {row['name']!r} is not known here")
+    name, fields = row["name"], {key: value for key, value in row.items() if key != "name"}
+    fields["targets"] = Targets(**fields["targets"])
+    if name == NAMED[PaperPolicy]:
+        return PaperPolicy(**fields)
+    if name == NAMED[AutoPolicy]:
+        return AutoPolicy(**{**fields, "device": Device(**fields["device"])})
+    raise ValueError(f"the policy {name!r} is not known here")
 
 
-def observer(policy: Policy) -> AutoPolicy:
+def observer(recording: Recording) -> AutoPolicy:
     """A policy that learns from what another one has recorded: the latency models are auto's."""
-    if isinstance(policy, AutoPolicy):
-        return policy
-    if isinstance(policy, PaperPolicy):
-        return AutoPolicy(policy.targets, Device(policy.shares, 512, 64))
-    raise TypeError(f"{type(policy).__name__} learns nothing")
+    policy = recording.policy
+    return policy if isinstance(policy, AutoPolicy) else AutoPolicy(policy.targets, recording.device)

@@ -6,7 +6,7 @@ compared with.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -58,11 +58,17 @@ class Review:
 
 def review(recording: Recording) -> Review:
     """Replays the run, with auto's eyes where another policy decided."""
-    watcher = observer(recording.policy)
-    state, pairs = watcher.start(), []
+    watcher, pairs = observer(recording), list[Pair]()
+    state = watcher.start()
+    watched = watcher is not recording.policy  # then the device is shared as the other one has decided
+    sharing, since = recording.policy.first(0.0).sharing, 0.0
     for asked in recording.run:
+        if watched:
+            state = replace(state, sharing=sharing, since=since, trial=False, overload=False)
         before = state
         state, _ = watcher.decide(state, asked.seen, asked.queue, asked.now)
+        if asked.decision is not None:
+            sharing, since = asked.decision.sharing, asked.now
         pairs += _steps(before, [one for one in asked.seen if isinstance(one, Stepped)])
         pairs += _firsts(before, state)
     made = [one.decision for one in recording.run]
