@@ -199,6 +199,8 @@ def test_doctor_shows_the_law_of_the_device_and_how_well_it_was_predicted(
     assert found["replay_is_the_same"] and found["questions"] == len(recorded[1])
     assert found["step_model"]["token"] == pytest.approx(COST.per_token, rel=0.15)
     assert found["prediction"]["decode"]["median"] < 0.1 and found["prediction"]["decode"]["count"] > 100
+    assert found["step_model"]["contention"] is None, "a lane beside the other one never had the share of one alone"
+    assert "not told, for no share was seen both with the other lane and without" in text
 
 
 def test_doctor_says_so_when_the_decisions_are_not_the_same(
