@@ -269,8 +269,7 @@ def test_the_controller_is_told_what_happened_and_where_the_engine_stands() -> N
     heard.drain(engine)
     assert [one.tokens for one in policy.seen if isinstance(one, Arrived)] == [20, 3, 1]
     firsts = [one for one in policy.seen if isinstance(one, FirstToken)]
-    assert sorted(one.tokens for one in firsts[:2]) == [3, 20]
-    assert all(one.ttft > 0 and one.share == 0.5 for one in firsts)
+    assert len(firsts) == 3 and all(one.ttft > 0 for one in firsts)
     ended = [one for one in policy.seen if isinstance(one, Finished)]
     assert sorted(one.output for one in ended[:2]) == [5, 5], "of one sequence"
     times = heard.times["a"]

@@ -479,7 +479,7 @@ def test_a_first_token_of_a_request_that_came_before_the_last_change_tells_nothi
 ) -> None:
     policy = AutoPolicy(TARGETS, DEVICE)
     state = replace(pressed(policy), since=5.0, fitted=5.0)
-    state, _ = policy.decide(state, (FirstToken(5.2, arrived, 900, 1.0),), EMPTY, 5.2)
+    state, _ = policy.decide(state, (FirstToken(5.2, arrived),), EMPTY, 5.2)
     assert len(state.firsts) == counts
 
 

@@ -61,7 +61,7 @@ class Control:
         self._scheduler = scheduler
         self._shares = device.capacity().shares
         self._flying = {lane: Flying() for lane in device.lanes()}
-        self._first: dict[str, tuple[float, int]] = {}  # arrival and prompt of who has no first token yet
+        self._first: dict[str, float] = {}  # when those arrived who have no first token yet
         self.decision = controller.first(now)
         logger.info("partition: %s", self.decision.reason)
         self._adopt(self.decision)
@@ -122,14 +122,14 @@ class Control:
         self._controller.tell(Arrived(now, max(1, round(self._new * len(request.prompt)))))
 
     def accepted(self, request: Request, now: float) -> None:
-        self._first[request.id] = (now, len(request.prompt))
+        self._first[request.id] = now
 
     def noted(self, events: list[Event], now: float) -> None:
         for event in events:
             if isinstance(event, TokenOutput):
-                first = self._first.pop(event.request, None)
-                if first is not None and event.token is not None:
-                    self._controller.tell(FirstToken(now, first[0], first[1], self._share(Lane.PREFILL)))
+                arrived = self._first.pop(event.request, None)
+                if arrived is not None and event.token is not None:
+                    self._controller.tell(FirstToken(now, arrived))
             elif isinstance(event, RequestEnd):
                 self._first.pop(event.request, None)
                 self._ended(event, now)

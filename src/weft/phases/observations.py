@@ -43,12 +43,10 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class FirstToken:
-    """A request got its first token. tokens: of its prompt. share: the prefill lane's, then."""
+    """A request got its first token."""
 
     at: float
     arrived: float
-    tokens: int
-    share: float
 
     @property
     def ttft(self) -> float:

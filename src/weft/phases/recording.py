@@ -25,7 +25,7 @@ from weft.phases.paper import PaperPolicy
 
 logger = logging.getLogger("weft.partition")
 
-VERSION = 5
+VERSION = 6
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
