@@ -4,9 +4,10 @@
 
 1. *parts*: seconds to make a green context and its stream, and what a step pays for a move to one that is there.
 2. *curves*: a prefill-like product (2048 rows, BF16) and decode attention (64 sequences of 2048), each alone on so many
-   units of SMs, and the same on all of them. This is the calibration that a cost model reads.
+   units of SMs, and the same on all of them.
 3. *beside*: both at once on the two halves of a split, at five splits, and each with all SMs: how much longer each
-   takes than alone on the same part.
+   takes than alone on the same part. 2 and 3 are what the simulator's cost model is fitted on:
+   tools/fit_gpu.py --gpu h200 --phases FILE --out mine.json (docs/simulator_model.md).
 4. *serving*: the 8B shape of gpu.py in BF16 with random weights under a Poisson load (prompts of 1024 tokens, answers
    of 128, on average), in one process without HTTP: chunks of several sizes in one mixed lane, fixed splits, full
    overlap, and `auto`. A request counts that has its first token within eight times, the others within twice what one
@@ -130,6 +131,7 @@ def measure(gpu: Gpu, shape: Shape, *, quick: bool) -> Iterator[dict[str, Any]]:
                 "what": works[lane].name,
                 "share": share,
                 "of": gpu.shares,
+                "divided": gpu.undivided is None,
                 **rates(works[lane], taken),
             }
             yield {"part": "parts", "what": f"context, {lane.value}", "share": share, "seconds": made}
@@ -142,9 +144,10 @@ def measure(gpu: Gpu, shape: Shape, *, quick: bool) -> Iterator[dict[str, Any]]:
             for lane in LANES
         }
         both = beside(gpu, streams, works, alone, 0.05 if quick else 0.3)
-        for lane in LANES:
-            row = {"part": "beside", "what": works[lane].name, "split": f"{prefill}:{decode}"}
-            yield {**row, "alone": alone[lane], "beside": both[lane], "times": both[lane] / max(alone[lane], 1e-12)}
+        for lane, share, rival in ((Lane.PREFILL, prefill, decode), (Lane.DECODE, decode, prefill)):
+            row = {"part": "beside", "what": works[lane].name, "share": share, "rival": rival, "of": gpu.shares}
+            row |= {"divided": gpu.undivided is None, "alone": alone[lane], "beside": both[lane]}
+            yield {**row, "times": both[lane] / max(alone[lane], 1e-12)}
 
 
 def product(gpu: Gpu, shape: Shape) -> Work:

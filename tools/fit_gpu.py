@@ -2,10 +2,12 @@
 
     python tools/fit_gpu.py --data DIR          # all that weft ships: src/weft/sim/data/{fits,links}.json
     python tools/fit_gpu.py --gpu h100 --csv FILE --out my_h100.json [--arithmetic int8]
+    python tools/fit_gpu.py --gpu h100 --phases FILE --out my_h100.json
 
-DIR holds gpu_profiles (aiconfigurator, llmservingsim). FILE has the columns m, n, k, dtype, seconds of products [m, k]
-times [k, n] on the GPU; what it cannot tell stays as it is. Rows of the profiles that are kept back (weft.sim.profiles)
-are never fitted on.
+DIR holds gpu_profiles (aiconfigurator, llmservingsim). The CSV has the columns m, n, k, dtype, seconds of products
+[m, k] times [k, n] on the GPU. --phases is the JSON of benchmarks/gpu_phases.py: what two lanes on parts of the SMs
+cost each other (saturation, contention). What a file cannot tell stays as it is; both can be given at once, and --gpu
+can be a file that this tool wrote. Rows of the profiles that are kept back (weft.sim.profiles) are never fitted on.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from weft.sim import fit, hardware, profiles
 from weft.sim.attention import Heads, Work
 from weft.sim.gemm import Operands
 from weft.sim.hardware import Gpu, Part
+from weft.sim.phase_times import read_phase_times
 
 # Both ways round. Ampere's library has few kernels, Hopper's more.
 AMPERE = ((256, 128), (128, 256), (128, 128), (256, 64), (64, 256), (128, 64), (64, 128), (64, 64), (64, 32), (32, 64))
@@ -133,7 +136,7 @@ def fit_all(data: Path) -> None:
     write(hardware.DATA / "links.json", links)
 
 
-def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
+def fit_csv(gpu: Gpu, path: Path, arithmetic: str) -> Gpu:
     """The GPU with coefficients for products fitted on a file, with `arithmetic` of fewer bits, too; and where the file
     has products on parts of the SMs, with the part that draws all of the bandwidth."""
     bits = {"bf16": 16, "int8": 8, "fp8": 8, "int4": 4, "fp4": 4}[arithmetic]
@@ -149,8 +152,13 @@ def fit_csv(gpu: Gpu, path: Path, arithmetic: str, out: Path) -> None:
     if shares:
         point = fit.fit_saturation(gpu, shares, arithmetic, Operands(bits, bits))
         gpu = replace(gpu, saturation=point, note=f"{gpu.note}, with parts of the SMs")
-    found = asdict(gpu)
-    write(out, found | {"gemm": rounded(found["gemm"])})
+    return gpu
+
+
+def fit_phases(gpu: Gpu, path: Path) -> Gpu:
+    """The GPU with what two lanes cost each other, from the file of benchmarks/gpu_phases.py."""
+    made = fit.fit_shares(read_phase_times(path), gpu)
+    return replace(made, note=f"{gpu.note}; saturation and contention fitted on {path.name}".removeprefix("; "))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -158,18 +166,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, metavar="DIR", help="folder with gpu_profiles")
     parser.add_argument("--gpu", metavar="NAME", help=f"whose constants to take: {', '.join(hardware.gpu_names())}")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="columns m, n, k, seconds")
+    parser.add_argument("--phases", type=Path, metavar="FILE", help="what benchmarks/gpu_phases.py --json wrote")
     parser.add_argument("--arithmetic", default="bf16", choices=("bf16", "int8", "fp8", "int4", "fp4"))
     parser.add_argument("--out", type=Path, metavar="FILE", help="where the fitted GPU goes")
     given = parser.parse_args(arguments)
     if given.data is not None:
         fit_all(given.data / "gpu_profiles" if (given.data / "gpu_profiles").is_dir() else given.data)
-    elif given.gpu and given.csv and given.out:
+    elif given.gpu and given.out and (given.csv or given.phases):
         try:
-            fit_csv(hardware.find_gpu(given.gpu), given.csv, given.arithmetic, given.out)
+            gpu = hardware.find_gpu(given.gpu)
+            gpu = gpu if given.csv is None else fit_csv(gpu, given.csv, given.arithmetic)
+            gpu = gpu if given.phases is None else fit_phases(gpu, given.phases)
         except ConfigError as error:
             parser.error(error.message)
+        found = asdict(gpu)
+        write(given.out, found | {"gemm": rounded(found["gemm"])})
     else:
-        parser.error("give --data, or --gpu, --csv and --out together")
+        parser.error("give --data; or --gpu and --out, with --csv or --phases")
 
 
 if __name__ == "__main__":

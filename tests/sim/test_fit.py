@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ from weft.errors import ConfigError
 from weft.sim import fit, profiles
 from weft.sim.gemm import gemm_seconds
 from weft.sim.hardware import Gpu, find_gpu, find_link
+from weft.sim.phase_times import read_phase_times
 from weft.sim.profiles import Gemms, Reduces, kept_back
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "gpu_profiles"
@@ -72,6 +76,94 @@ def test_where_memory_saturates_is_found_from_products_on_parts_of_the_device(po
 def test_products_that_no_memory_bounds_leave_saturation_as_it_was() -> None:
     gpu = replace(find_gpu("h100"), bandwidth=1e18, saturation=0.37)
     assert fit.fit_saturation(gpu, on_parts(gpu, 1e9), "bf16") == 0.37
+
+
+def phase_rows(gpu: Gpu, noise: float = 0.0, units: int = 16) -> list[dict[str, Any]]:
+    """What benchmarks/gpu_phases.py would write of a GPU that is as the cost model says: attention moves 1 GB, and
+    takes 20 us more on any part."""
+    chance = np.random.default_rng(3)
+
+    def seconds(share: float, rival: float = 0.0) -> float:
+        return float((20e-6 + 1e9 / gpu.part(share, rival).bandwidth) * np.exp(chance.normal(0.0, noise)))
+
+    same = {"what": "attention", "of": units, "divided": True}
+    rows = [
+        {"part": "curves", "share": share, "seconds": seconds(share / units), "GB/s": 1.0, **same}
+        for share in range(1, units + 1)
+    ]
+    for share, rival in ((13, 3), (10, 6), (8, 8), (6, 10), (3, 13), (16, 16)):
+        times = seconds(share / units, rival / units) / seconds(share / units)
+        rows.append({"part": "beside", "share": share, "rival": rival, "times": times, **same})
+    product = {"what": "product", "share": 3, "of": units, "divided": True}
+    return [
+        {"part": "parts", "what": "move", "seconds": 1e-6},
+        {"part": "curves", "seconds": 1.0, "TFLOP/s": 1.0, **product},
+        {"part": "beside", "rival": 13, "times": 1.01, **product},
+        *rows,
+        {"part": "serving", "what": "auto", "goodput": 1.0},
+    ]
+
+
+def fitted_on(rows: Sequence[dict[str, Any]], folder: Path, taken: str = "h200") -> Gpu:
+    file, made = folder / "phases.json", folder / "mine.json"
+    file.write_text(json.dumps({"claims": {}, "rows": rows}))
+    command = [sys.executable, str(TOOL), "--gpu", taken, "--phases", str(file), "--out", str(made)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(done.stderr)
+    return find_gpu(str(made))
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize(("saturation", "contention"), [(0.3, 0.7), (0.62, 0.0), (1.0, 0.2), (0.5, 0.2)])
+def test_what_lanes_cost_each_other_is_found_from_times_on_parts(
+    tmp_path: Path, saturation: float, contention: float, noise: float
+) -> None:
+    """And the cost model goes by it."""
+    law = replace(find_gpu("h200"), saturation=saturation, contention=contention)
+    found = fitted_on(phase_rows(law, noise), tmp_path)
+    assert found.saturation == pytest.approx(saturation, abs=0.005 + 4 * noise)
+    assert found.contention == pytest.approx(contention, abs=0.005 + 4 * noise)
+    for share, rival in ((0.2, 0.8), (0.5, 0.5), (1.0, 1.0)):
+        assert found.part(share, rival).bandwidth == pytest.approx(
+            law.part(share, rival).bandwidth, rel=0.01 + 4 * noise
+        )
+    assert found.note.endswith("saturation and contention fitted on phases.json")
+    assert replace(found, saturation=0.5, contention=0.2, note="") == replace(find_gpu("h200"), note="")
+
+
+def test_a_gpu_that_saturates_below_every_part_that_was_measured_keeps_what_fits_and_is_near(tmp_path: Path) -> None:
+    rows = phase_rows(replace(find_gpu("h200"), saturation=0.1))
+    assert fitted_on([row for row in rows if row.get("share", 16) >= 4], tmp_path).saturation == 0.25
+
+
+def changed(rows: Sequence[dict[str, Any]], part: str, place: int, **changes: Any) -> list[dict[str, Any]]:
+    return [row | changes if (row["part"], row.get("share")) == (part, place) else row for row in rows]
+
+
+def test_times_that_cannot_tell_what_lanes_cost_are_refused(tmp_path: Path) -> None:
+    rows = phase_rows(find_gpu("h200"))
+    few = [row for row in rows if row["part"] != "curves" or row["share"] in (1, 8, 16)]
+    (quick,) = [row["seconds"] for row in rows if (row["part"], row.get("share")) == ("curves", 8)]
+    for wrong, words in (
+        (few, "times on 3 different parts of the device; saturation is fitted on at least 4"),
+        (
+            [row for row in rows if row["part"] != "beside"],
+            "on 0 different parts of the device; contention is fitted on",
+        ),
+        (
+            changed(rows, "curves", 12, seconds=1.3 * quick),
+            "s on 0.75 of the device, and .* more SMs cannot take longer",
+        ),
+        (changed(rows, "beside", 8, times=0.7), "takes 0.7 times as long beside another lane as alone"),
+        (changed(rows, "curves", 4, divided=False), "the SMs of this GPU were not divided"),
+        (changed(rows, "curves", 4, seconds=None), "is no file of benchmarks/gpu_phases.py"),
+        (changed(rows, "curves", 4, share=17), "a part of 17 of 16 units"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            fitted_on(wrong, tmp_path)
+    with pytest.raises(ConfigError, match=r"none\.json cannot be read"):
+        read_phase_times(tmp_path / "none.json")
 
 
 def test_collectives_are_described_again_with_their_limit() -> None:

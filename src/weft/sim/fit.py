@@ -6,20 +6,27 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from weft.errors import ConfigError
 from weft.sim.attention import Heads, Work, attention_seconds
 from weft.sim.collectives import all_reduce_seconds
 from weft.sim.gemm import BF16, Operands, gemm_seconds
 from weft.sim.hardware import AttentionFit, CollectiveFit, GemmFit, Gpu, Link, MoeFit, Part, PointwiseFit
 from weft.sim.moe import moe_seconds
+from weft.sim.phase_times import PhaseTimes
 from weft.sim.profiles import Gemms, Moes, Reduces
 
 Floats = NDArray[np.float64]
 SATURATIONS = tuple(point / 100 for point in range(2, 101))
+CONTENTIONS = tuple(point / 100 for point in range(301))
+LEAST_SHARES, LEAST_RIVALS = 4, 3  # different ones that a fit takes: one more than what it has to find, and to spare
+MOST_FIXED = 0.2  # of the shortest time
+NOISE = 0.1  # of a time: what is further off than that is no noise
 NUDGE = 0.02  # of a logarithm, for the slopes
 SOFT = 0.02  # errors below this part weigh as squares, greater ones in proportion
 FURTHEST = 0.7  # of a logarithm, in one round
@@ -131,6 +138,77 @@ def fit_saturation(gpu: Gpu, times: Mapping[float, Gemms], arithmetic: str, oper
         return float(np.abs(np.log(np.concatenate(off))).mean())
 
     return min(SATURATIONS, key=lambda point: (round(error(point), 4), abs(point - gpu.saturation)))
+
+
+def fit_shares(times: PhaseTimes, gpu: Gpu) -> Gpu:
+    """The GPU with its saturation and its contention fitted on work that memory bounds, by the law of `Gpu.part`: on
+    `own` of the device it takes fixed + moved * (1 + contention * rival) / min(1, own / saturation).
+
+    Of points that fit alike, the ones nearest to what the GPU had are taken: no part that was measured may lie below
+    its saturation. Raises ConfigError where the times cannot tell.
+    """
+    _check_curve(times.alone)
+    rivals = {one.rival for one in times.beside}
+    if len(rivals) < LEAST_RIVALS:
+        raise ConfigError(
+            f"times beside lanes on {len(rivals)} different parts of the device; contention is fitted on at least "
+            f"{LEAST_RIVALS}"
+        )
+    quick = [one for one in times.beside if one.times < 1.0 - NOISE]
+    if quick:
+        raise ConfigError(
+            f"on {quick[0].share:.3g} of the device it takes {quick[0].times:.3g} times as long beside another lane as "
+            "alone, which cannot be less than once: measure again, on a GPU that has nothing else to do"
+        )
+    shares, seconds = np.array(list(times.alone)), np.array(list(times.alone.values()))
+    curves = {point: _curve(shares, seconds, point) for point in SATURATIONS}
+    point = min(SATURATIONS, key=lambda one: (round(curves[one].error, 4), abs(one - gpu.saturation)))
+    fixed, moved = curves[point].fixed, curves[point].moved
+    share, rival, slower = np.array(times.beside).T
+
+    def error(contention: float) -> float:
+        own = share / np.maximum(1.0, share + rival)
+        beside = fixed + moved * (1.0 + contention * rival) / np.minimum(1.0, own / point)
+        alone = fixed + moved / np.minimum(1.0, share / point)
+        return float(np.abs(np.log(beside / alone / slower)).mean())
+
+    contention = min(CONTENTIONS, key=lambda one: (round(error(one), 4), abs(one - gpu.contention)))
+    return replace(gpu, saturation=point, contention=contention)
+
+
+class Curve(NamedTuple):
+    """Seconds that take the same on every part, and those that memory takes at its full bandwidth. error: mean absolute
+    logarithm of predicted to measured."""
+
+    fixed: float
+    moved: float
+    error: float
+
+
+def _curve(shares: Floats, seconds: Floats, saturation: float) -> Curve:
+    """The line through the times that has the least squares of relative errors."""
+    slower = 1.0 / np.minimum(1.0, shares / saturation)
+    ones, steps = 1.0 / seconds, slower / seconds
+    (fixed, _), *_ = np.linalg.lstsq(np.stack([ones, steps], axis=1), np.ones(len(seconds)), rcond=None)
+    # Without a limit, a flat curve could be all fixed, and any point would do.
+    fixed = min(max(0.0, float(fixed)), MOST_FIXED * float(seconds.min()))
+    moved = float((steps * (1.0 - fixed * ones)).sum() / (steps**2).sum())
+    error = float(np.abs(np.log((fixed + moved * slower) / seconds)).mean())
+    return Curve(fixed, moved, error)
+
+
+def _check_curve(alone: Mapping[float, float]) -> None:
+    if len(alone) < LEAST_SHARES:
+        raise ConfigError(
+            f"times on {len(alone)} different parts of the device; saturation is fitted on at least {LEAST_SHARES}"
+        )
+    ordered = sorted(alone.items())
+    for (less, slow), (more, quick) in pairwise(ordered):
+        if quick > slow * (1.0 + NOISE):
+            raise ConfigError(
+                f"{quick:.3g} s on {more:.3g} of the device, and {slow:.3g} s on {less:.3g} of it: more SMs cannot "
+                "take longer; measure again, on a GPU that has nothing else to do"
+            )
 
 
 ATTENTION: Ranges = {
