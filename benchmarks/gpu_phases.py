@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_phases.py [--quick] [--json FILE] [--minutes 8]
 
-1. *parts*: seconds to make a green context and its stream, and what a step pays for a move to one that is there.
+1. *parts*: seconds to make a green context and its stream, what a step pays for a move to one that is there, and what
+   it pays, in bytes too, for a graph of the decode step of 4 that is recorded for a new part.
 2. *curves*: a prefill-like product (2048 rows, BF16) and decode attention (64 sequences of 2048), each alone on so many
    units of SMs, and the same on all of them.
 3. *beside*: both at once on the two halves of a split, at five splits, and each with all SMs: how much longer each
@@ -10,8 +11,8 @@
    tools/fit_gpu.py --gpu h200 --phases FILE --out mine.json (docs/simulator_model.md).
 4. *serving*: the 8B shape of gpu.py in BF16 with random weights under a Poisson load (prompts of 1024 tokens, answers
    of 128, on average), in one process without HTTP: chunks of several sizes in one mixed lane, fixed splits, full
-   overlap, and `auto`. A request counts that has its first token within eight times, the others within twice what one
-   request alone takes.
+   overlap, and `auto`. Requests arrive for 8 seconds. One counts that has its first token within eight times, the
+   others within twice what one request alone takes, and it may end when no more arrive.
 
 Rows are written as they come, so a run that is killed leaves what it has. Without a GPU it says so and ends;
 TRITON_INTERPRET=1 runs all of it on a tiny shape, to show that it works and nothing else.

@@ -16,11 +16,11 @@ from typing import Any
 import gpu_model
 import torch
 
-from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing
+from weft.core.plan import Capacity, Lane, Partition, Plan, Regime, Result, Sampling, Sharing, Slice
 from weft.core.request import Event, Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
-from weft.devices.base import Description
+from weft.devices.base import Description, Device
 from weft.devices.cuda import CudaDevice
 from weft.devices.cuda_forward import CudaForward
 from weft.devices.cuda_lane import CudaLane
@@ -41,8 +41,8 @@ DRAIN = 60.0  # seconds that what was launched may take to end
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """inputs, outputs: mean tokens, exponentially spread, at least a sixteenth and at most four times as many. rates:
-    requests a second, by what the device computes of prompts alone. seconds: of a run; warmup, learning: of the first
-    one of each contestant, and of auto, which does not count."""
+    requests a second, by what the device computes of prompts alone. seconds: in which requests of a run arrive; warmup,
+    learning: of the first one of each contestant, and of auto, which does not count."""
 
     inputs: int = 1024
     outputs: int = 128
@@ -55,7 +55,7 @@ class Traffic:
     seats: int = 128
 
 
-TINY = Traffic(6, 3, (0.5,), 1.0, 0.2, 0.5, (4, 8), 16, 4)
+TINY = Traffic(6, 3, (0.5,), 0.5, 0.1, 0.5, (4, 8), 16, 4)
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,22 +88,62 @@ def measure(gpu: Gpu, raw: dict[str, Any], traffic: Traffic, deadline: float) ->
             "part": "serving", "what": "one request alone", "ttft": targets.ttft / TTFT_TIMES,
             "tpot": targets.tpot / TPOT_TIMES, "prompt_tokens_per_second": capacity,
         }  # fmt: skip
+        yield recording(gpu, device)
         made = contestants(device.capacity(), targets, traffic)
         for rate in traffic.rates:
             for name, controller in made.items():
-                if time.monotonic() > deadline:
-                    return
                 shots = load(traffic, rate * capacity / traffic.inputs, device.capacity(), seed=1)
+                before = 0.0
                 if rate == traffic.rates[0]:  # graphs are recorded on each share, and auto learns
                     before = traffic.learning if name == "auto" else traffic.warmup
+                if time.monotonic() + before + latest(shots, targets) > deadline:
+                    yield {"part": "serving", "what": f"no time left for {name}", "rate": rate}
+                    return
+                if before:
                     warm = load(traffic, rate * capacity / traffic.inputs, device.capacity(), 2, before)
                     serve(device, controller, warm, before)
-                seen = serve(device, controller, shots, traffic.seconds)
-                met = sum(one.meets(targets) for one in seen)
                 yield {
-                    "part": "serving", "what": name, "rate": rate, "requests": len(seen), "met": met,
-                    "goodput": met / traffic.seconds,
-                }  # fmt: skip
+                    "part": "serving",
+                    "what": name,
+                    "rate": rate,
+                    **outcome(device, controller, shots, traffic, targets),
+                }
+
+
+def recording(gpu: Gpu, device: Device) -> dict[str, Any]:
+    """What a decode graph takes, in time and in memory, that is recorded anew for a share; or why that is not known."""
+    units = device.capacity().shares
+    row: dict[str, Any] = {"part": "parts", "what": "decode graph on a new share", "share": max(1, units // 2)}
+    device.set_partition(Partition(units, units))
+    step(device, 1, 1)  # recorded for the share that the lane has
+    device.set_partition(Partition(units, row["share"]))
+    step(device, 2, 2)  # moves there, without a graph
+    free, _ = gpu.memory()
+    result = step(device, 3, 1)
+    if result.error is not None:
+        return {**row, "error": result.error}
+    if not result.moved:
+        return {**row, "error": "nothing was recorded anew"}
+    return {**row, "seconds": result.moved, "bytes": free - gpu.memory()[0]}
+
+
+def step(device: Device, number: int, tokens: int) -> Result:
+    """Of so many tokens of one sequence, in the decode lane."""
+    sampling = Sampling(SamplingParams(temperature=0.0), 0, tokens)
+    device.submit(Plan(number, Lane.DECODE, (Slice(0, 0, (1,) * tokens, (0,), sampling),)))
+    results = device.poll(gpu_model.PATIENCE)
+    if not results:
+        raise gpu_model.Stuck(f"a step did not end within {gpu_model.PATIENCE:g} s")
+    return results[0]
+
+
+def outcome(
+    device: Device, controller: Controller, shots: Sequence[Shot], traffic: Traffic, targets: Targets
+) -> dict[str, Any]:
+    """Of a run: who came within its seconds, and who of them was served within both targets, then or later."""
+    seen = serve(device, controller, shots, latest(shots, targets))
+    met = sum(one.meets(targets) for one in seen)
+    return {"requests": len(seen), "met": met, "goodput": met / traffic.seconds}
 
 
 def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -144,7 +184,14 @@ def load(traffic: Traffic, rate: float, capacity: Capacity, seed: int, seconds: 
     return shots
 
 
-def alone(device: CudaDevice, traffic: Traffic) -> tuple[Targets, float]:
+def latest(shots: Sequence[Shot], targets: Targets) -> float:
+    """When the last of them has to end to be within both targets, so that a run has no need to wait any longer."""
+    return max(
+        (shot.due + targets.ttft + (shot.request.params.max_tokens - 1) * targets.tpot for shot in shots), default=0.0
+    )
+
+
+def alone(device: Device, traffic: Traffic) -> tuple[Targets, float]:
     """(targets, prompt tokens a second), from requests of mean length, one after another; the first ones compile."""
     capacity, whole = device.capacity(), Partition(device.capacity().shares, device.capacity().shares)
     firsts, paces = [], []
@@ -152,7 +199,7 @@ def alone(device: CudaDevice, traffic: Traffic) -> tuple[Targets, float]:
         prompt = tuple(random.Random(number).randrange(capacity.vocabulary) for _ in range(traffic.inputs))
         params = SamplingParams(max_tokens=max(2, traffic.outputs // 4), temperature=0.0, ignore_eos=True)
         controller = Controller(FixedPolicy(Sharing(Regime.MIXED, whole, capacity.max_tokens)))
-        (seen,) = serve(device, controller, [Shot(0.0, Request("alone", prompt, params))], DRAIN, until_idle=True)
+        (seen,) = serve(device, controller, [Shot(0.0, Request("alone", prompt, params))], DRAIN)
         if seen.first is None or seen.tokens < 2:
             raise gpu_model.Stuck(f"one request alone did not end within {DRAIN:g} s")
         firsts.append(seen.first)
@@ -161,10 +208,9 @@ def alone(device: CudaDevice, traffic: Traffic) -> tuple[Targets, float]:
     return Targets(TTFT_TIMES * ttft, TPOT_TIMES * tpot), traffic.inputs / ttft
 
 
-def serve(
-    device: CudaDevice, controller: Controller, shots: Sequence[Shot], seconds: float, *, until_idle: bool = False
-) -> list[Seen]:
-    """What became of each request within so many seconds; those that are not done by then are given up."""
+def serve(device: Device, controller: Controller, shots: Sequence[Shot], seconds: float) -> list[Seen]:
+    """What became of each request: until all have ended, or so many seconds have passed. Those that have not ended by
+    then are given up."""
     capacity = device.capacity()
     settings = SchedulerSettings(capacity.max_slices, capacity.max_tokens, enable_prefix_caching=False)
     scheduler = Scheduler(capacity, device.lanes(), settings)
@@ -205,7 +251,7 @@ def serve(
             request = waiting.pop().request
             scheduler.submit(request, now, control.admit(request, now))
             control.arrived(request, now)
-        if until_idle and not waiting and not scheduler.live:
+        if not waiting and not scheduler.live:
             break
         launch()
         land(min(POLL, max(0.0, waiting[-1].due - (now - began))) if waiting else POLL)
