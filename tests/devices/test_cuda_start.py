@@ -1,17 +1,20 @@
-"""The cuda device on a GPU that has too little memory for what was asked; what a trial leaves behind; graphs of lanes.
+"""The cuda device on a GPU that has too little memory for what was asked, or cannot be divided; what a trial leaves
+behind; graphs of lanes.
 
-There is no GPU here: torch's error is raised by hand, and torch's graphs are stood in for.
+There is no GPU here: torch's error is raised by hand, and torch's graphs, its GPU and the driver are stood in for.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import re
 import threading
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,10 +23,10 @@ import torch
 pytest.importorskip("triton", reason="triton is not installed")
 
 from weft.config import EngineConfig
-from weft.core.plan import Slice
+from weft.core.plan import Lane, Slice
 from weft.devices import cuda, cuda_streams, open_device
 from weft.devices.cuda_forward import CudaForward
-from weft.devices.cuda_streams import Interpreted, TorchStream, Work
+from weft.devices.cuda_streams import Interpreted, SharedStream, TorchGpu, TorchStream, Work
 from weft.devices.cuda_trial import peaks_of, try_out
 from weft.errors import ConfigError
 from weft.kernels.triton import TritonKernels
@@ -199,3 +202,60 @@ def test_nobody_waits_for_a_stream_while_it_is_recorded(monkeypatch: pytest.Monk
     stream.capture(lambda: None)
     threads[0].join(10.0)
     assert waited == [False]
+
+
+class Lacking:
+    """A driver from before green contexts."""
+
+    cuDeviceGetDevResource = None
+
+
+def stood_in(monkeypatch: pytest.MonkeyPatch, library: Any) -> TorchGpu:
+    """A GPU of 132 SMs with that driver."""
+    properties = SimpleNamespace(name="a GPU", multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: properties)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _device: "plain")
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda pointer, device: pointer)
+    monkeypatch.setattr(torch, "zeros", lambda *_size, device: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda _name: library)
+    return TorchGpu(0)
+
+
+def test_where_the_driver_has_no_green_contexts_lanes_have_plain_streams_and_the_gpu_says_why(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gpu = stood_in(monkeypatch, Lacking())
+    assert gpu.undivided == (
+        "this CUDA driver has no green contexts (cuDevSmResourceSplitByCount is missing); they came with 12.4"
+    )
+    assert gpu.shares == 132
+    streams = [gpu.lane_stream(lane, share) for lane, share in ((Lane.PREFILL, 66), (Lane.DECODE, 1))]
+    assert [(type(stream), stream._stream) for stream in streams] == [(TorchStream, "plain")] * 2  # type: ignore[attr-defined]
+    streams[0].move(5)
+    assert streams[0].moved() == 0.0 and streams[0]._stream == "plain"  # type: ignore[attr-defined]
+
+
+def test_where_it_has_them_lanes_have_their_shares(monkeypatch: pytest.MonkeyPatch, driver: Any) -> None:
+    gpu = stood_in(monkeypatch, driver)
+    assert gpu.undivided is None and gpu.shares == 16
+    assert isinstance(gpu.lane_stream(Lane.PREFILL, 3), SharedStream)
+
+
+@pytest.mark.parametrize("partition", ["1:1", "off"])
+@pytest.mark.parametrize("reason", ["this driver is too old", None])
+def test_the_start_up_table_says_where_shares_are_not_enforced(
+    monkeypatch: pytest.MonkeyPatch, tiny_model: Path, partition: str, reason: str | None
+) -> None:
+    class Driven(Interpreted):
+        undivided = reason
+
+    monkeypatch.setattr(cuda, "open_gpu", Driven)
+    config = EngineConfig(device="cuda", partition=partition, num_blocks=64, max_model_len=128)
+    device = open_device(config, tiny_model, lambda phase: None)
+    notes = device.describe().notes
+    device.close()
+    wanted = "the lanes' shares are not enforced, each lane may use the whole GPU: this driver is too old"
+    told = partition == "1:1" and reason is not None
+    assert [note for note in notes if "shares" in note] == ([wanted] if told else [])
