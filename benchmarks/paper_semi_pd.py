@@ -1,6 +1,7 @@
 """semi-PD's figures 12 to 16 beside the same set-ups in weft's simulator, and how much load each way to share bears.
 
     python benchmarks/paper_semi_pd.py [--quick] [--only SETUP ...] [--json FILE] [--plot FILE] [--doc FILE]
+    python benchmarks/paper_semi_pd.py --again JSON [--plot FILE] [--doc FILE]
 
 No GPU is used: every figure of ours is SIMULATED, with the scheduler and the controllers that serve, on the GPU that
 the paper measured and, with the same load, on an H100 where the model fits. Lengths are drawn to the datasets' mean
@@ -15,11 +16,14 @@ paper's engine.
 paper_vs_*: that rate with semi-PD's controller over that with another way, the mean over set-ups. auto_vs_*: the same
 for weft's own. best_split_vs_best_chunk: what splitting a device is worth at all; below 1 it does not pay. e2e_*: mean
 end-to-end latency of SGLang's way over that of semi-PD's public code, least and most of all rates. h100_*: on the H100.
+
+--again: nothing is simulated; the tables and the picture are made of an earlier run's JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -129,14 +133,42 @@ POLICIES = (WHOLE, *CHUNKS, PD, OVERLAP, CODE, *SPLITS, PAPER, AUTO)
 CLUSTER = (WHOLE, Policy("PD 2:6", prefill=2, replicas=8), CODE, OVERLAP, AUTO)
 
 
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Rows. single: of one request alone. points: of every way at every rate. capacity: the highest rates."""
+
+    single: list[dict[str, Any]]
+    points: list[dict[str, Any]]
+    capacity: list[dict[str, Any]]
+    notes: list[str]
+
+
 def main() -> None:
     arguments = _arguments()
     paper = figures("semi_pd")
+    found = simulate(arguments, paper) if arguments.again is None else told(arguments.again)
+    made = claims(found.capacity) | e2e_claims(found.points)
+    names = dict.fromkeys(one["setup"] for one in found.points)
+    words = {case.name: _words(paper, case) for case in CASES if case.name in names}
+    tables = {
+        "single": show_singles(found.single),
+        "points": show_points(found.points, words),
+        "figures": show_figures(found.points),
+        "e2e": show_e2e(found.points),
+        "capacity": show_capacities(found.capacity),
+        "headline": show_headline(paper, made),
+    }
+    for name, table in tables.items():
+        if name != "points":  # which were shown as they came
+            print(f"\n**{name}**\n\n{table}")
+    if arguments.plot is not None:
+        draw(found.capacity, arguments.plot)
+    finish(arguments, paper, made, found.single + found.points + found.capacity, tables, found.notes)
+
+
+def simulate(arguments: argparse.Namespace, paper: dict[str, Any]) -> Found:
     count = arguments.requests or (QUICK_REQUESTS if arguments.quick else REQUESTS)
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
-    single = list(singles(paper, cases))
-    tables = {"single": show_singles(single)}
-    print(f"**One request alone**\n\n{tables['single']}")
     rows: list[dict[str, Any]] = []
     for case in cases:
         known = [one for one in paper["figures"] if one["setup"] == case.name]
@@ -145,18 +177,19 @@ def main() -> None:
             here = [row for one in case.everywhere() for row in points(one, rate, _slo(paper, one), count, there)]
             print(f"\n**{case.name}, {rate:g} requests/s**\n\n{show(here)}", flush=True)
             rows += here
-    tables["points"] = show_points(rows, {case.name: _words(paper, case) for case in cases})
-    tables["figures"], tables["e2e"] = show_figures(rows), show_e2e(rows)
-    print(f"\n**Figures of the paper**\n\n{tables['figures']}\n\n**Mean end-to-end latency**\n\n{tables['e2e']}")
     searched = [one for case in cases if case.name in paper["targets"] for one in case.everywhere()]
     found = [one for case in searched for one in capacities(case, count)]
-    made = claims(found) | e2e_claims(rows)
-    tables["capacity"], tables["headline"] = show_capacities(found), show_headline(paper, made)
-    print(f"\n**Highest rate with {ATTAINED:.0%} within targets**\n\n{tables['capacity']}\n\n{tables['headline']}")
-    if arguments.plot is not None:
-        draw(found, arguments.plot)
     notes = [f"{count} requests a run, {CLUSTER_TIMES * count} of the cluster; seed {SEED}"]
-    finish(arguments, paper, made, single + rows + found, tables, notes)
+    return Found(list(singles(paper, cases)), rows, found, notes)
+
+
+def told(path: Path) -> Found:
+    """What the JSON of an earlier run says."""
+    content = json.loads(path.read_text())
+    found = Found([], [], [], content["notes"][-1:])  # finish() puts the others before it
+    for one in content["rows"]:
+        (found.capacity if "kind" in one else found.points if "policy" in one else found.single).append(one)
+    return found
 
 
 @cache
@@ -329,13 +362,10 @@ E2E_WAYS = (WHOLE, CODE, OVERLAP, PAPER, AUTO)
 
 
 def _gains(rows: Sequence[dict[str, Any]]) -> Iterator[tuple[str, float, str, float]]:
-    """Set-up, rate, GPU: mean end-to-end latency of SGLang's way over that of semi-PD's public code, where the paper
-    has both."""
-    setups = {one["setup"] for one in rows if one["system"] == "SGLang"}
+    """Set-up, rate, GPU: mean end-to-end latency of SGLang's way over that of semi-PD's public code."""
     for (name, rate, gpu), here in _groups(rows, "setup", "rate", "gpu").items():
-        if name in setups:
-            by = {one["policy"]: one["e2e_mean"] for one in here}
-            yield name, rate, gpu, by[WHOLE.name] / by[CODE.name]
+        by = {one["policy"]: one["e2e_mean"] for one in here}
+        yield name, rate, gpu, by[WHOLE.name] / by[CODE.name]
 
 
 def show_e2e(rows: Sequence[dict[str, Any]]) -> str:
@@ -352,8 +382,10 @@ def show_e2e(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def e2e_claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Of the set-ups in which the paper has SGLang."""
+    setups = {one["setup"] for one in rows if one["system"] == "SGLang"}
     found: dict[str, list[float]] = {}
-    for name, _, gpu, gain in _gains(rows):
+    for name, _, gpu, gain in _gains([one for one in rows if one["setup"] in setups]):
         found.setdefault(_prefix(gpu) + f"e2e_{_word(name.split()[0])}", []).append(gain)
     return {
         f"{name}_{word}": of(values) for name, values in found.items() for word, of in (("least", min), ("most", max))
@@ -510,7 +542,11 @@ def _arguments() -> argparse.Namespace:
     names = [case.name for case in CASES]
     made.add_argument("--only", nargs="+", choices=names, metavar="SETUP", help=f"of {', '.join(names)}")
     made.add_argument("--requests", type=int, metavar="N", help=f"of each run ({REQUESTS}; {QUICK_REQUESTS} quick)")
-    return made.parse_args()
+    made.add_argument("--again", type=Path, metavar="JSON", help="simulate nothing; show what an earlier run wrote")
+    arguments = made.parse_args()
+    if arguments.again is not None and arguments.json is not None:
+        made.error("--again simulates nothing: --json does not go with it")
+    return arguments
 
 
 if __name__ == "__main__":
