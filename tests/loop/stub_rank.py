@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 from weft.core.plan import Capacity, Plan, Result, Ticket
 from weft.devices.base import Device
 from weft.devices.simulated import SimulatedDevice
 from weft.errors import CheckpointError, RankLost
 from weft.ipc.ranks import RankOrders
+from weft.loop import rank
 from weft.loop.rank import main
 
 KILLED, HANGS, FAILS, ALL_FAIL, OTHER_TOKENS, RAISES = range(1, 7)
@@ -56,8 +58,25 @@ def open_stub(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
         raise CheckpointError("model.safetensors is cut short")
     if orders.rank == 1 and orders.model == "gone":
         os._exit(7)
+    if orders.model == "meets":
+        meet(orders)
+    if orders.rank == 1 and orders.model == "slow":
+        time.sleep(1)
+    if orders.rank == 1 and orders.model == "other kernels":
+        rank.kernels_of = lambda _config: "portable"
     blocks = agree(40 + 10 * orders.rank)
     return StubDevice(orders.rank, Capacity(blocks, 16, 64, 4, 1, 128, 4096))
+
+
+def meet(orders: RankOrders) -> None:
+    """Rank 0 has made what the ranks are to share, and waits there; rank 1 ends."""
+    shared = Path("/dev/shm", f"{orders.meeting.name}-mixed-fused")
+    if orders.rank == 0:
+        shared.touch()
+        time.sleep(60)
+    while not shared.exists():
+        time.sleep(0.01)
+    os._exit(7)
 
 
 if __name__ == "__main__":

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import runpy
+import select
+import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from weft.config import EngineConfig
 from weft.core.plan import Lane, Partition, Plan, Result, Sampled, Sampling, Slice, Ticket
 from weft.core.sampling import SamplingParams
-from weft.devices.cores import cores_of_rank
+from weft.devices.cores import cores_of_rank, kernels_of, least_kernels
 from weft.devices.simulated import continuation
 from weft.errors import CheckpointError, ConfigError, DeviceError, RankLost
 from weft.ipc.ranks import Done
@@ -129,6 +134,70 @@ def test_a_rank_that_cannot_start(model: str, kind: type[Exception], words: str)
     with pytest.raises(kind, match=words), ranks(model):
         pass
     assert open_files() <= before
+
+
+def test_nothing_is_left_of_ranks_that_wait_for_one_that_has_ended() -> None:
+    before = {*Path("/dev/shm").iterdir()}
+    with pytest.raises(DeviceError, match="rank 1 ended with exit code 7 before it served"), ranks("meets"):
+        pass
+    assert {*Path("/dev/shm").glob("weft-*")} <= before
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from weft.config import EngineConfig
+from weft.loop.ranks import open_ranks
+device = open_ranks(EngineConfig(tensor_parallel_size=2), Path("good"), lambda _: None, sys.argv[1:])
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_rank_that_is_stopped_ends_with_its_parent() -> None:
+    command, pipe = [sys.executable, "-c", PARENT, sys.executable, str(SCRIPT)], subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"open\n"
+        children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
+        first, second = [os.pidfd_open(int(child)) for child in children]
+        signal.pidfd_send_signal(second, signal.SIGSTOP)
+        parent.kill()
+    try:
+        for process in (first, second):
+            assert select.select([process], [], [], 20)[0] == [process]
+    finally:
+        for process in (first, second):
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+            os.close(process)
+
+
+def test_a_rank_that_has_ended_before_it_is_told_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended(subprocess.Popen[bytes]):
+        def __init__(self, *args: Any, **settings: Any) -> None:
+            super().__init__(*args, **settings)
+            os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
+
+    monkeypatch.setattr(subprocess, "Popen", Ended)
+    before = open_files()
+    with pytest.raises(DeviceError, match=r"rank . ended with exit code 1 before it served"):
+        open_ranks(EngineConfig(tensor_parallel_size=2), Path("good"), lambda _: None, ("false",))
+    assert open_files() <= before
+
+
+def test_a_rank_that_others_wait_for_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    with ranks("slow", timeout=0.3):
+        assert "rank 1 still loads its part of the model; the others have theirs" in caplog.text
+
+
+def test_kernels_that_differ_are_named() -> None:
+    if kernels_of(EngineConfig()) not in ("portable", "reference"):
+        words = "--kernels auto comes to .* on rank 0, portable on rank 1, .* --kernels portable would work"
+        with pytest.raises(ConfigError, match=words), ranks("other kernels"):
+            pass
+    assert least_kernels(["avx2", "avx512", "portable"]) == "portable"
+    assert least_kernels(["avx2", "reference"]) == "reference"
+    assert kernels_of(EngineConfig(device="cuda")) == "cuda"
 
 
 def test_no_process_and_no_kernels() -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from weft.config import EngineConfig, parse_cores
 from weft.errors import ConfigError
-from weft.kernels import LEVELS, resolve
+from weft.kernels import LEVELS, REFERENCE, resolve
 
 Cores = tuple[int, ...]
 
@@ -40,6 +40,16 @@ def collective_of(config: EngineConfig) -> str:
         return "nccl"
     name, _ = resolve(config.kernels)
     return "shm" if name in LEVELS and config.weave not in ("plain", "one-shot") else "gloo"
+
+
+def kernels_of(config: EngineConfig) -> str:
+    """What --kernels comes to here. Raises DeviceError for kernels that are not there."""
+    return config.device if config.device == "cuda" else resolve(config.kernels)[0]
+
+
+def least_kernels(names: Collection[str]) -> str:
+    """Of these, the ones that all CPUs that have one of them can run."""
+    return max(names, key=(*LEVELS, REFERENCE).index)
 
 
 def _list(cores: Sequence[int]) -> str:

@@ -6,6 +6,7 @@ import msgspec
 
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result
+from weft.errors import ConfigError, DeviceError, WeftError, by_code
 
 
 class Meeting(msgspec.Struct, frozen=True):
@@ -66,10 +67,11 @@ class Begun(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fits(msgspec.Struct, frozen=True, tag=True):
-    """How many KV blocks this rank has room for."""
+    """This rank has loaded its part. blocks: of KV that it has room for. kernels: those that --kernels has come to."""
 
     rank: int
     blocks: int
+    kernels: str
 
 
 class Opened(msgspec.Struct, frozen=True, tag=True):
@@ -137,6 +139,14 @@ FromRank = Begun | Fits | Opened | Done | Lost
 Heard = Begun | Fits | Opened | Done | Lost | Gone
 ToNode = Welcome | Refusal | Carry | Share | Blocks | End
 FromNode = Hello | Begun | Fits | Opened | Done | Lost | Gone
+
+
+def loss(message: Lost | Gone, where: str = "") -> WeftError:
+    """What a rank was lost for. where: the ranks are, for the end of an error that is not about a setting."""
+    if isinstance(message, Gone):
+        return DeviceError(f"rank {message.rank} {message.words}{where}")
+    kind = by_code(message.code)
+    return kind(message.error if issubclass(kind, ConfigError) else f"rank {message.rank}: {message.error}{where}")
 
 
 def to_rank(rank: int) -> str:

@@ -5,6 +5,7 @@ Its main thread hands plans to its device, and tells the engine process what has
 
 from __future__ import annotations
 
+import ctypes
 import faulthandler
 import logging
 import signal
@@ -19,6 +20,7 @@ import msgspec
 from weft import log as logs
 from weft.core.plan import Result
 from weft.devices.base import Device
+from weft.devices.cores import kernels_of
 from weft.errors import DeviceError, WeftError
 from weft.ipc.channel import LINGER_SECONDS, Sender
 from weft.ipc.ranks import (
@@ -41,6 +43,7 @@ from weft.loop.worker import Inbox, died
 
 # (orders; is told the phases of the start-up; takes how many KV blocks fit here, and gives how many fit everywhere)
 OpenDevice = Callable[[RankOrders, Callable[[str], None], Callable[[int], int]], Device]
+PR_SET_PDEATHSIG = 1  # of Linux
 log = logging.getLogger(__name__)
 
 
@@ -52,6 +55,7 @@ def main(open_device: OpenDevice | None = None) -> int:
     # The engine process decides when to end, also when a terminal or a service manager signals the whole group.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    _go_on_without_parent()
     faulthandler.enable()
     orders = msgspec.json.decode(sys.stdin.buffer.readline(), type=RankOrders)
     logs.set_up(orders.log_level)
@@ -63,7 +67,7 @@ def main(open_device: OpenDevice | None = None) -> int:
         device = (open_device or open_rank)(
             orders,
             lambda phase: sender.send(Begun(orders.rank, phase)),
-            lambda blocks: _agree(orders.rank, blocks, inbox, sender),
+            lambda blocks: _agree(Fits(orders.rank, blocks, kernels_of(orders.config)), inbox, sender),
         )
         inbox.wake = device.wake
         sender.send(_opened(orders.rank, device))
@@ -80,6 +84,11 @@ def main(open_device: OpenDevice | None = None) -> int:
         if device is not None:
             device.close()
         inbox.close()
+
+
+def _go_on_without_parent() -> None:
+    """When the parent has ended, a rank that was stopped goes on, so as to see that its orders have ended as well."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGCONT), 0, 0, 0)
 
 
 def carry(rank: int, device: Device, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> None:
@@ -133,9 +142,9 @@ def open_rank(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
     return rank_opener(orders.config)(orders.config, Path(orders.model), say, group)
 
 
-def _agree(rank: int, blocks: int, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> int:
+def _agree(fits: Fits, inbox: Inbox[ToRank], sender: Sender[FromRank]) -> int:
     """What all ranks have room for, once the engine process has heard of all."""
-    sender.send(Fits(rank, blocks))
+    sender.send(fits)
     arrived = threading.Event()
     inbox.wake = arrived.set
     while True:

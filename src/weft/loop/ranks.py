@@ -14,7 +14,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import Protocol
@@ -22,8 +22,8 @@ from typing import Protocol
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Ticket
 from weft.devices.base import Description
-from weft.devices.cores import collective_of
-from weft.errors import ConfigError, DeviceError, RankLost, by_code
+from weft.devices.cores import collective_of, least_kernels
+from weft.errors import ConfigError, DeviceError, RankLost
 from weft.ipc.ranks import (
     Begun,
     Blocks,
@@ -38,6 +38,7 @@ from weft.ipc.ranks import (
     Opened,
     Share,
     ToRank,
+    loss,
 )
 from weft.loop.nodes import LOOPBACK, free_port, open_nodes
 from weft.loop.rank_processes import END_SECONDS, LAST_WORDS, RANK, start_ranks
@@ -73,7 +74,7 @@ def open_ranks(
     """
     members = _gather(config, model, say, command)
     try:
-        opened = _start_up(members, say)
+        opened = _start_up(members, say, config.rank_timeout)
     except BaseException:
         members.close(0.0)
         raise
@@ -92,27 +93,39 @@ def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], comma
     return start_ranks(config, model, range(config.tensor_parallel_size), meeting, LOOPBACK, command)
 
 
-def _start_up(ranks: Members, say: Callable[[str], None]) -> list[Opened]:
-    """Until all ranks take plans."""
-    fits: dict[int, int] = {}
+def _start_up(ranks: Members, say: Callable[[str], None], timeout: float) -> list[Opened]:
+    """Until all ranks take plans. timeout: seconds without a word after which those are named that others wait for."""
+    fits: dict[int, Fits] = {}
     opened: dict[int, Opened] = {}
     while len(opened) < len(ranks):
-        for message in ranks.listen():
+        heard = ranks.listen(timeout)
+        if fits and not heard and (late := [str(rank) for rank in range(len(ranks)) if rank not in fits]):
+            log.warning("rank %s still loads its part of the model; the others have theirs", " and ".join(late))
+        for message in heard:
             match message:
                 case Begun(0, phase):
                     say(phase)
-                case Fits(rank, blocks):
-                    fits[rank] = blocks
+                case Fits(rank):
+                    fits[rank] = message
                     if len(fits) == len(ranks):
-                        ranks.send(Blocks(min(fits.values())))
+                        ranks.send(_agreed(fits))
                 case Opened(rank):
                     opened[rank] = message
-                case Lost(rank, error, code):
-                    kind = by_code(code)
-                    raise kind(error if issubclass(kind, ConfigError) else f"rank {rank}: {error}{ranks.where}")
-                case Gone(rank, words):
-                    raise DeviceError(f"rank {rank} {words} before it served{ranks.where}")
+                case Lost():
+                    raise loss(message, ranks.where)
+                case Gone():
+                    raise loss(message, f" before it served{ranks.where}")
     return [opened[rank] for rank in range(len(ranks))]
+
+
+def _agreed(fits: Mapping[int, Fits]) -> Blocks:
+    """What all ranks have room for. Raises ConfigError for kernels that cannot compute together: their rounding is not
+    the same."""
+    if len({one.kernels for one in fits.values()}) > 1:
+        each = ", ".join(f"{fits[rank].kernels} on rank {rank}" for rank in sorted(fits))
+        common = least_kernels([one.kernels for one in fits.values()])
+        raise ConfigError(f"--kernels auto comes to {each}, and all ranks need the same; --kernels {common} would work")
+    return Blocks(min(one.blocks for one in fits.values()))
 
 
 class RankedDevice:
