@@ -109,6 +109,14 @@ def parse_address(text: str) -> tuple[str, int]:
     return host.strip("[]"), int(port)
 
 
+def parse_meeting_address(text: str) -> tuple[str, int]:
+    """Host and port of an address that other hosts shall call. Raises ValueError."""
+    host, port = parse_address(text)
+    if host in ("0.0.0.0", "::"):
+        raise ValueError(f"no host can be called at {host}; it must be host 0's own address, such as 10.0.0.1:29500")
+    return host, port
+
+
 def parse_ray_address(text: str) -> str:
     """The address of a Ray cluster that runs already, as Ray takes it. Raises ValueError, also for one that Ray would
     start (local), or would reach through a proxy (ray://): the engine must be on a node of the cluster."""
@@ -208,7 +216,7 @@ class EngineConfig:
         help="address of host 0, at which it listens for the others and its ranks meet theirs; nothing there asks who "
         "connects",
         metavar="HOST:PORT",
-        parse=parse_address,
+        parse=parse_meeting_address,
     )
     distributed_executor_backend: str = setting(
         "mp",

@@ -375,6 +375,14 @@ RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
         ({"tensor_parallel_size": 4, "nnodes": 2}, "several hosts need an address"),
         ({"dist_init_addr": "10.0.0.1:29500"}, "one has no use for it"),
         ({"dist_init_addr": "10.0.0.1"}, "it must be a host and a port, such as 10.0.0.1:29500"),
+        (
+            {"tensor_parallel_size": 2, "nnodes": 2, "dist_init_addr": "0.0.0.0:29500"},
+            "no host can be called at 0.0.0.0; it must be host 0's own address, such as 10.0.0.1:29500",
+        ),
+        (
+            {"tensor_parallel_size": 2, "nnodes": 2, "dist_init_addr": "[::]:29500"},
+            "no host can be called at ::",
+        ),
         ({"node_rank": 1}, "--node-rank is 1; it must be at least 0 and less than --nnodes, which is 1"),
         (
             {"tensor_parallel_size": 2, "nnodes": 2, "dist_init_addr": "a:1", "collective": "shm"},

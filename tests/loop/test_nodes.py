@@ -23,7 +23,7 @@ from weft.config import EngineConfig
 from weft.core.plan import Lane, Plan, Result, Sampling, Slice
 from weft.core.sampling import SamplingParams
 from weft.devices.simulated import continuation
-from weft.errors import DeviceError, RankLost
+from weft.errors import CheckpointError, DeviceError, RankLost
 from weft.ipc.channel import MAX_MESSAGE_BYTES
 from weft.ipc.ranks import Begun, End, FromNode, Gone, Hello, Refusal, ToNode, Welcome
 from weft.ipc.stream import Stream
@@ -91,6 +91,42 @@ def test_a_rank_of_another_node_that_is_killed() -> None:
         other.exception(20)  # it ends, whichever of the two it has heard of first
 
 
+@pytest.mark.parametrize(
+    ("model", "kind", "words"),
+    [("broken", CheckpointError, "rank 1: model.safetensors is cut short"), ("gone", DeviceError, "rank 1 ended with")],
+)
+def test_a_node_tells_what_its_ranks_ended_of(model: str, kind: type[Exception], words: str) -> None:
+    config = configured()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(serve_node, replace(config, node_rank=1), Path(model), COMMAND)
+        with pytest.raises(kind, match=words):
+            open_ranks(config, Path(model), lambda _phase: None, COMMAND)
+        with pytest.raises(kind, match=words):
+            other.result(20)
+
+
+def test_a_node_that_leaves_before_all_have_come_may_come_again() -> None:
+    config = configured(3, 3)
+    with ThreadPoolExecutor(3) as pool:
+        device = pool.submit(open_ranks, config, MODEL, lambda _phase: None, COMMAND)
+        agreed = agreement(config, MODEL)
+        assert ask(config, Hello(1, agreed), seconds=0.5) == []
+        others = [pool.submit(serve_node, replace(config, node_rank=node), MODEL, COMMAND) for node in (1, 2)]
+        device.result(20).close()
+        for other in others:
+            other.result(20)
+
+
+def test_an_address_of_the_sixth_version() -> None:
+    try:
+        config = replace(configured(), dist_init_addr=f"[::1]:{free_port('::1')}")
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with opened(config) as (device, _):
+        device.submit(plan(1, 50))
+        assert collect(device, 1)[0].error is None
+
+
 def test_a_node_that_is_killed() -> None:
     config = configured()
     script = (
@@ -121,8 +157,8 @@ def waiting(config: EngineConfig) -> Iterator[None]:
             other.result(20)
 
 
-def ask(config: EngineConfig, *messages: Any) -> list[Any]:
-    """What node 0 answers to these first words."""
+def ask(config: EngineConfig, *messages: Any, seconds: float = 20) -> list[Any]:
+    """What node 0 answers to these first words, within so many seconds."""
     host, _, port = (config.dist_init_addr or "").partition(":")
     end = time.monotonic() + 20
     while True:
@@ -137,6 +173,7 @@ def ask(config: EngineConfig, *messages: Any) -> list[Any]:
         for message in messages:
             stream.send(message)
         found: list[Any] = []
+        end = time.monotonic() + seconds
         while time.monotonic() < end:
             found += stream.take()
             time.sleep(0.01)
@@ -153,7 +190,8 @@ def test_who_is_refused() -> None:
         agreed = agreement(config, MODEL)
         for node in (0, 2, -1):
             (refusal,) = ask(config, Hello(node, agreed))
-            assert isinstance(refusal, Refusal) and f"--node-rank is {node}" in refusal.error
+            words = f"--node-rank is {node}; node 0 still waits for 1"
+            assert isinstance(refusal, Refusal) and refusal.error == words
         (refusal,) = ask(config, Hello(1, "another"))
         assert isinstance(refusal, Refusal) and "config.json differ" in refusal.error
         (refusal,) = ask(config, Begun(1, "x"))

@@ -14,6 +14,8 @@ from weft.ipc.channel import MAX_MESSAGE_BYTES
 Message = TypeVar("Message")
 _LENGTH = struct.Struct("<I")
 _READ = 1 << 20
+# An end whose host has lost its power, or its network, closes nothing: half a minute of silence does.
+_KEEP_ALIVE = ((socket.TCP_KEEPIDLE, 10), (socket.TCP_KEEPINTVL, 5), (socket.TCP_KEEPCNT, 4))
 
 
 class Stream(Generic[Message]):
@@ -21,6 +23,9 @@ class Stream(Generic[Message]):
 
     def __init__(self, connection: socket.socket, union: Any, timeout: float) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in _KEEP_ALIVE:
+            connection.setsockopt(socket.IPPROTO_TCP, option, value)
         connection.settimeout(timeout)
         self._connection = connection
         self._decoder = msgspec.msgpack.Decoder(union)

@@ -24,8 +24,8 @@ from itertools import groupby
 from pathlib import Path
 
 from weft.config import EngineConfig, parse_address
-from weft.errors import DeviceError
-from weft.ipc.ranks import End, FromNode, Gone, Heard, Hello, Meeting, Refusal, ToNode, ToRank, Welcome
+from weft.errors import DeviceError, WeftError
+from weft.ipc.ranks import End, FromNode, Gone, Heard, Hello, Lost, Meeting, Refusal, ToNode, ToRank, Welcome, loss
 from weft.ipc.stream import Message, Stream
 from weft.loop.rank_processes import END_SECONDS, RANK, Ranks, start_ranks
 
@@ -53,7 +53,7 @@ class Nodes:
 
     def send(self, message: ToRank) -> None:
         self._local.send(message)
-        for node, ranks in self._others.items():
+        for node, ranks in list(self._others.items()):  # `listen`, in another thread, takes lost ones away
             try:
                 node.send(message)
             except OSError as error:  # `listen` will say what has become of them
@@ -82,7 +82,7 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
     """Node 0: wait for the others, and start everybody's ranks. Raises ConfigError or DeviceError."""
     host, port = parse_address(config.dist_init_addr or "")
     try:
-        listener = socket.create_server((host, port))
+        listener = listen(host, port)
     except OSError as error:
         raise DeviceError(f"--dist-init-addr is {host}:{port}, and node 0 cannot listen there: {error}") from error
     say(f"wait for {config.nnodes - 1} other node{'s' if config.nnodes > 2 else ''}")
@@ -94,9 +94,7 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
         if missing:
             raise DeviceError(f"node {' and '.join(map(str, missing))} did not come within {MEET_SECONDS:g} s")
         meeting = Meeting(f"weft-{secrets.token_hex(8)}", host, free_port(host))
-        for node in others.values():
-            node.send(Welcome(meeting))
-        addresses = [host, *(others[number].peer for number in wanted)]
+        addresses = [host, *(_welcome(number, others[number], meeting) for number in wanted)]
         hosts = [address for number, address in enumerate(addresses) for _ in ranks_of(config, number)]
         local = start_ranks(config, model, ranks_of(config, 0), meeting, host, command)
     except BaseException:
@@ -118,8 +116,9 @@ def serve_node(config: EngineConfig, model: Path, command: Sequence[str] = RANK)
 
 def serve_ranks(address: tuple[str, int], hello: Hello, timeout: float, start: Callable[[Meeting, str], Ranks]) -> None:
     """Ranks for node 0 at `address`, until it is done with them. start: takes where the ranks meet, and this host's
-    address. Raises DeviceError when node 0 is gone otherwise, ConfigError or DeviceError of `start`."""
+    address. Raises DeviceError when node 0 is gone otherwise, what a rank was lost for, and what `start` raises."""
     host, port = address
+    log.info("node %d calls node 0 at %s:%d", hello.node, host, port)
     connection = _connect(host, port, hello.node)
     node: Stream[ToNode] = Stream(connection, ToNode, timeout)
     try:
@@ -132,31 +131,39 @@ def serve_ranks(address: tuple[str, int], hello: Hello, timeout: float, start: C
             raise DeviceError(f"node 0 said {type(answer).__name__} before it welcomed this node")
         ranks = start(answer.meeting, node.address)
         try:
-            ended = _pass_on(node, ranks)
+            _pass_on(node, ranks)
         except BaseException:
             ranks.close(0.0)
             raise
-        ranks.close(END_SECONDS if ended else 0.0)
+        ranks.close()
     except OSError as error:
         raise DeviceError(f"node 0 at {host}:{port} is gone: {error}") from error
     finally:
         node.close()
 
 
-def _pass_on(node: Stream[ToNode], ranks: Ranks) -> bool:
-    """Between node 0 and the ranks, until an End comes (True) or the last rank has ended."""
+def _pass_on(node: Stream[ToNode], ranks: Ranks) -> None:
+    """Between node 0 and the ranks, until an End comes. Raises what the first rank was lost for once the last one has
+    ended, or node 0 has left because of it; OSError when that has left otherwise."""
     left = len(ranks)
-    while left:
-        for heard in ranks.listen(None, (node.fileno(),)):
-            node.send(heard)
-            left -= isinstance(heard, Gone)
-        for message in node.take():
-            if isinstance(message, Welcome | Refusal):
-                raise DeviceError("node 0 does not remember this node")
-            ranks.send(message)
-            if isinstance(message, End):
-                return True
-    return False
+    lost: list[WeftError] = []
+    try:
+        while left:
+            for heard in ranks.listen(None, (node.fileno(),)):
+                if isinstance(heard, Lost | Gone):
+                    lost.append(loss(heard))
+                left -= isinstance(heard, Gone)
+                node.send(heard)
+            for message in node.take():
+                if isinstance(message, Welcome | Refusal):
+                    raise DeviceError("node 0 does not remember this node")
+                ranks.send(message)
+                if isinstance(message, End):
+                    return
+    except OSError:
+        if not lost:
+            raise
+    raise lost[0]
 
 
 def ranks_of(config: EngineConfig, node: int) -> range:
@@ -172,9 +179,14 @@ def agreement(config: EngineConfig, model: Path) -> str:
     return hashlib.sha256(repr(common).encode() + shape).hexdigest()
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """Raises OSError."""
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+
+
 def free_port(host: str) -> int:
     """One that nobody listens at now."""
-    with socket.create_server((host, 0)) as chosen:
+    with listen(host, 0) as chosen:
         port: int = chosen.getsockname()[1]
         return port
 
@@ -206,6 +218,7 @@ def meet(
         node: Stream[FromNode] = Stream(connection, FromNode, timeout)
         try:
             hello = _first(node, timeout)
+            _forget_ended(others)
             refusal = _refusal(hello, nodes, agreed, others)
             if refusal is not None:
                 node.send(Refusal(refusal))
@@ -219,11 +232,32 @@ def meet(
     return [node for node in nodes if node not in others]
 
 
+def _forget_ended(others: dict[int, Stream[FromNode]]) -> None:
+    """Nodes that have left again may be started anew."""
+    for number, node in list(others.items()):
+        try:
+            node.take()  # nobody says anything before the welcome
+        except OSError as error:
+            log.warning("node %d has left: %s", number, error)
+            del others[number]
+            node.close()
+
+
+def _welcome(number: int, node: Stream[FromNode], meeting: Meeting) -> str:
+    """Tell a node to start its ranks; its address."""
+    try:
+        node.send(Welcome(meeting))
+        return node.peer
+    except OSError as error:
+        raise DeviceError(f"node {number} is gone: {error}") from error
+
+
 def _refusal(hello: FromNode, nodes: range, agreed: str, others: Collection[int]) -> str | None:
     if not isinstance(hello, Hello):
         return f"the first word was {type(hello).__name__}"
     if hello.node not in nodes or hello.node in others:
-        return f"--node-rank is {hello.node}; node 0 still waits for one of {nodes[0]} to {nodes[-1]}"
+        missing = ", ".join(str(node) for node in nodes if node not in others)
+        return f"--node-rank is {hello.node}; node 0 still waits for {missing}"
     if hello.digest != agreed:
         return "the settings or the model's config.json differ from node 0's; only --node-rank and --cores may"
     return None

@@ -30,7 +30,7 @@ from weft.errors import ConfigError, DeviceError
 from weft.ipc.channel import make_folder
 from weft.ipc.ranks import FromNode, Heard, Meeting, ToRank, Welcome
 from weft.ipc.stream import Stream
-from weft.loop.nodes import Nodes, agreement, meet
+from weft.loop.nodes import Nodes, agreement, listen, meet
 from weft.loop.rank_processes import END_SECONDS, Ranks
 from weft.loop.ray_actor import ActorOrders
 from weft.loop.ray_actors import START_SECONDS, Actors
@@ -202,7 +202,7 @@ def _listen(config: EngineConfig, here: str) -> socket.socket:
     """Where the actors reach the engine: --dist-init-addr, or any port of this node's address. Raises DeviceError."""
     host, port = parse_address(config.dist_init_addr) if config.dist_init_addr else (here, 0)
     try:
-        return socket.create_server((host, port))
+        return listen(host, port)
     except OSError as error:
         raise DeviceError(f"the engine cannot listen at {host}:{port} for its ranks: {error}") from error
 

@@ -29,7 +29,8 @@ _dist: Any = torch.distributed  # its types lack much of what it has
 def meet(host: str, port: int, rank: int, ranks: int, *, timeout: float) -> Any:
     """Where ranks find one another: rank 0 listens at this address, and at no other. Raises DeviceError."""
     try:
-        listening = socket.create_server((host, port)).detach() if rank == 0 else None
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        listening = socket.create_server((host, port), family=family).detach() if rank == 0 else None
         return _dist.TCPStore(
             host,
             port,
