@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
 import signal
 import subprocess
@@ -120,6 +121,14 @@ def test_two_ranks_answer_like_one_until_one_is_lost(
     # Who is stopped is missed at a seam by the other rank, or at the end of a step by the engine.
     last = words.splitlines()[-1]
     assert f"rank {rank}" in last and ("within 2 s" if stops else "was killed by SIGKILL") in last, words
+
+
+def test_a_rank_that_hangs_ends_with_the_server(started: Any, alone: Any, tmp_path: Path) -> None:
+    with started(tmp_path / "log", "-tp", "2", *alone.flags) as server, closing(Ranked(server)) as ranked:
+        ranked.lose(1, signal.SIGSTOP)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(20) == 0, server.log.read_text()
+        assert select.select(ranked.lost, [], [], 5)[0] == ranked.lost
 
 
 CLIENT = """

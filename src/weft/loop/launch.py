@@ -64,8 +64,9 @@ def launch(config: EngineConfig, *, log_level: str = "warning", command: Sequenc
     folder = make_folder()
     started = time.monotonic()
     try:
-        # Its standard output is this process's standard error: only this one speaks on standard output.
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+        # Its standard output is this process's standard error: only this one speaks on standard output. Without a
+        # buffer, what could not be written does not come up again when the input is closed.
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, bufsize=0)
     except OSError as error:
         shutil.rmtree(folder)
         raise DeviceError(f"the engine process cannot be started: {error}") from error
@@ -73,7 +74,6 @@ def launch(config: EngineConfig, *, log_level: str = "warning", command: Sequenc
     with contextlib.suppress(BrokenPipeError):  # it has ended already, which whoever waits for it will see
         if process.stdin is not None:
             process.stdin.write(orders)
-            process.stdin.flush()
     return Launched(process, folder, started)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shutil
@@ -23,8 +24,10 @@ from weft.ipc.ranks import FROM_RANKS, FromRank, Gone, Heard, Lost, Meeting, Ran
 from weft.loop.launch import ending
 
 RANK = (sys.executable, "-m", "weft.loop.rank")
-# Seconds that ranks get to end by themselves.
-END_SECONDS = 5.0
+# Seconds that ranks get to end by themselves: fewer than their parent gets to end them (loop/client.py).
+END_SECONDS = 3.0
+# Where ranks of one host make what they share (weave/shm.py); names begin with that of their meeting.
+SHARED = Path("/dev/shm")
 LAST_WORDS = 200  # milliseconds
 
 
@@ -71,6 +74,7 @@ class Ranks:
 
     def __init__(self, orders: Sequence[RankOrders], folder: Path, command: Sequence[str] = RANK) -> None:
         self._folder = folder
+        self._meetings = {order.meeting.name for order in orders}
         self._receiver: Receiver[FromRank] = Receiver(folder, FROM_RANKS, FromRank)
         self._senders: list[Sender[ToRank]] = []
         self._processes: dict[int, subprocess.Popen[bytes]] = {}  # by rank
@@ -86,7 +90,7 @@ class Ranks:
 
     def _start(self, order: RankOrders, command: Sequence[str]) -> None:
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2)
+            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=2, bufsize=0)
         except OSError as error:
             raise DeviceError(f"the process of rank {order.rank} cannot be started: {error}") from error
         self._processes[order.rank] = process
@@ -94,9 +98,9 @@ class Ranks:
         self._pidfds[descriptor] = order.rank
         self._poller.register(descriptor, zmq.POLLIN)
         self._senders.append(Sender(self._folder, to_rank(order.rank)))
-        if process.stdin is not None:
-            process.stdin.write(msgspec.json.encode(order) + b"\n")
-            process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has ended already, which `listen` will say
+            if process.stdin is not None:
+                process.stdin.write(msgspec.json.encode(order) + b"\n")
 
     def __len__(self) -> int:
         return len(self._processes)
@@ -150,4 +154,7 @@ class Ranks:
         for sender in self._senders:
             sender.close()
         self._receiver.close()
+        for name in self._meetings:
+            for left in SHARED.glob(f"{name}-*"):  # by a rank that was killed while it waited for others there
+                left.unlink(missing_ok=True)
         shutil.rmtree(self._folder, ignore_errors=True)
