@@ -226,11 +226,7 @@ BROKEN: list[tuple[str, Callable[[Path], None], str]] = [
     ("nonsense", write(SINGLE, b"\x80\x02pickle" * 100), f"{SINGLE} is cut short or not a safetensors file"),
     ("a huge header", write(SINGLE, b"\xff" * 8 + b"{}"), f"{SINGLE} is cut short or not a safetensors file"),
     ("a folder for a file", lambda folder: folder_for_file(folder), SINGLE),
-    (
-        "a link to nothing",
-        lambda folder: link_to_nothing(folder),
-        f"{SINGLE} is missing: it is a link to /nowhere/blob",
-    ),
+    ("a link to nothing", lambda folder: link_to_nothing(folder), "is missing: it is a link to /nowhere/blob"),
     ("pickles only", write("pytorch_model.bin", b"x"), "has pytorch_model.bin .*weft reads safetensors only"),
     ("files of other names", write("consolidated.safetensors", b"x"), "has consolidated.safetensors, but neither"),
     ("no files", lambda folder: (folder / SINGLE).unlink(), "has no weights"),
