@@ -29,6 +29,8 @@ VERSION = 6
 # Bytes of a file at most: some hours of serving.
 MOST = 256 * 2**20
 KINDS = {"arrived": Arrived, "stepped": Stepped, "first": FirstToken, "finished": Finished}
+# Of a decision, what is as it is in JSON.
+TOLD = ("reason", "hold", "within", "back", "shed", "ttft", "tpot")
 NAMES = {kind: name for name, kind in KINDS.items()}
 NAMED = {AutoPolicy: "auto", PaperPolicy: "paper"}
 
@@ -149,11 +151,7 @@ def _decision_row(decision: Decision) -> dict[str, Any]:
     cost = decision.cost
     return {
         "sharing": [sharing.regime.value, shares, sharing.chunk, sharing.size_weight, sharing.tpot],
-        "reason": decision.reason,
-        "hold": decision.hold,
-        "within": decision.within,
-        "back": decision.back,
-        "shed": decision.shed,
+        **{name: getattr(decision, name) for name in TOLD},
         "cost": None if cost is None else [cost.fixed, cost.token, cost.slot, cost.read, cost.pair],
     }
 
@@ -166,7 +164,7 @@ def _asked(row: dict[str, Any]) -> Asked:
         regime, shares, *rest = decision["sharing"]
         sharing = Sharing(Regime(regime), Partition(*shares), *rest)
         cost = None if decision["cost"] is None else StepCost(*decision["cost"])
-        told = {name: decision[name] for name in ("reason", "hold", "within", "back", "shed")}
+        told = {name: decision[name] for name in TOLD}
         found = Decision(row["now"], sharing, cost=cost, **told)
     seen = tuple(_observation(one) for one in row["seen"])
     return Asked(seen, Queue(waiting, queue["decoding"], queue["context"], answers), row["now"], found)
