@@ -58,7 +58,7 @@ def open_stub(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
         raise CheckpointError("model.safetensors is cut short")
     if orders.rank == 1 and orders.model == "gone":
         os._exit(7)
-    if orders.model == "meets":
+    if orders.model in ("meets", "waits"):
         meet(orders)
     if orders.rank == 1 and orders.model == "slow":
         time.sleep(1)
@@ -69,10 +69,11 @@ def open_stub(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
 
 
 def meet(orders: RankOrders) -> None:
-    """Rank 0 has made what the ranks are to share, and waits there; rank 1 ends."""
-    shared = Path("/dev/shm", f"{orders.meeting.name}-mixed-fused")
+    """Rank 0 has made what the ranks are to share, and waits there; rank 1 ends, or never comes."""
+    shared = Path("/dev/shm", f"{orders.meeting.name}-stub")
     if orders.rank == 0:
         shared.touch()
+    if orders.rank == 0 or orders.model == "waits":
         time.sleep(60)
     while not shared.exists():
         time.sleep(0.01)

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -137,10 +137,20 @@ def test_a_rank_that_cannot_start(model: str, kind: type[Exception], words: str)
 
 
 def test_nothing_is_left_of_ranks_that_wait_for_one_that_has_ended() -> None:
-    before = {*Path("/dev/shm").iterdir()}
     with pytest.raises(DeviceError, match="rank 1 ended with exit code 7 before it served"), ranks("meets"):
         pass
-    assert {*Path("/dev/shm").glob("weft-*")} <= before
+    assert not shared()
+
+
+def shared() -> list[Path]:
+    return list(Path("/dev/shm").glob("weft-*-stub"))
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 PARENT = """
@@ -148,15 +158,26 @@ import sys
 from pathlib import Path
 from weft.config import EngineConfig
 from weft.loop.ranks import open_ranks
-device = open_ranks(EngineConfig(tensor_parallel_size=2), Path("good"), lambda _: None, sys.argv[1:])
+device = open_ranks(EngineConfig(tensor_parallel_size=2), Path(sys.argv[1]), lambda _: None, sys.argv[2:])
 print("open", flush=True)
 sys.stdin.read()
 """
 
 
+def parent_of(model: str) -> subprocess.Popen[bytes]:
+    command, pipe = [sys.executable, "-c", PARENT, model, sys.executable, str(SCRIPT)], subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe)
+
+
+def test_nothing_is_left_of_ranks_that_wait_for_one_another_and_lose_their_parent() -> None:
+    with parent_of("waits") as parent:
+        until(lambda: bool(shared()))
+        parent.kill()
+    until(lambda: not shared())
+
+
 def test_a_rank_that_is_stopped_ends_with_its_parent() -> None:
-    command, pipe = [sys.executable, "-c", PARENT, sys.executable, str(SCRIPT)], subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as parent:
+    with parent_of("good") as parent:
         assert parent.stdout is not None and parent.stdout.readline() == b"open\n"
         children = Path(f"/proc/{parent.pid}/task/{parent.pid}/children").read_text().split()
         first, second = [os.pidfd_open(int(child)) for child in children]

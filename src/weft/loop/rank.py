@@ -39,6 +39,7 @@ from weft.ipc.ranks import (
     ToRank,
     to_rank,
 )
+from weft.loop.rank_processes import unlink_shared
 from weft.loop.worker import Inbox, died
 
 # (orders; is told the phases of the start-up; takes how many KV blocks fit here, and gives how many fit everywhere)
@@ -61,6 +62,7 @@ def main(open_device: OpenDevice | None = None) -> int:
     logs.set_up(orders.log_level)
     folder = Path(orders.folder)
     inbox: Inbox[ToRank] = Inbox(folder, sys.stdin.buffer, to_rank(orders.rank), ToRank)
+    inbox.tidy = lambda: unlink_shared(orders.meeting.name)
     sender: Sender[FromRank] = Sender(folder, FROM_RANKS)
     device: Device | None = None
     try:

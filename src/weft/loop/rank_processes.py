@@ -67,6 +67,12 @@ def start_ranks(
     return Ranks(orders, folder, command)
 
 
+def unlink_shared(meeting: str) -> None:
+    """What ranks have left in shared memory that ended while they waited for others there."""
+    for left in SHARED.glob(f"{meeting}-*"):
+        left.unlink(missing_ok=True)
+
+
 class Ranks:
     """The processes, and the sockets to and from them."""
 
@@ -155,6 +161,5 @@ class Ranks:
             sender.close()
         self._receiver.close()
         for name in self._meetings:
-            for left in SHARED.glob(f"{name}-*"):  # by a rank that was killed while it waited for others there
-                left.unlink(missing_ok=True)
+            unlink_shared(name)
         shutil.rmtree(self._folder, ignore_errors=True)

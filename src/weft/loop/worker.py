@@ -183,6 +183,7 @@ class Inbox(Generic[Message]):
         self._stop, self._stopper = os.pipe()
         self._thread = threading.Thread(target=self._run, name="inbox", daemon=True)
         self.wake: Callable[[], None] = lambda: None
+        self.tidy: Callable[[], None] = lambda: None  # called before the process is ended
         self._thread.start()
 
     def take(self) -> Iterator[Message]:
@@ -218,6 +219,7 @@ class Inbox(Generic[Message]):
 
     def _end(self) -> None:
         """The parent is gone, so nobody waits for anything, and nobody else will tidy up."""
+        self.tidy()
         shutil.rmtree(self._folder, ignore_errors=True)
         os._exit(1)
 
