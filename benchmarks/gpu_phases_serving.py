@@ -29,7 +29,7 @@ from weft.loop.control import Control
 from weft.models.decoder import Decoder
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
-from weft.phases.forecast import Device as Forecast
+from weft.phases.forecast import Limits
 from weft.phases.observations import Targets
 
 LANES = (Lane.PREFILL, Lane.DECODE)
@@ -165,7 +165,7 @@ def contestants(capacity: Capacity, targets: Targets, traffic: Traffic) -> dict[
         split = Sharing(Regime.SPLIT, Partition(prefill, units - prefill))
         found[f"split {prefill}:{units - prefill}"] = Controller(FixedPolicy(split), lone=True)
     found["overlap"] = Controller(FixedPolicy(Sharing(Regime.SPLIT, whole)))
-    policy = AutoPolicy(targets, Forecast(units, capacity.max_tokens, capacity.max_slices, capacity.layers))
+    policy = AutoPolicy(targets, Limits(units, capacity.max_tokens, capacity.max_slices, capacity.layers))
     found["auto"] = Controller(policy, lone=True)
     return found
 

@@ -8,17 +8,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from weft.core.plan import Lane, Partition, Plan, Regime, Sharing, StepCost
+from weft.core.plan import Lane, Partition, Plan, Regime, Sharing, StepLaw
 from weft.core.planner import SPEND
 from weft.devices.simulated import continuation
 
 SPLIT = (Lane.PREFILL, Lane.DECODE)
-COST = StepCost(fixed=0.5, token=0.1, slot=0.001)
+COST = StepLaw(fixed=0.5, token=0.1, slot=0.001)
 PACED = Sharing(Regime.MIXED, Partition(1, 1), chunk=16, tpot=2.0)
 LEAST = 4  # a quarter of the chunk
 
 
-def seconds(plan: Plan, cost: StepCost = COST) -> float:
+def seconds(plan: Plan, cost: StepLaw = COST) -> float:
     prompts = [piece for piece in plan.slices if len(piece.tokens) > 1]
     attended = cost.read * sum(piece.end for piece in prompts)
     attended += cost.pair * sum(len(piece.tokens) * (piece.start + piece.end + 1) / 2 for piece in prompts)
@@ -48,7 +48,7 @@ def test_a_step_takes_what_the_answer_has_saved_and_the_time_of_one_token(drive:
 
 def test_a_part_of_a_long_prompt_costs_what_it_attends_to(drive: Any) -> None:
     """So that the parts get shorter, and each step is as long as it may be."""
-    cost, driver = StepCost(0.1, 0.02, 1e-4, read=1e-3, pair=2e-4), begun(drive, 0, 0.0)
+    cost, driver = StepLaw(0.1, 0.02, 1e-4, read=1e-3, pair=2e-4), begun(drive, 0, 0.0)
     driver.scheduler.share(PACED, cost)
     lengths = []
     while len(lengths) < 8:
@@ -113,7 +113,7 @@ def test_a_step_that_is_worth_its_cost_ends_with_a_prompt(
     drive: Any, fixed: float, prompts: list[int], shapes: list[int]
 ) -> None:
     driver = drive(SPLIT, blocks=400, max_num_batched_tokens=100)
-    driver.scheduler.share(PACED, StepCost(fixed, 0.1, 0.0))
+    driver.scheduler.share(PACED, StepLaw(fixed, 0.1, 0.0))
     for number, length in enumerate(prompts):
         driver.submit(str(number), [number] * length, max_tokens=3)
     assert [len(piece.tokens) for piece in driver.plan(Lane.DECODE).slices] == shapes
@@ -123,7 +123,7 @@ def test_a_step_that_is_worth_its_cost_ends_with_a_prompt(
 
 
 asks = st.lists(st.tuples(st.floats(0, 60), st.integers(1, 120), st.integers(2, 40)), min_size=1, max_size=12)
-QUICK = StepCost(fixed=0.5, token=0.02, slot=0.0002)
+QUICK = StepLaw(fixed=0.5, token=0.02, slot=0.0002)
 
 
 @given(asks=asks, errs=st.lists(st.floats(0.7, 1.0 / SPEND), min_size=1, max_size=7))

@@ -26,7 +26,7 @@ from weft.loop.build import controller
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
-from weft.phases.forecast import Device as Forecast
+from weft.phases.forecast import Limits
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped
 from weft.phases.paper import PaperPolicy
 
@@ -536,7 +536,7 @@ def test_the_flags_choose_the_policy() -> None:
     assert made is not None and made.lone
     policy: Any = made._policy
     assert isinstance(policy, AutoPolicy) and (policy.targets.ttft, policy.targets.tpot) == (2.0, 0.1) and policy.shed
-    assert policy.device == Forecast(shares=8, chunk=32, seats=8, layers=4)
+    assert policy.device == Limits(shares=8, chunk=32, seats=8, layers=4)
     made = controller(EngineConfig(partition="auto"), CAPACITY)
     assert made is not None and not made._policy.shed  # type: ignore[attr-defined]
     made = controller(EngineConfig(partition="paper", slo_tpot=0.2), CAPACITY)

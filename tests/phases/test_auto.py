@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing, StepCost
+from weft.core.plan import Capacity, Lane, Partition, Regime, Sharing, StepLaw
 from weft.core.request import Request, RequestEnd, TokenOutput
 from weft.core.sampling import SamplingParams
 from weft.core.scheduler import Scheduler, SchedulerSettings
@@ -22,7 +22,7 @@ from weft.errors import QueueFull
 from weft.loop.engine import Engine
 from weft.phases.auto import TRIAL_ARRIVALS, AutoPolicy, AutoState
 from weft.phases.controller import Asked, Controller, FixedPolicy, Policy, replay
-from weft.phases.forecast import Device, Load, Outlook, _waits_longer, candidates, outlook
+from weft.phases.forecast import Limits, Load, Outlook, _waits_longer, candidates, outlook
 from weft.phases.latency import StepModel, TtftModel
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Queue, Stepped, Targets
 
@@ -31,7 +31,7 @@ CAPACITY = Capacity(8192, 16, 1024, 64, SHARES, 4096, 512)
 COST = CostModel(fixed=1e-3, per_token=85e-6, per_context=65e-9, weights=8e-3, saturation=0.5, contention=0.2)
 # The same as a law: at the saturation point, half of the device, memory costs what it costs on the whole.
 LAW = StepModel(1e-3, 4e-3, 85e-6, 32.5e-9, saturation=0.5, contention=0.2, shares=(0.25, 0.5, 0.75))
-DEVICE = Device(SHARES, 1024, 64)
+DEVICE = Limits(SHARES, 1024, 64)
 TARGETS = Targets(ttft=1.0, tpot=0.03)
 WHOLE = Partition(SHARES, SHARES)
 EMPTY = Queue()
@@ -125,7 +125,7 @@ class Paced(FixedPolicy):
     """Mixed steps whose cost is known from the start."""
 
     def first(self, now: float) -> Decision:
-        cost = StepCost(LAW.predict(0, 0), LAW.token, LAW.slot / LAW.saturation)
+        cost = StepLaw(LAW.predict(0, 0), LAW.token, LAW.slot / LAW.saturation)
         return Decision(now, self.sharing, "fixed", cost=cost)
 
 

@@ -23,7 +23,7 @@ from weft.errors import ConfigError
 from weft.loop.engine import Engine
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Asked, Controller, replay
-from weft.phases.forecast import Device
+from weft.phases.forecast import Limits
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
 from weft.phases.recording import Recorder, observer, read
@@ -33,7 +33,7 @@ SHARES = 12
 CAPACITY = Capacity(2048, 16, 1024, 64, SHARES, 4096, 512)
 COST = CostModel(fixed=1e-3, per_token=85e-6, per_context=65e-9, weights=8e-3, saturation=0.5, contention=0.2)
 TARGETS = Targets(ttft=1.0, tpot=0.03)
-AUTO = AutoPolicy(TARGETS, Device(SHARES, 1024, 64))
+AUTO = AutoPolicy(TARGETS, Limits(SHARES, 1024, 64))
 PAPER = PaperPolicy(TARGETS, SHARES, window=20)
 
 
@@ -77,15 +77,15 @@ def test_what_is_read_is_what_was_recorded_and_decides_the_same_again(recorded: 
 @pytest.mark.parametrize(
     "policy",
     [
-        AutoPolicy(Targets(0.7, 0.05), Device(7, 96, 5, 3), shed=True, dwell=1.5, refit=2.0, trial=0.4),
+        AutoPolicy(Targets(0.7, 0.05), Limits(7, 96, 5, 3), shed=True, dwell=1.5, refit=2.0, trial=0.4),
         PaperPolicy(Targets(0.7, 0.05), 7, window=20, percentile=0.8, step=4, most_steps=2, floor=60, tpot_margin=1.3),
     ],
 )
 def test_every_constant_of_a_policy_is_kept(policy: AutoPolicy | PaperPolicy, tmp_path: Path) -> None:
     assert not [one.name for one in fields(policy) if getattr(policy, one.name) == one.default], "each is another"
-    Recorder(tmp_path / "run.jsonl", policy, Device(7, 96, 5, 3))
+    Recorder(tmp_path / "run.jsonl", policy, Limits(7, 96, 5, 3))
     found = read(tmp_path / "run.jsonl")
-    assert found.policy == policy and found.device == Device(7, 96, 5, 3) and found.run == ()
+    assert found.policy == policy and found.device == Limits(7, 96, 5, 3) and found.run == ()
 
 
 def test_a_run_with_constants_of_its_own_is_replayed_with_them(tmp_path: Path) -> None:

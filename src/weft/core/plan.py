@@ -188,7 +188,7 @@ class Sharing:
 
 
 @dataclass(frozen=True, slots=True)
-class StepCost:
+class StepLaw:
     """What a step takes on the whole device: fixed + token * T + slot * C seconds, for T tokens that read C slots; and
     read * R + pair * P for prompts, which read R of the slots, in P pairs of a token and a slot that it attends to."""
 

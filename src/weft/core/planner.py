@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from weft.core.inflight import Flight
 from weft.core.pace import Pace
-from weft.core.plan import Lane, Plan, Regime, Sharing, Slice, StepCost
+from weft.core.plan import Lane, Plan, Regime, Sharing, Slice, StepLaw
 from weft.core.repeats import often
 from weft.core.request import Request
 from weft.core.running import Running
@@ -55,7 +55,7 @@ class Planner:
         self._steps = itertools.count(1)
         # How two lanes share the device; None: side by side, whatever their shares are.
         self._sharing: Sharing | None = None
-        self._cost: StepCost | None = None
+        self._cost: StepLaw | None = None
         self._turns: Turns | None = None
         # The lane that computes both phases; None: each its own.
         self._both = Lane.MIXED if Lane.MIXED in lanes else None
@@ -64,7 +64,7 @@ class Planner:
 
     # -- who computes what -----------------------------------------------------------------------------------------
 
-    def share(self, sharing: Sharing, cost: StepCost | None = None) -> None:
+    def share(self, sharing: Sharing, cost: StepLaw | None = None) -> None:
         """How two lanes share the device, from their next plans on. What is in flight goes on as it is."""
         turns = sharing.regime is Regime.TURNS
         if turns and (self._turns is None or self._sharing is None or self._sharing.partition != sharing.partition):
@@ -225,7 +225,7 @@ class Planner:
         return True
 
 
-def _affordable(decoding: list[Sequence], read: int, tpot: float, cost: StepCost, now: float) -> int:
+def _affordable(decoding: list[Sequence], read: int, tpot: float, cost: StepLaw, now: float) -> int:
     """Tokens of prompts that a step can have beside these sequences, so that the answer that has saved least still has
     its tokens `tpot` seconds apart in the mean when the step ends. An answer that was faster so far has saved time; one
     that was slower catches up, since less than a token's time is left to it, or keeps the pace from now on."""

@@ -9,7 +9,7 @@ import itertools
 import os
 
 from weft.core.admission import Admission, SchedulerSettings, outgrown, request_seed, sequence_seed
-from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sharing, Slice, StepCost, Ticket, TokenScore
+from weft.core.plan import Capacity, Lane, Plan, Result, Sampled, Sharing, Slice, StepLaw, Ticket, TokenScore
 from weft.core.planner import Planner
 from weft.core.request import Event, Finish, PromptScores, Request, RequestEnd, Timing, TokenOutput
 from weft.core.running import Running
@@ -159,7 +159,7 @@ class Scheduler:
 
     # -- plans ---------------------------------------------------------------------------------------------------
 
-    def share(self, sharing: Sharing, cost: StepCost | None = None) -> None:
+    def share(self, sharing: Sharing, cost: StepLaw | None = None) -> None:
         """How two lanes share the device, from their next plans on. What is in flight goes on as it is. cost: of a
         step, as far as it is known."""
         self.planner.share(sharing, cost)

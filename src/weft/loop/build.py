@@ -16,8 +16,7 @@ from weft.loop.engine import Engine
 from weft.loop.ranks import open_ranks
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Controller, FixedPolicy
-from weft.phases.forecast import TURNS_A_STEP
-from weft.phases.forecast import Device as Forecast
+from weft.phases.forecast import TURNS_A_STEP, Limits
 from weft.phases.observations import Targets
 from weft.phases.paper import PaperPolicy
 from weft.phases.recording import Recorder
@@ -71,7 +70,7 @@ def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
         return Controller(FixedPolicy(Sharing(Regime.TURNS, Partition(shares.prefill, shares.decode), turn)))
     chunk = min(config.max_num_batched_tokens, capacity.max_tokens)
     seats = min(config.max_num_seqs, capacity.max_slices)
-    device = Forecast(capacity.shares, chunk, seats, capacity.layers)
+    device = Limits(capacity.shares, chunk, seats, capacity.layers)
     if shares.policy == "paper":
         paper = PaperPolicy(targets, capacity.shares)
         return Controller(paper, record=_recorder(config, paper, device))
@@ -80,7 +79,7 @@ def controller(config: EngineConfig, capacity: Capacity) -> Controller | None:
     return Controller(policy, lone=True, record=_recorder(config, policy, device))
 
 
-def _recorder(config: EngineConfig, policy: AutoPolicy | PaperPolicy, device: Forecast) -> Recorder | None:
+def _recorder(config: EngineConfig, policy: AutoPolicy | PaperPolicy, device: Limits) -> Recorder | None:
     return None if config.partition_record is None else Recorder(Path(config.partition_record), policy, device)
 
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from weft.core.plan import Partition, Regime, Sharing
-from weft.phases.forecast import FILLS, Device, Load, Outlook, candidates, cost, of_prompts, outlook
+from weft.phases.forecast import FILLS, Limits, Load, Outlook, candidates, cost, of_prompts, outlook
 from weft.phases.history import kept, likely_output, rate, recent
 from weft.phases.latency import StepModel, TtftModel, TtftSample, Unfit, drift, fit_one_share, fit_steps, fit_ttft
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
@@ -92,7 +92,7 @@ class AutoPolicy:
     shed: whether prompts that cannot make the TTFT target may be refused."""
 
     targets: Targets
-    device: Device
+    device: Limits
     shed: bool = False
     dwell: float = 0.5
     refit: float = 5.0

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from weft.core.plan import Partition, Regime, Sharing, StepCost
+from weft.core.plan import Partition, Regime, Sharing, StepLaw
 from weft.core.planner import PROMPTS_LEAST
-from weft.phases.latency import StepModel, TtftModel
+from weft.phases.latency import MARGIN, StepModel, TtftModel
 from weft.phases.observations import Queue, Targets
 
 # How far around a prediction the truth lies, in logarithms: a target that is just met counts as half missed. It is so
@@ -40,8 +40,6 @@ ADVANCE = 16
 RARE, LONG = 0.5, 0.25
 # Splits that are looked at: all of a device that has no more units, as GPUs do.
 SPLITS = 16
-# A queue closer to this has no mean wait to speak of.
-FULL = 0.98
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,7 @@ class Outlook:
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class Limits:
     """What the forecast knows of the device. shares: units. chunk: most tokens in a step. seats: most sequences.
     layers: most parts of a step."""
 
@@ -100,7 +98,7 @@ def outlook(
     load: Load,
     queue: Queue,
     targets: Targets,
-    device: Device,
+    device: Limits,
     now: float,
 ) -> Outlook:
     """The forecast for one way of sharing."""
@@ -204,7 +202,7 @@ def _slow_arriving(load: Load, pace: Pace, target: float) -> float:
 
 
 def _pace(
-    sharing: Sharing, steps: StepModel, batch: float, slots: float, prompt: float, device: Device
+    sharing: Sharing, steps: StepModel, batch: float, slots: float, prompt: float, device: Limits
 ) -> tuple[float, float, float, float]:
     """(TPOT beside prefill, TPOT without, tokens of prompts per second beside decode, and without)."""
     alone = steps.predict(batch, slots, 1.0)
@@ -228,7 +226,7 @@ def _pace(
     return steps.predict(batch, slots, y / over, 1.0), alone, beside, lone
 
 
-def _together(sharing: Sharing, steps: StepModel, device: Device) -> int:
+def _together(sharing: Sharing, steps: StepModel, device: Limits) -> int:
     """Tokens of prompts that a step takes at once if there are as many: none of them has its first token before the
     step ends. It ends with a prompt as soon as it is worth its cost."""
     most = math.ceil(min(device.chunk, max(1.0, cost(steps).worthwhile)))
@@ -260,7 +258,7 @@ def _arriving(
     speed: float,
     target: float,
     spread: float,
-    device: Device,
+    device: Limits,
 ) -> tuple[float, float]:
     """(part of those to come that will be late, their mean TTFT).
 
@@ -274,7 +272,7 @@ def _arriving(
     # Pollaczek and Khinchine's mean wait, with the spread of the prompts that were seen.
     burst = 0.5 * service * sum(tokens * tokens for tokens in load.prompts) / len(load.prompts) / load.prompt**2
     mean = math.inf
-    if used < FULL:
+    if used * (1.0 + MARGIN) < 1.0:
         mean = service + burst * used / (1.0 - used)
         if ttft is not None:
             whole = device.chunk / of_prompts(steps, device.chunk, load.prompt)
@@ -314,7 +312,7 @@ def _over(predicted: float, target: float, spread: float) -> float:
 
 
 def candidates(
-    steps: StepModel, targets: Targets, queue: Queue, load: Load, device: Device, weight: float = 0.0
+    steps: StepModel, targets: Targets, queue: Queue, load: Load, device: Limits, weight: float = 0.0
 ) -> Sequence[Sharing]:
     """Every way of sharing worth a forecast: mixed steps with some part of the TPOT target for each token, turns,
     splits. Not overlap, of which the law says what it says of an even split."""
@@ -343,10 +341,10 @@ def candidates(
     return found
 
 
-def cost(steps: StepModel) -> StepCost:
+def cost(steps: StepModel) -> StepLaw:
     """The same for the planner: of a step that has the whole device to itself."""
     slot = steps.predict(0.0, 1.0) - steps.predict(0.0, 0.0)
-    return StepCost(steps.predict(0.0, 0.0), steps.token, slot, steps.read, steps.pair)
+    return StepLaw(steps.predict(0.0, 0.0), steps.token, slot, steps.read, steps.pair)
 
 
 def of_prompts(

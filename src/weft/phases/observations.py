@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from weft.core.plan import Lane, Sharing, StepCost
+from weft.core.plan import Lane, Sharing, StepLaw
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ class Decision:
     within: float = 0.0
     back: float = 0.0
     shed: bool = False
-    cost: StepCost | None = None
+    cost: StepLaw | None = None
     ttft: float | None = None
     tpot: float | None = None
 

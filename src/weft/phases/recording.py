@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from weft.core.plan import Lane, Partition, Regime, Sharing, StepCost
+from weft.core.plan import Lane, Partition, Regime, Sharing, StepLaw
 from weft.errors import ConfigError
 from weft.phases.auto import AutoPolicy
 from weft.phases.controller import Asked
-from weft.phases.forecast import Device
+from weft.phases.forecast import Limits
 from weft.phases.observations import Arrived, Decision, Finished, FirstToken, Observation, Queue, Stepped, Targets
 from weft.phases.paper import PaperPolicy
 
@@ -42,7 +42,7 @@ class Recorder:
     Raises ConfigError when the file cannot be written.
     """
 
-    def __init__(self, path: Path, policy: AutoPolicy | PaperPolicy, device: Device, most: int = MOST) -> None:
+    def __init__(self, path: Path, policy: AutoPolicy | PaperPolicy, device: Limits, most: int = MOST) -> None:
         self._path = path
         self._left = most
         try:
@@ -89,7 +89,7 @@ class Recording:
     """A run that was recorded. policy: what decided, as it was at its start. device: what it decided for."""
 
     policy: AutoPolicy | PaperPolicy
-    device: Device
+    device: Limits
     run: tuple[Asked, ...]
 
 
@@ -107,7 +107,7 @@ def read(path: Path) -> Recording:
         _, head = next(rows)
         if head.get("weft_phases") != VERSION:
             raise ValueError(f"this is no recording of version {VERSION}")
-        policy, device = _policy(head["policy"]), Device(**head["device"])
+        policy, device = _policy(head["policy"]), Limits(**head["device"])
     except StopIteration:
         raise ConfigError(f"{path} is empty") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -163,7 +163,7 @@ def _asked(row: dict[str, Any]) -> Asked:
     if decision is not None:
         regime, shares, *rest = decision["sharing"]
         sharing = Sharing(Regime(regime), Partition(*shares), *rest)
-        cost = None if decision["cost"] is None else StepCost(*decision["cost"])
+        cost = None if decision["cost"] is None else StepLaw(*decision["cost"])
         told = {name: decision[name] for name in TOLD}
         found = Decision(row["now"], sharing, cost=cost, **told)
     seen = tuple(_observation(one) for one in row["seen"])
@@ -181,7 +181,7 @@ def _policy(row: dict[str, Any]) -> AutoPolicy | PaperPolicy:
     if name == NAMED[PaperPolicy]:
         return PaperPolicy(**fields)
     if name == NAMED[AutoPolicy]:
-        return AutoPolicy(**{**fields, "device": Device(**fields["device"])})
+        return AutoPolicy(**{**fields, "device": Limits(**fields["device"])})
     raise ValueError(f"the policy {name!r} is not known here")
 
 
