@@ -179,7 +179,7 @@ def test_a_rival_at_some_shares_only_or_beside_some_sizes_only_does_not_tell_con
     assert isinstance(model, StepModel) and model.contention is None
     # What was seen is predicted as well as before: mean costs beside and alone are those that were observed.
     for rival in (0.0, 1.0):
-        assert drift(model, [one for one in seen if one.rival == rival]) == pytest.approx(1.0, abs=0.08)
+        assert drift(model, [one for one in seen if one.rival == rival]) == pytest.approx(1.0, abs=0.12)
 
 
 def test_what_a_slope_explains_is_not_put_down_to_the_rival() -> None:
