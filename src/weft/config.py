@@ -157,8 +157,8 @@ class EngineConfig:
     block_size: int = setting(16, help="KV slots in one block", choices=(16, 32, 64, 128))
     kv_cache_memory_bytes: int | None = setting(
         None,
-        help="memory for the KV pool, such as 2GiB; default: what max_num_seqs sequences of full length need, "
-        "within a quarter of free memory",
+        help="memory for the KV pool (of each rank), such as 2GiB; default: what max_num_seqs sequences of full length "
+        "need, within a quarter of free memory",
         unit="bytes",
     )
     kv_cache_dtype: str = setting(

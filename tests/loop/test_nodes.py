@@ -284,6 +284,7 @@ def test_what_is_sent_is_what_arrives() -> None:
         while not found:
             found = receiver.take()
         assert found == [End()] and sender.address == "127.0.0.1"
+        assert ours.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)  # or a host without power is not missed
         assert not isinstance(found[0], Welcome)
     finally:
         timer.join()
