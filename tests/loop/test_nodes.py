@@ -19,6 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import weft
 from weft.config import EngineConfig
 from weft.core.plan import Lane, Plan, Result, Sampling, Slice
 from weft.core.sampling import SamplingParams
@@ -192,12 +193,16 @@ def test_who_is_refused() -> None:
             (refusal,) = ask(config, Hello(node, agreed))
             words = f"--node-rank is {node}; node 0 still waits for 1"
             assert isinstance(refusal, Refusal) and refusal.error == words
-        (refusal,) = ask(config, Hello(1, "another"))
-        assert isinstance(refusal, Refusal) and "config.json differ" in refusal.error
+        for changes, words in (
+            ({"shape": "another"}, "the model's config.json is not the same as on node 0"),
+            ({"version": "0.0.0"}, f"this is weft 0.0.0, and node 0 has {weft.__version__}"),
+        ):
+            (refusal,) = ask(config, Hello(1, msgspec.structs.replace(agreed, **changes)))
+            assert refusal == Refusal(words)
         (refusal,) = ask(config, Begun(1, "x"))
         assert isinstance(refusal, Refusal) and "Begun" in refusal.error
         assert ask(config, "no message at all") == []
-        with pytest.raises(DeviceError, match=r"the settings or the model's config\.json differ"):
+        with pytest.raises(DeviceError, match="--block-size is 32, and on node 0 it is 16; only --node-rank"):
             serve_node(replace(config, node_rank=1, block_size=32), MODEL, COMMAND)
     assert agreement(replace(config, cores="0", node_rank=1), MODEL) == agreed
 

@@ -327,7 +327,7 @@ def test_what_actors_cannot_do(tmp_path: Path, started: list[Started], monkeypat
     with pytest.raises(CheckpointError, match=rf"rank \d on {HOST}: model 'a/b/c' is not 'builtin', not a folder here"):
         open_(replace(CONFIG, model="a/b/c"))
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(DeviceError, match=rf"rank \d on {HOST}: the settings or the model's config\.json differ"):
+    with pytest.raises(DeviceError, match=rf"rank \d on {HOST}: the model's config\.json is not the same"):
         open_(model=tmp_path)
     with (
         socket.create_server((HOST, 0)) as taken,

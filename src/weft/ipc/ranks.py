@@ -114,11 +114,20 @@ class Gone(msgspec.Struct, frozen=True, tag=True):
     words: str
 
 
+class Agreement(msgspec.Struct, frozen=True):
+    """What must be the same on all nodes. version: of weft. settings: but for those of a host. shape: a digest of the
+    model's config.json."""
+
+    version: str
+    settings: EngineConfig
+    shape: str
+
+
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """The first word of another node. digest: of everything that must be the same on all nodes."""
+    """The first word of another node."""
 
     node: int
-    digest: str
+    agreement: Agreement
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):

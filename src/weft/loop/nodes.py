@@ -19,13 +19,28 @@ import select
 import socket
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from itertools import groupby
 from pathlib import Path
 
+import weft
 from weft.config import EngineConfig, parse_address
 from weft.errors import DeviceError, WeftError
-from weft.ipc.ranks import End, FromNode, Gone, Heard, Hello, Lost, Meeting, Refusal, ToNode, ToRank, Welcome, loss
+from weft.ipc.ranks import (
+    Agreement,
+    End,
+    FromNode,
+    Gone,
+    Heard,
+    Hello,
+    Lost,
+    Meeting,
+    Refusal,
+    ToNode,
+    ToRank,
+    Welcome,
+    loss,
+)
 from weft.ipc.stream import Message, Stream
 from weft.loop.rank_processes import END_SECONDS, RANK, Ranks, start_ranks
 
@@ -171,12 +186,11 @@ def ranks_of(config: EngineConfig, node: int) -> range:
     return range(node * each, (node + 1) * each)
 
 
-def agreement(config: EngineConfig, model: Path) -> str:
-    """A digest of what must be the same on all nodes: the settings, but for those of a host, and the model's shape."""
+def agreement(config: EngineConfig, model: Path) -> Agreement:
     common = replace(config, node_rank=0, cores=None, model="", revision=None)
     file = model / "config.json"
     shape = file.read_bytes() if file.exists() else b""
-    return hashlib.sha256(repr(common).encode() + shape).hexdigest()
+    return Agreement(weft.__version__, common, hashlib.sha256(shape).hexdigest())
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -194,7 +208,7 @@ def free_port(host: str) -> int:
 def meet(
     listener: socket.socket,
     nodes: range,
-    agreed: str,
+    agreed: Agreement,
     others: dict[int, Stream[FromNode]],
     *,
     seconds: float,
@@ -203,7 +217,7 @@ def meet(
 ) -> list[int]:
     """Wait for these nodes, up to `seconds`, and fill `others` with their connections; returns which have not come.
 
-    agreed: the digest that they must bring. timeout: seconds that one may take to say something. check: called every
+    agreed: what they must bring. timeout: seconds that one may take to say something. check: called every
     second, to raise what ends the waiting.
     """
     end = time.monotonic() + seconds
@@ -252,15 +266,24 @@ def _welcome(number: int, node: Stream[FromNode], meeting: Meeting) -> str:
         raise DeviceError(f"node {number} is gone: {error}") from error
 
 
-def _refusal(hello: FromNode, nodes: range, agreed: str, others: Collection[int]) -> str | None:
+def _refusal(hello: FromNode, nodes: range, agreed: Agreement, others: Collection[int]) -> str | None:
     if not isinstance(hello, Hello):
         return f"the first word was {type(hello).__name__}"
     if hello.node not in nodes or hello.node in others:
         missing = ", ".join(str(node) for node in nodes if node not in others)
         return f"--node-rank is {hello.node}; node 0 still waits for {missing}"
-    if hello.digest != agreed:
-        return "the settings or the model's config.json differ from node 0's; only --node-rank and --cores may"
-    return None
+    return _difference(hello.agreement, agreed)
+
+
+def _difference(theirs: Agreement, ours: Agreement) -> str | None:
+    if theirs.version != ours.version:
+        return f"this is weft {theirs.version}, and node 0 has {ours.version}"
+    for spec in fields(EngineConfig):
+        there, here = getattr(theirs.settings, spec.name), getattr(ours.settings, spec.name)
+        if there != here:
+            flag = f"--{spec.name.replace('_', '-')}"
+            return f"{flag} is {there}, and on node 0 it is {here}; only --node-rank, --cores and MODEL may differ"
+    return None if theirs.shape == ours.shape else "the model's config.json is not the same as on node 0"
 
 
 def whereabouts(hosts: Sequence[str]) -> str:
