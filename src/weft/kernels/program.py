@@ -91,10 +91,14 @@ class Program:
         logits = self._arenas[value.domain][start : start + value.row_bytes * rows]
         return logits.view(np.float32).reshape(rows, value.columns)
 
+    def timings(self) -> list[tuple[Operation, float]]:
+        """The operations in their order, and the seconds within each so far; timed runs only."""
+        return list(zip(self._operations, self._native.seconds, strict=True))
+
     def seconds(self) -> dict[str, float]:
         """Seconds within the kernels so far, by kind of operation; timed runs only."""
         found: dict[str, float] = {}
-        for operation, seconds in zip(self._operations, self._native.seconds, strict=True):
+        for operation, seconds in self.timings():
             kind = type(operation).__name__
             found[kind] = found.get(kind, 0.0) + seconds
         return found

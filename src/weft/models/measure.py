@@ -16,10 +16,12 @@ from weft.core.plan import Slice
 from weft.kernels.base import Batch
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.ranked_program import RankedProgram
 from weft.weave.choice import Costs, Curve, Mode, slowest
-from weft.weave.collective import Collective, Join
+from weft.weave.collective import Collective, Join, Quantise
 from weft.weave.seam import Seam
 from weft.weave.split import even_bounds
+from weft.weave.weaver import no_format
 
 REPEATS = 3
 
@@ -54,24 +56,29 @@ def measure(
     collectives: Mapping[Mode, Collective],
     sizes: Sequence[int],
     place: Place = HOST,
+    formats: Callable[[Any], Quantise | None] = no_format,
+    program: RankedProgram | None = None,
 ) -> Costs:
     """The costs by numbers of tokens in ascending order, the same on all ranks, which must call this together.
 
-    Overwrites the keys and values in the first blocks of the first layer.
+    formats, program: those that steps will be carried out with. Overwrites keys and values in the first blocks.
     """
-    meter = _Meter(decoder, kv, block_size, place)
+    meter = _Meter(decoder, kv, block_size, place, formats)
     numbers: list[float] = []
     alone = [mode for mode in collectives if mode is not Mode.WOVEN]
     for tokens in sizes:
         stages = meter.stages(tokens)
         numbers += [stages.attend, stages.feed]
         numbers += [meter.seam(collectives[mode], stages.seam) for mode in alone]
-    drags = []
+    fused, programs, drags = collectives[Mode.FUSED], [], []
+    if program is not None:
+        programs = [meter.program(fused, program, tokens) for tokens in sizes if program.takes(tokens, tokens)]
     if Mode.WOVEN in collectives:
         drags = [meter.drag(collectives[Mode.WOVEN], sizes[-1])]
-    given = torch.tensor([numbers + drags], dtype=torch.float64, device=place.device)
-    everywhere = collectives[Mode.FUSED].gather(given)
+    given = torch.tensor([numbers + programs + drags], dtype=torch.float64, device=place.device)
+    everywhere = fused.gather(given)
     agreed = slowest([values[0].tolist() for values in everywhere])
+    programs = agreed[len(numbers) : len(numbers) + len(programs)]
     width = len(numbers) // len(sizes)
     curves = [
         Curve(tuple((tokens, agreed[width * at + column]) for at, tokens in enumerate(sizes)))
@@ -84,32 +91,40 @@ def measure(
         feed=feed,
         seams=dict(zip(alone, seams, strict=True)),
         drag=agreed[-1] if drags else None,
+        program=Curve(tuple(zip(sizes, programs, strict=False))) if programs else None,
     )
 
 
 class _Meter:
     """Times parts of a decoder's first layer, on keys and values that do not matter."""
 
-    def __init__(self, decoder: Decoder, kv: list[Any], block_size: int, place: Place) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        kv: list[Any],
+        block_size: int,
+        place: Place,
+        formats: Callable[[Any], Quantise | None],
+    ) -> None:
         self._decoder = decoder
         self._kv = kv
         self._block_size = block_size
         self._place = place
+        self._formats = formats
 
     def stages(self, tokens: int) -> _Stages:
         """The best of some runs."""
-        attend, feed, clock, join = [], [], self._place.clock, self._decoder.join
+        attend: list[float] = []
+        feed: list[float] = []
+        clock, join = self._place.clock, self._decoder.join
         for _ in range(REPEATS):
             strand = self._decoder.strand(self._batch(tokens), self._kv)
             seam = next(strand)
-            begun = clock()
-            seam = strand.send(join(seam))
-            attended = clock()
-            joined = join(seam)
-            again = clock()
-            seam = strand.send(joined)
-            feed.append(clock() - again)
-            attend.append(attended - begun)
+            for took in (attend, feed):
+                joined = join(seam)
+                begun = clock()
+                seam = strand.send(joined)
+                took.append(clock() - begun)
             strand.close()
         return _Stages(min(attend), min(feed), seam)
 
@@ -117,7 +132,7 @@ class _Meter:
         """The best of some seams, each begun by all ranks together."""
         took = []
         for _ in range(REPEATS):
-            join = _join(collective, seam)
+            join = self._join(collective, seam)
             self._meet(collective)
             begun = self._place.clock()
             collective.finish(collective.start(join))
@@ -132,7 +147,7 @@ class _Meter:
         for _ in range(REPEATS):
             strand = self._decoder.strand(self._batch(-(-tokens // 2)), self._kv)
             joined = self._decoder.join(next(strand))
-            join = _join(collective, stages.seam)
+            join = self._join(collective, stages.seam)
             self._meet(collective)
             begun = self._place.clock()
             pending = collective.start(join)
@@ -143,16 +158,26 @@ class _Meter:
         both = sorted((stages.attend, alone))
         return min(1.0, max(0.0, (min(took) - both[1]) / both[0]))
 
+    def program(self, collective: Collective, program: RankedProgram, tokens: int) -> float:
+        """A layer and its seams in a fused step that is one program, of which all rows are wanted: the best of some."""
+        took = []
+        for _ in range(REPEATS):
+            self._meet(collective)
+            took.append(program.layers([self._slice(tokens)], range(tokens)))
+        return min(took) / self._decoder.config.layers
+
+    def _slice(self, tokens: int) -> Slice:
+        return Slice(0, 0, (0,) * tokens, tuple(range(-(-tokens // self._block_size))))
+
     def _batch(self, tokens: int) -> Batch:
-        blocks = tuple(range(-(-tokens // self._block_size)))
-        return self._place.move(make_batch([Slice(0, 0, (0,) * tokens, blocks)], self._block_size))
+        return self._place.move(make_batch([self._slice(tokens)], self._block_size))
 
     def _meet(self, collective: Collective) -> None:
         collective.gather(torch.zeros((1, 1), device=self._place.device))
 
-
-def _join(collective: Collective, seam: Seam) -> Join:
-    bounds = even_bounds(len(seam.partial), collective.ranks)
-    first, end = collective.owned(bounds)
-    residual = seam.weight.new_zeros((end - first, seam.partial.shape[1]))
-    return Join(seam.partial, residual, seam.weight, seam.eps, bounds)
+    def _join(self, collective: Collective, seam: Seam) -> Join:
+        bounds = even_bounds(len(seam.partial), collective.ranks)
+        first, end = collective.owned(bounds)
+        residual = seam.weight.new_zeros((end - first, seam.partial.shape[1]))
+        quantise = None if seam.reader is None else self._formats(seam.reader)
+        return Join(seam.partial, residual, seam.weight, seam.eps, bounds, quantise=quantise)

@@ -11,6 +11,7 @@ import torch
 from weft.core.plan import Slice
 from weft.errors import RankLost
 from weft.kernels.base import Kernels
+from weft.kernels.record import Meet
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.weave.seam import Joined, Seam, run
@@ -42,6 +43,19 @@ class RankedProgram:
         except RuntimeError as error:
             raise RankLost(str(error)) from error
         return torch.from_numpy(self._program.logits())
+
+    def layers(self, slices: Sequence[Slice], rows: Sequence[int]) -> float:
+        """A run, and the seconds of its layers and their seams: from the end of the embedding's seam to the last."""
+        before = self._program.timings()
+        self._program.timed = True
+        try:
+            self.run(slices, rows)
+        finally:
+            self._program.timed = False
+        after = self._program.timings()
+        seams = [at for at, (operation, _) in enumerate(after) if isinstance(operation, Meet)]
+        inside = slice(seams[0] + 1, seams[-1] + 1)
+        return sum(seconds for _, seconds in after[inside]) - sum(seconds for _, seconds in before[inside])
 
 
 def record_ranked(

@@ -57,19 +57,23 @@ class Curve:
 class Costs:
     """What one layer costs on the slowest rank. attend, feed: its two stages. seams: one with nothing beside it, in
     each mode of one strand that there is; fused is always among them. drag: of a fused seam beside a stage; None where
-    none can be."""
+    none can be. program: stages and seams of the layer in a fused step that is one program, which steps up to its last
+    point are."""
 
     layers: int
     attend: Curve
     feed: Curve
     seams: Mapping[Mode, Curve]
     drag: float | None
+    program: Curve | None = None
 
     def seconds(self, mode: Mode, strands: Sequence[int]) -> float:
         """Of a step whose strands would have so many tokens each, if it were woven."""
         if mode is Mode.WOVEN and self.drag is not None and len(strands) > 1:
             return self._woven(strands, self.drag)
         seam, tokens = self.seams[mode], sum(strands)
+        if mode is Mode.FUSED and self.program is not None and tokens <= self.program.points[-1][0]:
+            return self.layers * self.program(tokens)
         return self.layers * (self.attend(tokens) + self.feed(tokens) + 2 * seam(tokens))
 
     def _woven(self, strands: Sequence[int], drag: float) -> float:
