@@ -52,14 +52,16 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
       .def("leave", &Seams::leave, unlocked());
   nb::class_<SeamGroup, Seams>(module, "SeamGroup")
       .def(nb::init<const std::string&, int, int, int64_t, double, double>(), arg("path"), arg("rank"), arg("ranks"),
-           arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked());
+           arg("slot_bytes"), arg("timeout"), arg("spin"), unlocked())
+      .def_prop_rw("spin", &SeamGroup::spin, &SeamGroup::set_spin);
   nb::class_<Links, Seams>(module, "Links")
       .def(nb::init<int, std::vector<int>, double>(), arg("rank"), arg("files"), arg("timeout"));
   nb::class_<DistantSeams, Seams>(module, "DistantSeams")
       .def(nb::init<Seams&>(), arg("seams"), nb::keep_alive<1, 2>())
       .def_prop_rw("seconds", &DistantSeams::seconds, &DistantSeams::set_seconds);
   nb::class_<SeamThread, Seams>(module, "SeamThread")
-      .def(nb::init<Seams&, const std::vector<int>&>(), arg("seams"), arg("cores"), nb::keep_alive<1, 2>());
+      .def(nb::init<Seams&, const std::vector<int>&>(), arg("seams"), arg("cores"), nb::keep_alive<1, 2>())
+      .def("set_cores", &SeamThread::set_cores, arg("cores"));
 
   backend.def(
       "join_rows",

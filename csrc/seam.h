@@ -68,6 +68,8 @@ class SeamGroup final : public Seams {
 
   int rank() const override { return segment_.rank(); }
   int ranks() const override { return segment_.ranks(); }
+  double spin() const { return segment_.spin(); }
+  void set_spin(double seconds) { segment_.set_spin(seconds); }
   // Gives the first chunk. Throws std::invalid_argument for rows that no slot can hold.
   void start(Backend& backend, SeamCall call) override;
   // The rest of the call that was started.

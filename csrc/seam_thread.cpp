@@ -16,9 +16,20 @@ SeamThread::SeamThread(Seams& seams, const std::vector<int>& cores) : seams_(sea
 #ifdef __linux__
   pthread_setname_np(thread_.native_handle(), ("weft-seams-" + std::to_string(rank() % 1000)).c_str());
 #endif
-  if (cores.empty() || pin(thread_, cores)) return;
-  leave();
-  throw std::invalid_argument("the thread of the seams may not run on core " + std::to_string(cores.front()));
+  if (cores.empty()) return;
+  try {
+    set_cores(cores);
+  } catch (...) {
+    leave();
+    throw;
+  }
+}
+
+void SeamThread::set_cores(const std::vector<int>& cores) {
+  if (!thread_.joinable()) throw std::invalid_argument("the thread of the seams has ended");
+  if (cores.empty()) throw std::invalid_argument("the thread of the seams needs a core");
+  if (!pin(thread_, cores))
+    throw std::invalid_argument("the thread of the seams may not run on core " + std::to_string(cores.front()));
 }
 
 void SeamThread::start(Backend& backend, SeamCall call) {

@@ -23,6 +23,9 @@ class SeamThread final : public Seams {
   SeamThread(const SeamThread&) = delete;
   SeamThread& operator=(const SeamThread&) = delete;
 
+  // Where the thread runs from now on. Throws std::invalid_argument for a core that it may not run on, or once it has left.
+  void set_cores(const std::vector<int>& cores);
+
   int rank() const override { return seams_.rank(); }
   int ranks() const override { return seams_.ranks(); }
   // Any number may be started before the first is finished.

@@ -236,6 +236,11 @@ char* Segment::slot(int rank, Flag flag, uint32_t chunk) const {
   return memory_ + start + ((rank * FLAGS + flag) * 2 + int64_t(chunk % 2)) * slot_bytes_;
 }
 
+void Segment::set_spin(double seconds) {
+  if (!(seconds >= 0)) throw std::invalid_argument("no rank spins for " + seconds_text(seconds));
+  spin_ = seconds;
+}
+
 void Segment::announce(const Plan& plan) {
   if (!failed_.empty()) throw std::runtime_error(failed_);
   line(rank_).fingerprint.store(plan.fingerprint, std::memory_order_relaxed);

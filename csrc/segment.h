@@ -37,6 +37,9 @@ class Segment {
   int ranks() const { return ranks_; }
   int64_t slot_bytes() const { return slot_bytes_; }
   char* slot(int rank, Flag flag, uint32_t chunk) const;
+  double spin() const { return spin_; }
+  // While nobody waits. Throws std::invalid_argument for less than none.
+  void set_spin(double seconds);
 
   // Before the first chunk of a seam is published.
   void announce(const Plan& plan);
@@ -69,7 +72,8 @@ class Segment {
 
   const int rank_, ranks_;
   const int64_t slot_bytes_;
-  const double timeout_, spin_;
+  const double timeout_;
+  double spin_;
   char* memory_ = nullptr;
   size_t bytes_ = 0;
   bool here_ = false;          // this rank has its line, and has not left

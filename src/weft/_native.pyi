@@ -251,8 +251,10 @@ class Seams:
     def leave(self) -> None: ...
 
 class SeamGroup(Seams):
-    """Of the processes that share the memory `path`. RuntimeError: what the system or another rank refuses."""
+    """Of the processes that share the memory `path`. RuntimeError: what the system or another rank refuses. spin:
+    set it while nobody waits."""
 
+    spin: float
     def __init__(self, path: str, rank: int, ranks: int, slot_bytes: int, timeout: float, spin: float) -> None: ...
 
 class Links(Seams):
@@ -272,6 +274,8 @@ class SeamThread(Seams):
     which they were started: any number before the first is finished (csrc/seam_thread.h). `finish` is of the first."""
 
     def __init__(self, seams: Seams, cores: Sequence[int]) -> None: ...
+    def set_cores(self, cores: Sequence[int]) -> None:
+        """Where the thread runs from now on. ValueError: a core that it may not run on; after `leave`."""
 
 class Backend:
     """The kernels of one level on one lane's threads: the calling one, and workers pinned to cores[1:].

@@ -44,7 +44,7 @@ def open_ranks(folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, t
             part = Part(rank, ranks)
             weights = load_weights(folder, config, own, dtype, dummy_seed=seed, part=part)
             decoder = Decoder(shard_config(config, part), weights, own, 128)
-            collective = ShmCollective(name, rank, ranks, own, timeout=timeout, spin=0.0)
+            collective = ShmCollective(name, rank, ranks, own, timeout=timeout, spin=False)
             kv = decoder.make_kv(12, BLOCK)
             program = record_ranked(decoder, own, collective, kv, BLOCK, 64)
 

@@ -65,7 +65,7 @@ def group(request: pytest.FixtureRequest, rank_processes: Any) -> Any:
     """One group of processes for many cases. The slots are so small that messages take several chunks."""
     backend, ranks = request.param.split("-")
     processes = rank_processes.fork(int(ranks))
-    options = {"shm": {"slot_bytes": 16384, "spin": 0.0}, "one_round": {"one_round": True}}.get(backend, {})
+    options = {"shm": {"slot_bytes": 16384, "spin": False}, "one_round": {"one_round": True}}.get(backend, {})
     rank_processes.open(processes, backend, **options)
     return processes
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from weft.config import EngineConfig, parse_cores
 from weft.errors import ConfigError
@@ -30,6 +30,11 @@ def cores_of_rank(cores: Cores, rank: int, ranks: int) -> Cores:
     if len(cores) < ranks:
         return (cores[rank % len(cores)],)
     return cores[rank * len(cores) // ranks : (rank + 1) * len(cores) // ranks]
+
+
+def share_cores(own: Sequence[int], others: Iterable[Sequence[int]]) -> bool:
+    """Whether others may run on some of these cores, too."""
+    return any(set(own) & set(other) for other in others)
 
 
 def collective_of(config: EngineConfig) -> str:

@@ -8,10 +8,9 @@ thread in a lane (its OpenMP threads would spin and take the cores from the kern
 
 from __future__ import annotations
 
-import os
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -24,9 +23,10 @@ from weft.comet.linear import QuantisedReferenceKernels
 from weft.config import EngineConfig, disaggregated, parse_partition
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result, Slice, Ticket
 from weft.devices.base import Description
-from weft.devices.cores import Cores, usable_cores
+from weft.devices.cores import Cores, share_cores, usable_cores
 from weft.devices.group import Group, open_ranked
 from weft.devices.memory import decode_blocks, free_memory, size_pool
+from weft.devices.pinning import pin
 from weft.devices.queues import CLOSED, Queues
 from weft.devices.shares import Shares
 from weft.devices.step import compute
@@ -38,7 +38,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
-from weft.models.ranked import Ranked
+from weft.models.ranked import Place, Ranked
 from weft.models.shard import WHOLE, shard_config
 
 
@@ -82,7 +82,9 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
         }
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
         forwards: dict[Lane, Forward] = {
-            lane: open_ranked(config, group, store, lane.value, decoder, kernels[lane], shares[lane], kv, pool.blocks)
+            lane: open_ranked(
+                config, group, store, lane.value, decoder, kernels[lane], _place_of(lane, shares), kv, pool.blocks
+            )
             if group is not None
             else open_forward(
                 decoder,
@@ -154,32 +156,32 @@ class CpuLane:
         self.forward = forward
         self.cores = cores
         self.kv = kv
-        self._shares: Shares[Cores] = Shares()
+        self._shares: Shares[Place] = Shares()
 
-    def adopt(self, lane: Lane, cores: Cores) -> float:
-        """Compute on these cores from now on or, where that cannot be, on those as before (see Shares). Only the lane's
+    def adopt(self, lane: Lane, place: Place) -> float:
+        """Compute there from now on or, where that cannot be, on the cores as before (see Shares). Only the lane's
         thread may call it: it is pinned. The seconds that other cores took; 0 without."""
-        return self._shares.adopt(lane, cores, self._move) or 0.0
+        return self._shares.adopt(lane, place, self._move) or 0.0
 
-    def _move(self, cores: Cores) -> float:
+    def _move(self, place: Place) -> float:
         begun, before = time.perf_counter(), self.cores
         try:
-            if cores != before:
-                self.kernels.set_cores(cores)
-                self.cores = cores
+            if place.cores != before:
+                self.kernels.set_cores(place.cores)
+                self.cores = place.cores
+            if isinstance(self.forward, Ranked):
+                self.forward.move(place)
             self.pin()
         except Exception:  # some threads may have moved
             self.kernels.set_cores(before)
             self.cores = before
             self.pin()
             raise
-        return time.perf_counter() - begun if cores != before else 0.0
+        return time.perf_counter() - begun if place.cores != before else 0.0
 
     def pin(self) -> None:
         """Put the calling thread, which is the lane's, where the kernels expect it."""
-        alone = self.kernels.name != REFERENCE
-        os.sched_setaffinity(0, self.cores[:1] if alone else self.cores)
-        torch.set_num_threads(1 if alone else len(self.cores))
+        pin(self.kernels.name, self.cores)
 
     def run(self, plan: Plan) -> Result:
         """Carry out a plan. An exception fails the step, not the lane."""
@@ -290,7 +292,7 @@ class CpuDevice:
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._queues.closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
-        moved = lane.adopt(name, self._shares[name])
+        moved = lane.adopt(name, _place_of(name, self._shares))
         try:
             result = lane.run(plan)
         except RankLost as error:  # the device has failed, and `poll` says so
@@ -347,6 +349,11 @@ def kv_words(config: EngineConfig) -> str:
 def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
     """The prefill lane's cores from the front, the decode lane's from the back; they overlap where they have to."""
     return {Lane.PREFILL: cores[: partition.prefill], Lane.DECODE: cores[len(cores) - partition.decode :]}
+
+
+def _place_of(lane: Lane, shares: Mapping[Lane, Cores]) -> Place:
+    others = (cores for other, cores in shares.items() if other is not lane)
+    return Place(shares[lane], share_cores(shares[lane], others))
 
 
 def _words(error: Exception) -> str:

@@ -22,7 +22,7 @@ from weft.core.plan import Slice
 from weft.devices.cores import collective_of
 from weft.devices.cuda_inputs import fetch, layout_of, send
 from weft.devices.cuda_streams import Event, Gpu
-from weft.devices.group import SIZES, Chooser, Group
+from weft.devices.group import Chooser, Group, measured_sizes
 from weft.errors import ConfigError
 from weft.kernels.base import Batch
 from weft.kernels.triton_seam import join_parts
@@ -89,8 +89,7 @@ class Ranks:
         if config.weave != "auto":
             return self
         most = min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
-        sizes = [*(size for size in SIZES if size < most), most]
-        costs = measure(decoder, kv, config.block_size, self.collectives, sizes, _place(gpu))
+        costs = measure(decoder, kv, config.block_size, self.collectives, measured_sizes(most), _place(gpu))
         return replace(self, choose=Chooser("auto", costs, WAVE))
 
     def close(self) -> None:

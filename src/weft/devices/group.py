@@ -6,31 +6,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from weft.config import EngineConfig
 from weft.core.plan import Slice
+from weft.devices.cores import Cores
+from weft.devices.pinning import pinned
 from weft.errors import ConfigError
 from weft.kernels import LEVELS, open_kernels
 from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
 from weft.models.measure import measure
-from weft.models.ranked import Ranked
+from weft.models.ranked import Place, Ranked
 from weft.models.ranked_program import RankedProgram, record_ranked
 from weft.models.shard import Part
-from weft.weave.background import Background
+from weft.weave.background import Background, Queue
 from weft.weave.choice import Costs, Mode, choose_mode
-from weft.weave.collective import Collective, Quantise
+from weft.weave.collective import Collective, Quantise, Spinning
 from weft.weave.rows import JoinRows, plain
 from weft.weave.split import choose_strands
 
 # Rows of a step that the C++ kernels compute at a time: 6 or 4, so that a multiple of both leaves no rest.
 WAVE = 12
 STRANDS = (2, 3)  # that a step may be cut into
-SIZES = (1, 16, 64, 256)  # tokens that are measured at start-up, beside the most that a step may have
-SPIN = 100e-6
+SIZES = (1, 16, 64, 256)  # see `measured_sizes`
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,11 @@ class Chooser:
         return (Mode.WOVEN, cuts[-1]) if self._costs is None else choose_mode(self._costs, tokens, cuts)
 
 
+def measured_sizes(most: int) -> list[int]:
+    """The tokens of the steps that are measured at start-up, where a step may have so many."""
+    return [*(size for size in SIZES if size < most), most]
+
+
 def open_ranked(
     config: EngineConfig,
     group: Group,
@@ -94,7 +101,7 @@ def open_ranked(
     lane: str,
     decoder: Decoder,
     kernels: Kernels,
-    cores: tuple[int, ...],
+    place: Place,
     kv: list[Any],
     blocks: int,
 ) -> Ranked:
@@ -105,28 +112,54 @@ def open_ranked(
     with ExitStack() as stack:
         collectives: dict[Mode, Collective] = {}
         for mode in _modes(config, store):
-            own = kernels
-            if mode is Mode.WOVEN:  # its seams run in a thread, which has kernels of its own on the last core
-                own = open_kernels(kernels.name, cores[-1:], exact_a4=config.exact_a4)
+            own, beside = kernels, _beside(place.cores)
+            if mode is Mode.WOVEN:  # its seams run in a thread, which is all that its own kernels have
+                own = open_kernels(kernels.name, beside, exact_a4=config.exact_a4)
                 stack.callback(own.close)
-            collective = _connect(config, group, store, f"{lane}-{mode.value}", mode, own, decoder)
-            collectives[mode] = _in_background(collective, own, cores[-1:]) if mode is Mode.WOVEN else collective
+            spins = may_spin(mode, crowded=group.crowded, shared=place.shared)
+            collective = _connect(config, group, store, f"{lane}-{mode.value}", mode, own, decoder, spins)
+            collectives[mode] = _in_background(collective, own, beside) if mode is Mode.WOVEN else collective
             stack.callback(collectives[mode].close)
+        formats, program = _formats(kernels), _program(config, decoder, kernels, collectives, kv)
         costs = None
         if config.weave == "auto":
-            most = min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
-            sizes = [*(size for size in SIZES if size < most), most]
-            costs = measure(decoder, kv, config.block_size, collectives, sizes)
+            sizes = measured_sizes(
+                min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
+            )
+            with pinned(kernels.name, place.cores):  # as the lane's thread will be: beside the thread of the seams
+                costs = measure(decoder, kv, config.block_size, collectives, sizes, formats=formats, program=program)
         return Ranked(
             decoder,
             kv,
             config.block_size,
             collectives,
             Chooser(config.weave, costs),
-            _formats(kernels),
-            _program(config, decoder, kernels, collectives, kv),
+            formats,
+            program,
+            move=partial(_move, collectives, group.crowded),
             close=stack.pop_all().close,
         )
+
+
+def may_spin(mode: Mode, *, crowded: bool, shared: bool) -> bool:
+    """Whether who waits for another rank may keep a core busy. Not where others compute there: other ranks (crowded),
+    another lane (shared), or the lane itself while its woven seams are on their way."""
+    return not (crowded or shared or mode is Mode.WOVEN)
+
+
+def _beside(cores: Cores) -> Cores:
+    """Of a lane's cores, the one that the thread of its seams shares: not the first, if there are more, which has the
+    lane's own thread."""
+    return cores[-1:]
+
+
+def _move(collectives: Mapping[Mode, Collective], crowded: bool, place: Place) -> None:
+    """Put what joins the ranks where the lane computes from now on."""
+    for mode, collective in collectives.items():
+        if isinstance(collective, Queue):
+            collective.move(_beside(place.cores))
+        elif isinstance(collective, Spinning):
+            collective.let_spin(may_spin(mode, crowded=crowded, shared=place.shared))
 
 
 def _program(
@@ -152,7 +185,14 @@ def _modes(config: EngineConfig, store: Any) -> list[Mode]:
 
 
 def _connect(
-    config: EngineConfig, group: Group, store: Any, name: str, mode: Mode, kernels: Kernels, decoder: Decoder
+    config: EngineConfig,
+    group: Group,
+    store: Any,
+    name: str,
+    mode: Mode,
+    kernels: Kernels,
+    decoder: Decoder,
+    spins: bool,
 ) -> Collective:
     rank, ranks = group.rank, group.ranks
     if store is None:
@@ -163,8 +203,7 @@ def _connect(
             raise ConfigError(
                 f"--collective shm needs the C++ kernels, and --kernels is {kernels.name}; --collective gloo does not"
             )
-        spin = 0.0 if group.crowded else SPIN
-        return ShmCollective(f"{group.name}-{name}", rank, ranks, kernels, timeout=group.timeout, spin=spin)
+        return ShmCollective(f"{group.name}-{name}", rank, ranks, kernels, timeout=group.timeout, spin=spins)
     from torch.distributed.distributed_c10d import PrefixStore
 
     from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect

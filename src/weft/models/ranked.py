@@ -33,6 +33,14 @@ Choice = Callable[[Sequence[Slice]], tuple[Mode, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a lane computes. shared: whether another lane may run on some of its cores, too."""
+
+    cores: tuple[int, ...]
+    shared: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
     """The output layer of all ranks together, in the place of the decoder's: all of them must call it alike."""
 
@@ -44,7 +52,8 @@ class Ranked:
     """A `Forward` (see forward.py) of a rank. It computes call by call, but for the steps that a program takes.
 
     collectives: the group, by mode; a mode that `choose` may give has one. The output layer's parts are gathered by
-    that of the step. program: of fused steps, by the collective of these. close: ends the collectives.
+    that of the step. program: of fused steps, by the collective of these. move: puts the collectives where the lane is
+    from now on. close: ends them.
     """
 
     def __init__(
@@ -56,8 +65,10 @@ class Ranked:
         choose: Choice,
         formats: Callable[[Any], Quantise | None] = no_format,
         program: RankedProgram | None = None,
+        move: Callable[[Place], None] = lambda _place: None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
+        self.move = move
         self.close = close
         self.head = Head(decoder.config, self._all_logits)
         self._decoder = decoder

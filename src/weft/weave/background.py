@@ -7,12 +7,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from weft.errors import DeviceError
 from weft.weave.collective import Collective, Join, Joined
 
 
 class Queue:
     """A collective whose seams may be started before those ahead of them have ended. They are carried out one at a
     time, in the order of the calls, and are to be finished in this order."""
+
+    def move(self, cores: tuple[int, ...]) -> None:
+        """Carry out seams on these cores from now on. No seam may be in flight. Raises DeviceError."""
+        raise NotImplementedError
 
 
 class Background(Queue):
@@ -39,6 +44,12 @@ class Background(Queue):
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
         return self._thread.submit(self._collective.gather, rows).result()
+
+    def move(self, cores: tuple[int, ...]) -> None:
+        try:
+            self._thread.submit(_move, cores).result()
+        except OSError as error:
+            raise DeviceError(f"the thread of the seams cannot run on cores {cores}: {error}") from error
 
     def close(self) -> None:
         """Waits for the seam in flight, which a time-out bounds."""

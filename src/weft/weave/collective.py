@@ -17,7 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -106,6 +106,15 @@ class Collective(Protocol):
 
     def close(self) -> None:
         """Leave the group; idempotent. Others that still wait for this rank get RankLost."""
+        ...
+
+
+@runtime_checkable
+class Spinning(Protocol):
+    """A collective in which a rank that waits for others keeps its core busy for a while before it sleeps."""
+
+    def let_spin(self, may: bool) -> None:
+        """From the next seam on; False: it sleeps at once, since others want its core."""
         ...
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from weft import _native
-from weft.errors import RankLost
+from weft.errors import DeviceError, RankLost
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import w4ax_format
 from weft.weave.background import Queue
@@ -103,8 +103,15 @@ class NativeBackground(NativeCollective, Queue):
     def __init__(self, collective: NativeCollective, cores: tuple[int, ...] | None = None) -> None:
         """collective: used by nobody else from now on; with kernels of its own. cores: where the thread runs (None:
         where its maker may)."""
-        super().__init__(_native.SeamThread(collective.group, cores or ()), collective.kernels)
+        self._thread = _native.SeamThread(collective.group, cores or ())
+        super().__init__(self._thread, collective.kernels)
         self._begun: deque[_Pending] = deque()  # what the thread reads and writes stays, whatever becomes of the caller
+
+    def move(self, cores: tuple[int, ...]) -> None:
+        try:
+            self._thread.set_cores(cores)
+        except ValueError as error:
+            raise DeviceError(f"the seams cannot be moved to cores {cores}: {error}") from error
 
     def start(self, join: Join) -> _Pending:
         pending = super().start(join)

@@ -14,7 +14,7 @@ from weft.kernels.cpu import CpuKernels
 from weft.weave.native import NativeCollective
 
 SLOT_BYTES = 1 << 20  # four for each rank; a row of partial sums for every other rank must fit into one
-SPIN = 100e-6
+SPIN = 100e-6  # seconds that a rank looks for the others before it sleeps, where nobody else wants its core
 _FOLDER = Path("/dev/shm")
 
 
@@ -35,15 +35,22 @@ class ShmCollective(NativeCollective):
         *,
         timeout: float,
         slot_bytes: int = SLOT_BYTES,
-        spin: float = SPIN,
+        spin: bool = True,
     ) -> None:
         """Meets the other ranks of the group `name` (`new_name`), which have the same ranks and slot_bytes.
 
-        timeout: seconds that a rank waits for another at most, here and at any seam. spin: seconds that it looks before
-        it sleeps; 0 where ranks share cores. Raises DeviceError.
+        timeout: seconds that a rank waits for another at most, here and at any seam. spin: as `let_spin`.
+        Raises DeviceError.
         """
         try:
-            group = _native.SeamGroup(str(_FOLDER / name), rank, ranks, slot_bytes, timeout, spin)
+            self._memory = _native.SeamGroup(str(_FOLDER / name), rank, ranks, slot_bytes, timeout, _seconds(spin))
         except (RuntimeError, ValueError) as error:
             raise DeviceError(f"rank {rank} cannot join the ranks of this host: {error}") from error
-        super().__init__(group, kernels)
+        super().__init__(self._memory, kernels)
+
+    def let_spin(self, may: bool) -> None:
+        self._memory.spin = _seconds(may)
+
+
+def _seconds(spins: bool) -> float:
+    return SPIN if spins else 0.0

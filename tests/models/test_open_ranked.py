@@ -1,0 +1,81 @@
+"""What a rank opens with: steps are carried out as they were measured. A group of one rank."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from weft.config import EngineConfig
+from weft.core.plan import Slice
+from weft.devices import group
+from weft.devices.group import Group, measured_sizes, open_ranked
+from weft.kernels import LEVELS, available, open_kernels
+from weft.models.decoder import Decoder
+from weft.models.families import read_config
+from weft.models.loader import load_weights
+from weft.models.ranked import Place
+from weft.weave.choice import Costs, Mode
+
+BEST = available()[0]
+BLOCK, BLOCKS, MOST = 16, 8, 100
+pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is not built")
+
+
+def test_what_is_measured_follows_from_the_most_that_a_step_may_have() -> None:
+    assert measured_sizes(2048) == [1, 16, 64, 256, 2048]
+    assert measured_sizes(64) == [1, 16, 64]
+    assert measured_sizes(1) == [1]
+
+
+def test_rows_travel_quantised_when_measured_and_when_served(
+    tmp_path: Path, write_fmpq: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And small fused steps are programs, also for the costs; measured is where the lane's thread will be."""
+    from weft.weave.native import NativeCollective
+    from weft.weave.shm import new_name
+
+    write_fmpq(tmp_path, 8)
+    seams: list[tuple[bool, set[int]]] = []
+    known: list[Costs] = []
+    start = NativeCollective.start
+
+    def watched(self: Any, join: Any) -> Any:
+        seams.append((join.quantise is not None, os.sched_getaffinity(0)))
+        return start(self, join)
+
+    class Chooser(group.Chooser):
+        def __init__(self, weave: str, costs: Costs | None) -> None:
+            assert costs is not None
+            known.append(costs)
+            super().__init__(weave, costs)
+
+    monkeypatch.setattr(NativeCollective, "start", watched)
+    monkeypatch.setattr(group, "Chooser", Chooser)
+    allowed = os.sched_getaffinity(0)
+    core = max(allowed)
+    config = EngineConfig(weave="auto", collective="shm", block_size=BLOCK, max_num_batched_tokens=MOST)
+    kernels = open_kernels(BEST, (core,))
+    weights = load_weights(tmp_path, read_config(tmp_path), kernels, torch.bfloat16)
+    decoder = Decoder(read_config(tmp_path), weights, kernels, 128)
+    kv = decoder.make_kv(BLOCKS, BLOCK)
+    alone = Group(0, 1, 1, new_name(), "", None, "", 5.0, False, lambda blocks: blocks)
+    ranked = open_ranked(config, alone, None, "mixed", decoder, kernels, Place((core,)), kv, BLOCKS)
+    try:
+        assert seams and all(quantised and cores == {core} for quantised, cores in seams)
+        assert os.sched_getaffinity(0) == allowed
+        (costs,) = known
+        assert costs.program is not None and [tokens for tokens, _ in costs.program.points] == [1, 16, 64]
+        assert [tokens for tokens, _ in costs.seams[Mode.FUSED].points] == [1, 16, 64, MOST]
+        seams.clear()
+        ranked.run([Slice(1, 0, tuple(range(MOST)), tuple(range(7)))], [MOST - 1])
+        strands, rest = divmod(len(seams), 5)  # two layers, and the embedding
+        assert strands and not rest
+        assert sum(quantised for quantised, _ in seams) == 4 * strands, "all but the last, which the output layer reads"
+    finally:
+        ranked.close()
+        kernels.close()
