@@ -64,7 +64,7 @@ def test_ranks_measure_together_and_go_by_the_same_numbers() -> None:
         first, second = pool.map(one, zip(*groups, strict=True))
     assert first == second
     assert first.layers == config.layers and [*first.seams] == [Mode.FUSED]
-    assert first.drag is not None and 0 <= first.drag <= 1
+    assert first.drag is not None
     for curve in (first.attend, first.feed, first.seams[Mode.FUSED]):
         assert [tokens for tokens, _ in curve.points] == [1, 16, 50]
         assert all(seconds > 0 for _, seconds in curve.points)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from weft.core.plan import Capacity, Plan, Result, Ticket
+from weft.core.plan import Capacity, Partition, Plan, Result, Ticket
 from weft.devices.base import Device
 from weft.devices.simulated import SimulatedDevice
 from weft.errors import CheckpointError, RankLost
@@ -19,14 +19,14 @@ from weft.ipc.ranks import RankOrders
 from weft.loop import rank
 from weft.loop.rank import main
 
-KILLED, HANGS, FAILS, ALL_FAIL, OTHER_TOKENS, RAISES = range(1, 7)
+KILLED, HANGS, FAILS, ALL_FAIL, OTHER_TOKENS, RAISES, SHARES = range(1, 8)
 
 
 class StubDevice(SimulatedDevice):
-    """Faults by the first token of the first slice."""
+    """Faults by the first token of the first slice. SHARES: it samples the number of its prefill lane's shares."""
 
-    def __init__(self, rank: int, capacity: Capacity) -> None:
-        super().__init__(capacity)
+    def __init__(self, rank: int, capacity: Capacity, partition: Partition | None) -> None:
+        super().__init__(capacity, partition)
         self.rank = rank
         self.kinds: dict[int, int] = {}
 
@@ -49,6 +49,10 @@ class StubDevice(SimulatedDevice):
             raise RankLost("seam 9: rank 1 did not come within 1 s")
         if kind == OTHER_TOKENS and self.rank == 1:
             return replace(result, sampled=tuple(one._replace(token=one.token ^ 1) for one in result.sampled))
+        if kind == SHARES:
+            shares = self.partition()
+            token = 0 if shares is None else shares.prefill
+            return replace(result, sampled=tuple(one._replace(token=token) for one in result.sampled))
         return result
 
 
@@ -65,7 +69,8 @@ def open_stub(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
     if orders.rank == 1 and orders.model == "other kernels":
         rank.kernels_of = lambda _config: "portable"
     blocks = agree(40 + 10 * orders.rank)
-    return StubDevice(orders.rank, Capacity(blocks, 16, 64, 4, 1, 128, 4096))
+    shares = Partition(1, 3) if orders.model == "two lanes" else None
+    return StubDevice(orders.rank, Capacity(blocks, 16, 64, 4, 4 if shares else 1, 128, 4096), shares)
 
 
 def meet(orders: RankOrders) -> None:

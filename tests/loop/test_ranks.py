@@ -45,9 +45,9 @@ def ranks(
         device.close()
 
 
-def plan(step: int, first: int) -> Plan:
+def plan(step: int, first: int, lane: Lane = Lane.MIXED) -> Plan:
     tokens = (first, 8, 9)
-    return Plan(step, Lane.MIXED, (Slice(step, 0, tokens, (step,), Sampling(GREEDY, seed=0, position=3)),))
+    return Plan(step, lane, (Slice(step, 0, tokens, (step,), Sampling(GREEDY, seed=0, position=3)),))
 
 
 def collect(device: RankedDevice, count: int) -> list[Result]:
@@ -82,6 +82,23 @@ def test_ranks_are_one_device() -> None:
     with pytest.raises(DeviceError, match="closed"):
         device.submit(plan(1, 100))
     assert device.poll(None) == []
+
+
+def test_all_ranks_are_told_of_new_shares() -> None:
+    """One that kept its own would sample another token here, and so be lost."""
+    with ranks("two lanes") as device:
+        assert device.partition() == Partition(1, 3)
+        for step, shares in enumerate((Partition(1, 3), Partition(3, 1), Partition(4, 4)), 1):
+            device.set_partition(shares)
+            assert device.partition() == shares
+            device.submit(plan(step, stub.SHARES, Lane.PREFILL))
+            (result,) = collect(device, 1)
+            assert [one.token for one in result.sampled] == [shares.prefill]
+        for wrong in (Partition(0, 4), Partition(2, 5), Partition(5, 1)):
+            with pytest.raises(DeviceError, match="a rank has 4"):
+                device.set_partition(wrong)
+        device.submit(plan(9, stub.SHARES, Lane.PREFILL))
+        assert [one.token for one in collect(device, 1)[0].sampled] == [4]
 
 
 def test_a_step_that_fails_on_all_ranks_fails_alone() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -57,6 +59,32 @@ def test_the_time_of_a_woven_step(
     assert costs.seconds(Mode.WOVEN, (prefix, tokens - prefix)) == pytest.approx(
         two_by_pairs(costs, prefix, tokens - prefix)
     )
+
+
+@pytest.mark.parametrize(
+    ("stage", "seam", "took"),
+    [
+        # Each seam is beside the stage after it, all but the last, and both take longer by half of the seam.
+        (4.0, 1.0, 6 * 4 + 5 * 0.5 + 1),
+        # Seams wait for one another, each beside a stage, and both take longer by half of the stage.
+        (2.0, 3.0, 2 + 6 * 3 + 5 * 1),
+    ],
+)
+def test_three_strands_pay_for_what_goes_side_by_side(stage: float, seam: float, took: float) -> None:
+    one, join = Curve(((1, stage),)), Curve(((1, seam),))
+    assert Costs(1, one, one, {Mode.FUSED: join}, 0.5).seconds(Mode.WOVEN, (5, 5, 5)) == took
+
+
+def test_a_program_stands_for_fused_steps_up_to_its_last_point() -> None:
+    """And may so be chosen where the same calls one by one would not be."""
+    stage, seams = line(0.0, 1e-5), {Mode.PLAIN: line(0.0, 1e-6), Mode.FUSED: line(0.0, 5e-6)}
+    calls = Costs(4, stage, stage, seams, 0.0)
+    small = replace(calls, program=Curve(((1, 1e-6), (64, 64e-6))))
+    assert small.seconds(Mode.FUSED, (64,)) == pytest.approx(4 * 64e-6)
+    for mode, strands in ((Mode.FUSED, (65,)), (Mode.PLAIN, (64,)), (Mode.WOVEN, (32, 32))):
+        assert small.seconds(mode, strands) == calls.seconds(mode, strands)
+    assert choose_mode(calls, 64, [(32, 32)])[0] is not Mode.FUSED
+    assert choose_mode(small, 64, [(32, 32)]) == (Mode.FUSED, (64,))
 
 
 @given(SECONDS, SECONDS, SECONDS, st.integers(1, 40), st.integers(2, 5), st.integers(1, 300))
