@@ -15,13 +15,19 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 OTHER_LOAD_LIMIT = 0.05  # of all cores; more than that is said beside the results
+LEVEL_FLAGS = {
+    "avx512": {"avx2", "fma", "avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni", "avx512_bf16"},
+    "avx2": {"avx2", "fma"},
+    "portable": set[str](),
+}
+TELLING_FLAGS = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni")
 _TICK = os.sysconf("SC_CLK_TCK")
 
 
@@ -48,17 +54,26 @@ def cores() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures were taken on."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
+    """What the figures were taken on. level, cpu_flags: of the CPU's name nobody can tell what it can do."""
+    said = _lines("/proc/cpuinfo")
+    cpu = next((line.split(":")[1].strip() for line in said if line.startswith("model name")), "?")
+    flags = frozenset(next((line.split(":")[1].split() for line in said if line.startswith("flags")), []))
     memory = next((int(line.split()[1]) // 1024 for line in _lines("/proc/meminfo") if line.startswith("MemTotal")), 0)
     return {
         "cpu": cpu,
+        "level": level(flags),
+        "cpu_flags": [flag for flag in TELLING_FLAGS if flag in flags],
         "cores": cores(),
         "memory_mib": memory,
         "kernel": platform.release(),
         "python": platform.python_version(),
         "date": time.strftime("%Y-%m-%d %H:%M:%S %z"),
     }
+
+
+def level(flags: Collection[str]) -> str:
+    """The best level of weft's C++ kernels (csrc/levels.cpp) for a CPU with these flags."""
+    return next(name for name, wanted in LEVEL_FLAGS.items() if wanted <= set(flags))
 
 
 def commit() -> str:

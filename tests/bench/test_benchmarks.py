@@ -18,6 +18,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from weft.kernels import REFERENCE, available
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
 TINY |= {"intermediate_size": 96, "vocab_size": 128, "max_position_embeddings": 256}
@@ -61,6 +63,28 @@ def test_the_report_has_claims_rows_machine_and_commit(
     assert content["claims"] == {"claim": 1.5}
     assert content["rows"][0]["value"]["median"] == 1.0 and content["rows"][0]["nan"] is None
     assert content["machine"]["cores"] >= 1 and content["commit"]
+
+
+def test_the_machine_tells_what_its_cpu_can_do(scripts: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Machines that call themselves alike may be generations apart."""
+    common = scripts("common")
+    here = common.machine()
+    if available() != (REFERENCE,):
+        assert here["level"] == available()[0]
+    assert ("avx2" in here["cpu_flags"]) == (here["level"] != "portable")
+    assert json.loads(json.dumps(here)) == here
+    old = "fpu sse2 fma avx2"
+    new = f"{old} avx512f avx512bw avx512vl avx512dq avx512_vnni avx512_bf16"
+    for flags, level, told in (
+        ("fpu sse2", "portable", []),
+        (old, "avx2", ["avx2"]),
+        (new.replace(" avx512_bf16", ""), "avx2", ["avx2", "avx512f", "avx512_vnni"]),
+        (new, "avx512", ["avx2", "avx512f", "avx512_bf16", "avx512_vnni"]),
+    ):
+        said = ["model name\t: AMD EPYC", f"flags\t\t: {flags}"]
+        monkeypatch.setattr(common, "_lines", lambda _path, said=said: said)
+        made = common.machine()
+        assert (made["cpu"], made["level"], made["cpu_flags"]) == ("AMD EPYC", level, told)
 
 
 def test_own_work_is_no_other_load_and_a_childs_work_is_counted(scripts: Any) -> None:
