@@ -11,13 +11,16 @@ begin it together, and it takes as long as the slower one does, with or without 
 first.
 
     plain                     all-reduce over gloo, then every rank normalises all rows: the baseline
+    one-shot                  every rank sends all it has to the other: one latency instead of two
     fused                     reduce-scatter, norm of own rows, all-gather; one strand
     woven, two strands        the seams in a thread of their own
     woven                     three strands
-    woven, quantised gather   rows travel as the next linear takes them (W4A8)
+    ..., quantised gather     rows travel as the next linear takes them (W4A8); so they are served
     no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten
                               but by not normalising all rows on every rank
     split, no communication   the same in three strands: what splitting costs
+
+What weft would choose is measured once for a link and a model, for the sizes that a rank measures when it starts.
 
 * woven_gain_at_25_percent_comm: plain / woven where communication is 20 to 30 % of plain; the median of such cells.
 * woven_gain_500mbit: plain / woven at 500 Mbit/s without more latency, the median over sizes and precisions.
@@ -25,6 +28,7 @@ first.
 * gather_bytes_saved_int8, gather_bytes_saved_int4: of the bytes that a woven step of all 22 layers sends, by the
   interface's counter; of the W4A4 model one block of channels in 16 has 8-bit activations.
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
+* choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
 """
 
 from __future__ import annotations
@@ -54,10 +58,11 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
-PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
-TWO = "woven, two strands"
+PLAIN, ONE_SHOT, FUSED, TWO, WOVEN = "plain", "one-shot", "fused", "woven, two strands", "woven"
+QUANTISED = "woven, quantised gather"
+FUSED_QUANTISED, TWO_QUANTISED = "fused, quantised gather", "woven, two strands, quantised gather"
 NOTHING, SPLIT = "no communication", "split, no communication"
-MODES = (PLAIN, FUSED, TWO, WOVEN, QUANTISED, NOTHING, SPLIT)
+MODES = (PLAIN, ONE_SHOT, FUSED, TWO, WOVEN, FUSED_QUANTISED, TWO_QUANTISED, QUANTISED, NOTHING, SPLIT)
 MBIT = (2000, 1000, 500, 250)
 LATENCIES = (0.0, 1e-4, 1e-3)
 TOKENS = (256, 512, 1024, 2048)
@@ -126,6 +131,12 @@ def grid(*, quick: bool = False, short: bool = False) -> Iterator[Cell]:
                     yield Cell(mbit, latency, precision, tokens)
 
 
+def served(*, quantised: bool) -> dict[tuple[str, int], str]:
+    """What weft chooses from, by its mode and number of strands. quantised: rows travel so wherever they can."""
+    fused, two, three = (FUSED_QUANTISED, TWO_QUANTISED, QUANTISED) if quantised else (FUSED, TWO, WOVEN)
+    return {("plain", 1): PLAIN, ("one-shot", 1): ONE_SHOT, ("fused", 1): fused, ("woven", 2): two, ("woven", 3): three}
+
+
 def merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """The answers of all ranks in one: the seconds of the slower rank in each step, and of_rank_0, its own."""
     own = answers[0]["seconds"]
@@ -140,6 +151,8 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
     def ratio(over: str, under: str, whose: str = "seconds") -> common.Figure:
         return common.Figure.of([a / b for a, b in zip(answer[whose][over], answer[whose][under], strict=True)])
 
+    choices = [name for name in served(quantised=QUANTISED in seconds).values() if name in seconds]
+    best = min(choices, key=lambda name: statistics.median(seconds[name]))
     found: dict[str, Any] = {
         "mbit": cell.mbit,
         "latency": cell.latency,
@@ -153,6 +166,8 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         "tax_of_rank_0": ratio(WOVEN, NOTHING, "of_rank_0").median - 1,
         "chosen": answer["chosen"],
         "chosen_vs_plain": ratio(PLAIN, answer["chosen"]).median,
+        "best": best,
+        "regret": ratio(answer["chosen"], best).median - 1,
     }
     if QUANTISED in seconds:
         found["quantised_gain"] = ratio(PLAIN, QUANTISED)
@@ -177,6 +192,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "gather_bytes_saved_int8": sent.get("w4a8"),
         "gather_bytes_saved_int4": sent.get("w4a4"),
         "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in timed), default=None),
+        "choice_regret_percent": max((100 * one["regret"] for one in timed), default=None),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -270,6 +286,7 @@ class Ranks:
             self._tell(
                 process,
                 {
+                    "mbit": cell.mbit,
                     "latency": cell.latency,
                     "precision": cell.precision,
                     "tokens": cell.tokens,
@@ -341,7 +358,8 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-HEAD = ["link", "model", "tokens", *(f"{name}, ms" for name in MODES), "comm", "woven gain", "chosen", "vs plain"]
+HEAD = ["link", "model", "tokens", *(f"{name}, ms" for name in MODES)]
+HEAD += ["comm", "woven gain", "chosen", "vs plain", "best", "regret"]
 
 
 def _cells(one: dict[str, Any]) -> list[object]:
@@ -350,7 +368,7 @@ def _cells(one: dict[str, Any]) -> list[object]:
         link += f" + {1000 * one['latency']:g} ms"
     times = [one.get(name, "-") for name in MODES]
     shares = [f"{one['communication']:.0%}", one["gain"], one["chosen"], f"{one['chosen_vs_plain']:.2f}"]
-    return [link, one["precision"], one["tokens"], *times, *shares]
+    return [link, one["precision"], one["tokens"], *times, *shares, one["best"], f"{one['regret']:.1%}"]
 
 
 def _plot(path: Path, rows: Sequence[dict[str, Any]]) -> None:

@@ -16,10 +16,23 @@ from typing import Any
 
 import torch
 from torch.distributed.distributed_c10d import PrefixStore
+from weave_link import (
+    FUSED,
+    FUSED_QUANTISED,
+    NOTHING,
+    ONE_SHOT,
+    PLAIN,
+    QUANTISED,
+    SPLIT,
+    TWO,
+    TWO_QUANTISED,
+    WOVEN,
+    served,
+)
 
 from weft import _native
 from weft.core.plan import Slice
-from weft.devices.group import STRANDS, WAVE
+from weft.devices.group import STRANDS, WAVE, Chooser, measured_sizes
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows, input_format
 from weft.models.batch import make_batch
@@ -30,9 +43,9 @@ from weft.models.measure import measure
 from weft.models.ranked import cut_step
 from weft.models.rope import Rotary
 from weft.models.shard import Part, shard_config
-from weft.weave.choice import Mode, choose_mode
+from weft.weave.choice import Costs, Mode
 from weft.weave.collective import Collective, Join, Joined
-from weft.weave.distributed import AllReduceCollective, connect, meet
+from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect, meet
 from weft.weave.native import NativeBackground, NativeCollective
 from weft.weave.rows import JoinRows
 from weft.weave.sockets import open_sockets
@@ -40,10 +53,7 @@ from weft.weave.split import choose_strands
 from weft.weave.weaver import Weaver, no_format
 
 RANKS, TIMEOUT, KV_BLOCK = 2, 300.0, 16
-PLAIN, FUSED, WOVEN, QUANTISED = "plain", "fused", "woven", "woven, quantised gather"
-TWO = "woven, two strands"
-NOTHING, SPLIT = "no communication", "split, no communication"
-ROUNDS_OF_A_SEAM = 2  # one after the other, in an all-reduce of two ranks as well
+ROUNDS_OF_A_SEAM = 2  # one after the other, in an all-reduce of two ranks as well; one-shot has one
 
 
 class Delayed:
@@ -133,6 +143,10 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
     return Model(decoder, decoder.make_kv(-(-tokens // KV_BLOCK), KV_BLOCK), quantised)
 
 
+def prompt(tokens: int) -> Slice:
+    return Slice(0, 0, tuple(range(tokens)), tuple(range(-(-tokens // KV_BLOCK))))
+
+
 class Rank:
     """What jobs are carried out with."""
 
@@ -153,39 +167,50 @@ class Rank:
 
         reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
         self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
+        size = raw["hidden_size"] * torch.float32.itemsize
+        messages, joined = connect(*group(ONE_SHOT), **reach), FusedRows(self.kernels)
+        self.one_shot = Delayed(DistributedCollective(messages, joined, capacity=most * size, one_round=True))
         self.fused = Delayed(open_sockets(*group(FUSED), self.kernels, **reach))
         self.behind = _native.DistantSeams(open_sockets(*group(WOVEN), own, **reach).group)
         self.woven = NativeBackground(NativeCollective(self.behind, own), (core,))
         self.silent = Silent(self.rank, FusedRows(self.kernels))
+        self.costs: dict[tuple[Any, ...], Costs] = {}  # by link and model
 
     def modes(self, model: Model) -> dict[str, tuple[Collective, int, bool]]:
         """(collective, strands, quantised gather) by name."""
         most, woven = max(STRANDS), self.woven
         found: dict[str, tuple[Collective, int, bool]] = {
             PLAIN: (self.plain, 1, False),
+            ONE_SHOT: (self.one_shot, 1, False),
             FUSED: (self.fused, 1, False),
             TWO: (woven, 2, False),
             WOVEN: (woven, most, False),
             NOTHING: (self.silent, 1, False),
             SPLIT: (self.silent, most, False),
         }
-        return found | ({QUANTISED: (woven, most, True)} if model.quantised else {})
+        if model.quantised:
+            found |= {FUSED_QUANTISED: (self.fused, 1, True), TWO_QUANTISED: (woven, 2, True)}
+            found |= {QUANTISED: (woven, most, True)}
+        return found
 
     @torch.inference_mode()
     def step(self, model: Model, tokens: int, collective: Collective, count: int, quantised: bool) -> torch.Tensor:
         """Of a prompt of so many tokens, the last row is kept. count: of strands."""
-        prompt = Slice(0, 0, tuple(range(tokens)), tuple(range(-(-tokens // KV_BLOCK))))
         strands = [
             model.decoder.strand(make_batch(own, KV_BLOCK, kept), model.kv)
-            for own, kept in cut_step([prompt], [tokens - 1], choose_strands([tokens], WAVE, count))
+            for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVE, count))
         ]
-        formats = (lambda packed: input_format(self.kernels, packed)) if quantised else no_format
+        formats = self._format if quantised else no_format
         return torch.cat(Weaver(collective, formats).weave(strands))
+
+    def _format(self, packed: Any) -> Any:
+        return input_format(self.kernels, packed)
 
     def job(self, job: dict[str, Any]) -> dict[str, Any]:
         """Seconds and bytes by mode, and the mode that the cost model chooses."""
         for delayed in (self.plain, self.fused, self.behind):
             delayed.seconds = ROUNDS_OF_A_SEAM * job["latency"]
+        self.one_shot.seconds = job["latency"]
         model, tokens = self.models[job["precision"]], job["tokens"]
         modes = self.modes(model)
         self._compare(model, tokens, modes)
@@ -198,15 +223,22 @@ class Rank:
                 self.step(model, tokens, *mode)
                 seconds[name].append(time.perf_counter() - begun)
                 sent[name] = _sent(self.orders["interface"]) - before
-        return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, tokens)}
+        return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, job)}
 
-    def _chosen(self, model: Model, tokens: int) -> str:
-        woven = self.modes(model)[WOVEN][0]
-        collectives: dict[Mode, Collective] = {Mode.PLAIN: self.plain, Mode.FUSED: self.fused, Mode.WOVEN: woven}
-        sizes = sorted({64, tokens // 2, tokens})
-        costs = measure(model.decoder, model.kv, KV_BLOCK, collectives, sizes)
-        mode, strands = choose_mode(costs, tokens, [choose_strands([tokens], WAVE, count) for count in STRANDS])
-        return TWO if len(strands) == 2 else mode.value
+    def _chosen(self, model: Model, job: dict[str, Any]) -> str:
+        """By costs that are measured once for a link and a model, as they are when a rank starts."""
+        key = job["mbit"], job["latency"], job["precision"]
+        if key not in self.costs:
+            collectives: dict[Mode, Collective] = {
+                Mode.PLAIN: self.plain,
+                Mode.ONE_SHOT: self.one_shot,
+                Mode.FUSED: self.fused,
+                Mode.WOVEN: self.woven,
+            }
+            sizes, formats = measured_sizes(self.orders["tokens"]), self._format if model.quantised else no_format
+            self.costs[key] = measure(model.decoder, model.kv, KV_BLOCK, collectives, sizes, formats=formats)
+        mode, strands = Chooser("auto", self.costs[key])([prompt(job["tokens"])])
+        return served(quantised=model.quantised)[mode.value, len(strands)]
 
     def _compare(self, model: Model, tokens: int, modes: dict[str, tuple[Collective, int, bool]]) -> None:
         """Also warms up. Raises ArithmeticError where the modes that must have the same bits do not."""

@@ -6,11 +6,14 @@ import argparse
 import importlib
 import socket
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from weft.devices.group import measured_sizes
 from weft.kernels import LEVELS, available
+from weft.weave.choice import Costs, Curve, Mode
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -23,7 +26,14 @@ def weave_link(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def answer(chosen: str = "woven", **seconds: list[float]) -> dict[str, Any]:
-    names = {"quantised": "woven, quantised gather", "nothing": "no communication", "split": "split, no communication"}
+    names = {
+        "one_shot": "one-shot",
+        "two": "woven, two strands",
+        "fused_quantised": "fused, quantised gather",
+        "quantised": "woven, quantised gather",
+        "nothing": "no communication",
+        "split": "split, no communication",
+    }
     sent = {"woven": 4000, "woven, quantised gather": 3000}
     took = {names.get(name, name): rounds for name, rounds in seconds.items()}
     return {"seconds": took, "of_rank_0": took, "sent": sent, "chosen": chosen}
@@ -49,6 +59,8 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
         answer("plain", plain=[4.0], fused=[4.0], woven=[2.5], quantised=[2.0], nothing=[2.0], split=[2.0]),
     )
     assert half["bytes_saved"] == 0.25 and half["chosen_vs_plain"] == 1.0
+    assert (quarter["best"], quarter["regret"]) == ("woven", 0.0)
+    assert (half["best"], half["regret"]) == ("woven, quantised gather", 1.0)
     whole = weave_link.Cell(None, 0.0, "w4a8", 256)
     counted = weave_link.row(whole, answer(plain=[1.0], fused=[1.0], woven=[9.0], quantised=[1.0], nothing=[1.0]))
     found = weave_link.claims([quarter, half, counted])
@@ -57,7 +69,51 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
     assert found["woven_tax_percent"] == pytest.approx(100 * (3.2 / 3 + 1) / 2 - 100)  # the other link is saturated
     assert found["gather_bytes_saved_int8"] == 0.25 and "gather_bytes_saved_int4" not in found
     assert found["worst_case_vs_plain"] == 1.0
+    assert found["choice_regret_percent"] == 100.0, "a choice that is no worse than plain may still be a bad one"
     assert weave_link.claims([]) == {}
+
+
+def test_regret_is_against_what_could_have_been_chosen(weave_link: Any) -> None:
+    """Neither what ends in wrong results nor rows that travel otherwise than they are served."""
+    bf16: dict[str, list[float]] = {"plain": [4.0, 4.0], "one_shot": [3.5, 3.5], "fused": [4.0, 4.0]}
+    bf16 |= {"two": [3.0, 3.2], "woven": [3.3, 3.3], "nothing": [1.0, 1.0]}
+    made = weave_link.row(weave_link.Cell(1000, 0.0, "bf16", 512), answer("one-shot", **bf16))
+    assert made["best"] == "woven, two strands"
+    assert made["regret"] == pytest.approx((3.5 / 3.0 + 3.5 / 3.2) / 2 - 1)
+    w4a8 = bf16 | {"fused_quantised": [3.4, 3.4], "quantised": [3.6, 3.6]}
+    made = weave_link.row(weave_link.Cell(1000, 0.0, "w4a8", 512), answer("one-shot", **w4a8))
+    assert made["best"] == "fused, quantised gather" and made["regret"] == pytest.approx(3.5 / 3.4 - 1)
+    for quantised in (False, True):
+        assert {mode for mode, _ in weave_link.served(quantised=quantised)} == {mode.value for mode in Mode}
+
+
+def test_what_is_chosen_follows_from_costs_as_they_are_measured_at_start_up(
+    weave_link: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once for a link and a model, and not at the very sizes that are asked for."""
+    weave_ranks = importlib.import_module("weave_ranks")
+    measured: list[list[int]] = []
+    stage, seam = Curve(((1, 0.0), (1000, 1.0))), Curve(((1, 0.0), (1000, 0.5)))
+
+    def measure(_decoder: Any, _kv: Any, _block: int, collectives: Any, sizes: list[int], *, formats: Any) -> Costs:
+        assert list(collectives) == list(Mode) and (formats("packed") == "its format") is (len(measured) > 1)
+        measured.append(sizes)
+        return Costs(8, stage, stage, {Mode.PLAIN: seam, Mode.FUSED: seam}, 0.0)
+
+    monkeypatch.setattr(weave_ranks, "measure", measure)
+    monkeypatch.setattr(weave_ranks, "input_format", lambda _kernels, _packed: "its format")
+    rank = weave_ranks.Rank.__new__(weave_ranks.Rank)
+    rank.plain = rank.one_shot = rank.fused = rank.woven = rank.kernels = None
+    rank.orders, rank.costs = {"tokens": 2048}, {}
+    chosen = []
+    for precision in ("bf16", "w4a8"):
+        model = weave_ranks.Model(SimpleNamespace(), [], precision != "bf16")
+        for mbit in (1000, 500):
+            for tokens in (6, 256):
+                job = {"mbit": mbit, "latency": 0.0, "precision": precision, "tokens": tokens}
+                chosen.append(rank._chosen(model, job))
+    assert measured == [measured_sizes(2048)] * 4
+    assert chosen == ["plain", "woven, two strands"] * 2 + ["plain", "woven, two strands, quantised gather"] * 2
 
 
 def test_a_step_takes_as_long_as_the_slower_rank(weave_link: Any) -> None:
@@ -122,3 +178,4 @@ def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPat
     assert found["no communication"].median < found["plain"].median
     assert 0.1 < found["bytes_saved"] < 0.4
     assert without["seconds"].keys() == set(weave_link.MODES)
+    assert found["chosen"] in weave_link.served(quantised=True).values() and found["regret"] >= 0
