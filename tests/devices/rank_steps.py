@@ -6,13 +6,15 @@ FOLDER/CASE.RANK afterwards: for each step, (sequence, token, logprob) of what i
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
 import traceback
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from weft.config import EngineConfig
 from weft.core.plan import Lane, Plan, Result, Sampling, Slice
@@ -20,8 +22,10 @@ from weft.core.sampling import SamplingParams
 from weft.devices import cuda_ranks
 from weft.devices.base import Device
 from weft.devices.cuda import open_cuda
-from weft.devices.group import Group
+from weft.devices.group import STRANDS, Group
 from weft.loop.nodes import free_port
+from weft.weave.choice import Mode
+from weft.weave.split import choose_strands
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tests import row_products
@@ -35,6 +39,27 @@ ROOM = 2  # blocks of each sequence
 HOST = "127.0.0.1"
 
 cuda_ranks.WAVE = 8  # so that a short prompt can be cut
+
+
+class Chooser(cuda_ranks.Chooser):
+    """Also writes down what it has chosen by which costs: (mode, the least seconds by mode)."""
+
+    chosen: ClassVar[list[tuple[str, dict[str, float]]]] = []
+
+    def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, tuple[int, ...]]:
+        mode, strands = super().__call__(slices)
+        costs, lengths = self._costs, [len(piece.tokens) for piece in slices]
+        if costs is not None:
+            seconds = {other.value: costs.seconds(other, (sum(lengths),)) for other in costs.seams}
+            for cut in (choose_strands(lengths, self._wave, count) for count in STRANDS):
+                if len(cut) > 1:
+                    least = seconds.get(Mode.WOVEN.value, math.inf)
+                    seconds[Mode.WOVEN.value] = min(least, costs.seconds(Mode.WOVEN, cut))
+            self.chosen.append((mode.value, seconds))
+        return mode, strands
+
+
+cuda_ranks.Chooser = Chooser  # type: ignore[misc]
 
 
 def plan(step: int, starts: tuple[int, ...], tokens: list[tuple[int, ...]]) -> Plan:
@@ -82,6 +107,7 @@ def rank(case: dict[str, Any], number: int, port: int) -> Any:
     except Exception as error:
         found["error"] = f"{type(error).__name__}: {error}"
     found["seconds"] = time.monotonic() - started
+    found["chosen"] = Chooser.chosen
     if "error" not in found:
         device.close()
     return found

@@ -32,6 +32,7 @@ from weft.errors import ConfigError, RankLost
 from weft.loop.ranks import open_ranks
 from weft.models.families import ModelConfig, parse_config
 from weft.models.loader import tensor_shapes as float_shapes
+from weft.weave.choice import GAIN
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -154,6 +155,11 @@ def test_ranks_answer_like_one(found: dict[str, list[Any]], model: str) -> None:
 def test_what_costs_least_is_chosen_alike(found: dict[str, list[Any]]) -> None:
     first, second = found["auto"]
     assert first["steps"] == second["steps"] and tokens(first) == tokens(found["bfloat16 alone"][0])
+    assert first["chosen"] == second["chosen"]
+    (_, prompts), *_ = first["chosen"]
+    assert [*prompts] == ["plain", "one-shot", "fused", "woven"]
+    for mode, seconds in first["chosen"]:
+        assert (1 - GAIN) * seconds[mode] <= min(seconds.values()), "something else costs less"
     assert any("gloo in NCCL's place" in note for note in first["notes"])
     assert not any("gloo" in note for note in found["float32 symmetric"][0]["notes"])
 
