@@ -1,4 +1,4 @@
-"""A seam between two ranks on one host, one core each: shared memory against torch.distributed's gloo.
+"""Two ranks on one host, one core each: a seam through shared memory against torch.distributed's gloo, and whole steps.
 
     python benchmarks/weave_shm.py [--quick] [--json FILE] [--plot FILE] [--level LEVEL] [--slot-kib N]
 
@@ -12,7 +12,12 @@ The limit is memory: a rank must read its partial sums, read and write the resid
 write all hidden rows: 3 times the bytes of [tokens, hidden], on both ranks, over the bandwidth that both cores reach
 together. What crosses can stay in the caches. So can all of a small message: it may beat this limit.
 
+Then steps of one prompt through some layers of a 1.1B model, random weights, as a rank of weft carries them out with
+--weave fused, woven and auto, through shared memory; the time of the slower rank.
+
 * fused_vs_gloo: times as fast as the baseline, the worst case of the grid.
+* auto_vs_fused: a step with --weave fused over one with auto, the worst case.
+* auto_regret_percent: auto over the better of fused and woven, the worst case.
 """
 
 from __future__ import annotations
@@ -20,20 +25,27 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
 import torch.distributed as dist
+from weave_link import SHAPE
+from weave_ranks import KV_BLOCK, Model, make_model, prompt
 
 from weft import _native
+from weft.config import EngineConfig
+from weft.devices.group import Group, open_ranked
 from weft.kernels import resolve
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows
+from weft.models.ranked import Place, Ranked
 from weft.weave.collective import Collective, Join
 from weft.weave.distributed import DistributedCollective, connect
 from weft.weave.messages import Messages
@@ -46,6 +58,11 @@ BLOCK_SECONDS = 0.03  # of one contestant's turn, at least one seam
 RANKS, TIMEOUT, EPS = 2, 120.0, 1e-5
 READ_BYTES = 256 * 2**20
 CONTESTANTS = ("shared memory", "gloo, fused", "gloo, all-reduce")
+WEAVES = ("fused", "woven", "auto")
+STEPS = tuple((precision, tokens) for precision in ("bf16", "w4a8") for tokens in (64, 256, 1024, 2048))
+QUICK_STEPS = (("bf16", 256), ("w4a8", 1024))
+LAYERS, QUICK_LAYERS = 6, 2  # of the model's 22
+MOST = 2048  # tokens of a step
 
 
 def main() -> None:
@@ -55,10 +72,11 @@ def main() -> None:
     watch = common.LoadWatch()
     grid = QUICK_GRID if arguments.quick else GRID
     rounds = QUICK_ROUNDS if arguments.quick else ROUNDS
+    steps = Steps(*((QUICK_STEPS, QUICK_LAYERS) if arguments.quick else (STEPS, LAYERS)), len(cores) < RANKS)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         answer, theirs = context.Pipe(duplex=False)
-        common_arguments = (new_name(), folder, level, grid, rounds, arguments.slot_kib * 1024, theirs)
+        common_arguments = (new_name(), folder, level, grid, steps, rounds, arguments.slot_kib * 1024, theirs)
         ranks = [
             context.Process(target=_rank, args=(rank, cores[rank % len(cores)], *common_arguments))
             for rank in range(RANKS)
@@ -66,18 +84,26 @@ def main() -> None:
         for rank in ranks:
             rank.start()
         theirs.close()
-        bandwidth, times = answer.recv()  # EOFError where both have ended without one
+        bandwidth, times, taken = answer.recv()  # EOFError where both have ended without one
         for rank in ranks:
             rank.join()
     rows = [_row(tokens, hidden, bandwidth, times[tokens, hidden]) for tokens, hidden in grid]
     print(f"{level} kernels, bfloat16, {RANKS} ranks on {len(cores)} cores; both read {bandwidth / 1e9:.1f} GB/s\n")
     head = ["tokens", "hidden", *(f"{name}, us" for name in CONTESTANTS), "limit, us", "of the limit", "vs gloo"]
     print(common.table(head, [_cells(row) for row in rows]), "\n")
+    woven = [_step_row(*case, *found) for case, found in taken.items()]
+    head = ["model", "tokens", *(f"{name}, ms" for name in WEAVES), "auto is", "fused / auto", "regret"]
+    print(common.table(head, [_step_cells(row) for row in woven]), "\n")
     if arguments.plot is not None:
         _plot(arguments.plot, rows)
     note = common.load_note(watch)
     notes = [*([note] if note else []), *(["fewer cores than ranks"] if len(cores) < RANKS else [])]
-    common.report(arguments, {"fused_vs_gloo": min(row["vs_gloo"].median for row in rows)}, rows, notes)
+    claims = {
+        "fused_vs_gloo": min(row["vs_gloo"].median for row in rows),
+        "auto_vs_fused": min(row["auto_vs_fused"].median for row in woven),
+        "auto_regret_percent": max(100 * row["regret"] for row in woven),
+    }
+    common.report(arguments, claims, [*rows, *woven], [f"{steps.layers} layers", *notes])
 
 
 def _arguments() -> argparse.Namespace:
@@ -87,6 +113,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+@dataclass(frozen=True, slots=True)
+class Steps:
+    """cases: (precision, tokens). crowded: whether ranks share cores."""
+
+    cases: tuple[tuple[str, int], ...]
+    layers: int
+    crowded: bool
+
+
 def _rank(
     rank: int,
     core: int,
@@ -94,11 +129,13 @@ def _rank(
     folder: str,
     level: str,
     grid: tuple[tuple[int, int], ...],
+    steps: Steps,
     rounds: int,
     slot_bytes: int,
     answer: Any,
 ) -> None:
-    """One rank's process. Rank 0 answers with the bandwidth and the seconds of a seam, by case and contestant."""
+    """One rank's process. Rank 0 answers with the bandwidth, the seconds of a seam, by case and contestant, and what
+    `_take_steps` gives."""
     os.sched_setaffinity(0, {core})  # and the threads of gloo
     torch.set_num_threads(1)
     kernels = CpuKernels(level, (core,))
@@ -118,8 +155,9 @@ def _rank(
         _compare(tokens, hidden, rank, kernels, shared, fused, messages)
         seams = _seams(tokens, hidden, rank, kernels, shared, fused, messages)
         times[tokens, hidden] = _times(seams, rounds, shared)
+    taken = _take_steps(rank, core, name, kernels, shared, steps, rounds)
     if rank == 0:
-        answer.send((bandwidth * RANKS, times))
+        answer.send((bandwidth * RANKS, times, taken))
     meet()
     shared.close()
 
@@ -208,6 +246,62 @@ def _times(seams: dict[str, Callable[[], Any]], rounds: int, shared: Collective)
                 seam()
             found[name].append((time.perf_counter() - start) / counts[name])
     return found
+
+
+def _take_steps(
+    rank: int, core: int, name: str, kernels: CpuKernels, shared: Collective, steps: Steps, rounds: int
+) -> dict[tuple[str, int], tuple[dict[str, list[float]], str]]:
+    """The seconds of a step, round by round, by case and --weave, and how auto carries it out, by case."""
+    found = {}
+    group = Group(rank, RANKS, RANKS, name, "", None, "", TIMEOUT, steps.crowded, lambda blocks: blocks)
+    raw = SHAPE | {"num_hidden_layers": steps.layers}
+    for precision in dict.fromkeys(precision for precision, _ in steps.cases):
+        model = make_model(raw, group.part, kernels, precision, MOST)
+        ranked = {weave: _open(weave, precision, group, kernels, core, model) for weave in WEAVES}
+        for tokens in (tokens for wanted, tokens in steps.cases if wanted == precision):
+            if rank == 0:
+                common.say(f"a step of {tokens} tokens, {precision}")
+            seconds: dict[str, list[float]] = {weave: [] for weave in WEAVES}
+            for at in range(1 + rounds):  # the first one warms up
+                for weave, forward in ranked.items():
+                    shared.gather(torch.zeros(1))
+                    start = time.perf_counter()
+                    forward.run([prompt(tokens)], [tokens - 1])
+                    took = torch.tensor([time.perf_counter() - start], dtype=torch.float64)
+                    slower = max(float(one) for one in shared.gather(took))
+                    if at:
+                        seconds[weave].append(slower)
+            mode, strands = ranked["auto"].choose([prompt(tokens)])
+            found[precision, tokens] = seconds, f"{mode.value} {len(strands)}"
+        for forward in ranked.values():
+            forward.close()
+    return found
+
+
+def _open(weave: str, precision: str, group: Group, kernels: CpuKernels, core: int, model: Model) -> Ranked:
+    config = EngineConfig(weave=weave, collective="shm", block_size=KV_BLOCK, max_num_batched_tokens=MOST)
+    own, place = replace(group, name=f"{group.name}-{weave}"), Place((core,))
+    return open_ranked(config, own, None, precision, model.decoder, kernels, place, model.kv, MOST // KV_BLOCK)
+
+
+def _step_row(precision: str, tokens: int, seconds: dict[str, list[float]], chosen: str) -> dict[str, Any]:
+    def ratio(over: str, under: str) -> common.Figure:
+        return common.Figure.of([a / b for a, b in zip(seconds[over], seconds[under], strict=True)])
+
+    best = min(("fused", "woven"), key=lambda name: statistics.median(seconds[name]))
+    return {
+        "precision": precision,
+        "tokens": tokens,
+        **{weave: common.Figure.of([1000 * one for one in seconds[weave]]) for weave in WEAVES},
+        "chosen": chosen,
+        "auto_vs_fused": ratio("fused", "auto"),
+        "regret": ratio("auto", best).median - 1,
+    }
+
+
+def _step_cells(row: dict[str, Any]) -> list[object]:
+    times = [row[weave] for weave in WEAVES]
+    return [row["precision"], row["tokens"], *times, row["chosen"], row["auto_vs_fused"], f"{row['regret']:.1%}"]
 
 
 def _row(tokens: int, hidden: int, bandwidth: float, times: dict[str, list[float]]) -> dict[str, Any]:

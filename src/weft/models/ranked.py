@@ -75,7 +75,7 @@ class Ranked:
         self._kv = kv
         self._block_size = block_size
         self._collectives = collectives
-        self._choose = choose
+        self.choose = choose
         self._formats = formats
         self._program = program
         self._gather = next(iter(collectives.values())).gather
@@ -88,7 +88,7 @@ class Ranked:
     ) -> Sequence[tuple[int, float]]:
         if (part, parts) != (0, 1):
             raise ValueError(f"part {part} of {parts}: a step of several ranks is not cut")
-        mode, lengths = self._choose(slices)
+        mode, lengths = self.choose(slices)
         collective = self._collectives[mode]
         self._gather = collective.gather
         program = self._program
