@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -119,3 +120,32 @@ def test_a_rank_that_does_not_come_is_named(small: Callable[..., Path]) -> None:
             program.run([Slice(1, 0, tokens(5, 1), (3,))], [4])
         with pytest.raises(ValueError, match="ascending"):
             opened[1][1].run([Slice(1, 0, tokens(5, 1), (3,))], [4, 2])
+
+
+def test_the_time_of_the_layers_is_that_between_the_first_seam_and_the_last() -> None:
+    """Of the run alone, not of those before it; the embedding and the output layer are none of it."""
+    from weft.kernels.record import Meet
+    from weft.models.ranked_program import RankedProgram
+
+    class Program:
+        seconds: Any = (0.5, 0.5, 0.5, 0.5, 0.5, 0.5)  # of a run that was timed before
+        timed = False
+
+        def run(self, _slices: Any, _rows: Any) -> None:
+            if self.timed:
+                self.seconds = tuple(
+                    before + own for before, own in zip(self.seconds, (1, 2, 4, 8, 16, 32), strict=True)
+                )
+
+        def logits(self) -> Any:
+            return np.zeros((1, 1), np.float32)
+
+        def timings(self) -> list[tuple[Any, float]]:
+            seam: Any = Meet(None, None, None, None, 0.0, None, False)  # type: ignore[arg-type]
+            return list(zip(("embed", seam, "attend", "feed", seam, "logits"), self.seconds, strict=True))
+
+    fake: Any = Program()
+    program = RankedProgram(fake, 64)
+    for _ in range(2):
+        assert program.layers([], range(3)) == 4 + 8 + 16
+        assert not fake.timed

@@ -143,7 +143,12 @@ def open_ranked(
 
 def may_spin(mode: Mode, *, crowded: bool, shared: bool) -> bool:
     """Whether who waits for another rank may keep a core busy. Not where others compute there: other ranks (crowded),
-    another lane (shared), or the lane itself while its woven seams are on their way."""
+    another lane (shared), or the lane itself while its woven seams are on their way.
+
+    Woven steps of 48 to 192 tokens through four layers took 1 to 5 % more CPU where the thread of the seams looked for
+    100 us before it slept than where it slept at once, and 0.98 to 1.31 times as long (AVX2, two ranks of one core, in
+    turns): a sleep costs less than what looking takes from the computation.
+    """
     return not (crowded or shared or mode is Mode.WOVEN)
 
 
