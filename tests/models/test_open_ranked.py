@@ -18,7 +18,7 @@ from weft.kernels import LEVELS, available, open_kernels
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
 from weft.models.loader import load_weights
-from weft.models.ranked import Place
+from weft.models.ranked import LanePlace
 from weft.weave.choice import Costs, Mode
 
 BEST = available()[0]
@@ -64,7 +64,7 @@ def test_rows_travel_quantised_when_measured_and_when_served(
     decoder = Decoder(read_config(tmp_path), weights, kernels, 128)
     kv = decoder.make_kv(BLOCKS, BLOCK)
     alone = Group(0, 1, 1, new_name(), "", None, "", 5.0, False, lambda blocks: blocks)
-    ranked = open_ranked(config, alone, None, "mixed", decoder, kernels, Place((core,)), kv, BLOCKS)
+    ranked = open_ranked(config, alone, None, "mixed", decoder, kernels, LanePlace((core,)), kv, BLOCKS)
     try:
         assert seams and all(quantised and cores == {core} for quantised, cores in seams)
         assert os.sched_getaffinity(0) == allowed

@@ -38,7 +38,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig, read_config
 from weft.models.forward import Forward, open_forward
 from weft.models.loader import compute_dtype, load_weights, stored_dtype
-from weft.models.ranked import Place, Ranked
+from weft.models.ranked import LanePlace, Ranked
 from weft.models.shard import WHOLE, shard_config
 
 
@@ -156,14 +156,14 @@ class CpuLane:
         self.forward = forward
         self.cores = cores
         self.kv = kv
-        self._shares: Shares[Place] = Shares()
+        self._shares: Shares[LanePlace] = Shares()
 
-    def adopt(self, lane: Lane, place: Place) -> float:
+    def adopt(self, lane: Lane, place: LanePlace) -> float:
         """Compute there from now on or, where that cannot be, on the cores as before (see Shares). Only the lane's
         thread may call it: it is pinned. The seconds that other cores took; 0 without."""
         return self._shares.adopt(lane, place, self._move) or 0.0
 
-    def _move(self, place: Place) -> float:
+    def _move(self, place: LanePlace) -> float:
         begun, before = time.perf_counter(), self.cores
         try:
             if place.cores != before:
@@ -351,9 +351,9 @@ def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
     return {Lane.PREFILL: cores[: partition.prefill], Lane.DECODE: cores[len(cores) - partition.decode :]}
 
 
-def _place_of(lane: Lane, shares: Mapping[Lane, Cores]) -> Place:
+def _place_of(lane: Lane, shares: Mapping[Lane, Cores]) -> LanePlace:
     others = (cores for other, cores in shares.items() if other is not lane)
-    return Place(shares[lane], share_cores(shares[lane], others))
+    return LanePlace(shares[lane], share_cores(shares[lane], others))
 
 
 def _words(error: Exception) -> str:

@@ -20,7 +20,7 @@ from weft.kernels import LEVELS, open_kernels
 from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
 from weft.models.measure import measure
-from weft.models.ranked import Place, Ranked
+from weft.models.ranked import LanePlace, Ranked
 from weft.models.ranked_program import RankedProgram, record_ranked
 from weft.models.shard import Part
 from weft.weave.background import Background, Queue
@@ -101,7 +101,7 @@ def open_ranked(
     lane: str,
     decoder: Decoder,
     kernels: Kernels,
-    place: Place,
+    place: LanePlace,
     kv: list[Any],
     blocks: int,
 ) -> Ranked:
@@ -158,7 +158,7 @@ def _beside(cores: Cores) -> Cores:
     return cores[-1:]
 
 
-def _move(collectives: Mapping[Mode, Collective], crowded: bool, place: Place) -> None:
+def _move(collectives: Mapping[Mode, Collective], crowded: bool, place: LanePlace) -> None:
     """Put what joins the ranks where the lane computes from now on."""
     for mode, collective in collectives.items():
         if isinstance(collective, Queue):

@@ -33,7 +33,7 @@ Choice = Callable[[Sequence[Slice]], tuple[Mode, tuple[int, ...]]]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class LanePlace:
     """Where a lane computes. shared: whether another lane may run on some of its cores, too."""
 
     cores: tuple[int, ...]
@@ -65,7 +65,7 @@ class Ranked:
         choose: Choice,
         formats: Callable[[Any], Quantise | None] = no_format,
         program: RankedProgram | None = None,
-        move: Callable[[Place], None] = lambda _place: None,
+        move: Callable[[LanePlace], None] = lambda _place: None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.move = move
