@@ -20,7 +20,7 @@ import torch.distributed
 
 from weft.errors import DeviceError
 from weft.weave.collective import Join, Joined, check, plan_of
-from weft.weave.messages import Message, Messages, Tag
+from weft.weave.messages import GRACE, Message, Messages, Tag
 from weft.weave.rows import JoinRows, arrived
 
 _dist: Any = torch.distributed  # its types lack much of what it has
@@ -54,7 +54,7 @@ def connect(store: Any, rank: int, ranks: int, *, bind: str = "127.0.0.1", timeo
     try:
         options = _dist.ProcessGroupGloo._Options()
         options._devices = [_dist.ProcessGroupGloo.create_device(hostname=bind)]
-        options._timeout = timedelta(seconds=timeout)
+        options._timeout = timedelta(seconds=timeout + GRACE)  # of sums: connections must outlive one that is late
         return Messages(_dist.ProcessGroupGloo(store, rank, ranks, options), rank, ranks, timeout)
     except RuntimeError as error:
         raise DeviceError(f"rank {rank} cannot join the {ranks} ranks from {bind}: {error}") from error
@@ -156,33 +156,63 @@ class DistributedCollective:
         ]
 
 
+@dataclass(frozen=True, slots=True)
+class _Summing:
+    """A seam in flight. plans: asked and sent, where they are to be compared first. work: of `total`, if it is on its
+    way."""
+
+    join: Join
+    plan: tuple[Any, ...]
+    plans: tuple[list[Message], list[Message]] | None
+    total: torch.Tensor
+    work: Any
+
+
 class AllReduceCollective:
     """The plain baseline: every rank sums all rows, normalises them all and keeps the whole residual. Its bits are not
-    those of the other collectives: the all-reduce has its own order, and rounds to the dtype of the partial sums."""
+    those of the other collectives: the all-reduce has its own order, and rounds to the dtype of the partial sums.
+
+    Plans are compared only where they are not those of the seam before: a few times in a step, and no sum waits for it
+    elsewhere. A rank that thinks otherwise sends a plan and sums nothing; the others, who wait for it, then find that.
+    """
 
     def __init__(self, messages: Messages, join_rows: JoinRows) -> None:
         self.rank, self.ranks = messages.rank, messages.ranks
         self._messages = messages
         self._join_rows = join_rows
+        self._agreed: tuple[Any, ...] | None = None
+        self._patience = messages.timeout + GRACE  # the others may wait for a sum first
 
     def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
         return 0, bounds[-1]
 
-    def start(self, join: Join) -> tuple[Join, Message | None]:
+    def start(self, join: Join) -> _Summing:
         check(join, self.rank, self.ranks, self.owned(join.bounds))
         self._messages.begin()
-        if join.replicated or not join.partial.numel():
-            return join, None
-        return join, self._messages.all_reduce(join.partial.clone())
+        plan = plan_of(join)
+        if plan != self._agreed:
+            return _Summing(join, plan, self._messages.exchange(plan, len(join.partial)), join.partial, None)
+        return self._sum(join, plan)
 
-    def finish(self, pending: tuple[Join, Message | None]) -> Joined:
-        join, summed = pending
-        total = join.partial if summed is None else self._messages.wait(summed)
-        rows, residual = self._join_rows([total], join.residual, join.weight, join.eps, join.quantise)
+    def finish(self, pending: _Summing) -> Joined:
+        join = pending.join
+        if pending.plans is not None:
+            self._messages.compare(*pending.plans, self._patience)
+            self._agreed = pending.plan
+            pending = self._sum(join, pending.plan)
+        if pending.work is not None:
+            self._messages.wait_sum(pending.work, pending.plan, len(join.partial))
+        rows, residual = self._join_rows([pending.total], join.residual, join.weight, join.eps, join.quantise)
         return arrived(rows, join, residual)
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        return self._messages.gather(rows)
+        return self._messages.gather(rows, self._patience)
 
     def close(self) -> None:
         self._messages.close()
+
+    def _sum(self, join: Join, plan: tuple[Any, ...]) -> _Summing:
+        if join.replicated or not join.partial.numel():
+            return _Summing(join, plan, None, join.partial, None)
+        total = join.partial.clone()
+        return _Summing(join, plan, None, total, self._messages.begin_sum(total))

@@ -12,6 +12,9 @@ import torch
 from weft.errors import RankLost
 from weft.weave.collective import fingerprint
 
+GRACE = 1.0  # seconds that the others have to say that they are there, once a sum has not come
+LATE = ("Timed out", "timeout")  # words of gloo, whose first wait that takes too long ends all others
+
 
 class Tag(IntEnum):
     """Kinds of messages. Those of one kind arrive in the order in which they were sent."""
@@ -21,11 +24,11 @@ class Tag(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """A tensor on its way to or from a rank; rank None: to and from all."""
+    """A tensor on its way to or from a rank. work: or why it could not be sent or asked for."""
 
-    rank: int | None
+    rank: int
     tensor: torch.Tensor
-    work: Any
+    work: Any | RuntimeError
 
 
 class Messages:
@@ -35,7 +38,7 @@ class Messages:
         self.rank, self.ranks = rank, ranks
         self.others = [other for other in range(ranks) if other != rank]
         self._group = group
-        self._timeout = timeout
+        self.timeout = timeout
         self._seam = 0
         self._failed: str | None = None
 
@@ -51,9 +54,10 @@ class Messages:
         asked = [self.receive(torch.empty_like(own), other, Tag.PLAN) for other in self.others]
         return asked, [self.send(own, other, Tag.PLAN) for other in self.others]
 
-    def compare(self, asked: list[Message], sent: list[Message]) -> None:
-        """Another plan is said rather than that a rank has left, for it may have left because of a plan."""
-        failures = [self._failure(message) for message in asked]
+    def compare(self, asked: list[Message], sent: list[Message], seconds: float | None = None) -> None:
+        """Another plan is said rather than that a rank has left, for it may have left because of a plan. seconds: that
+        a plan may take, if not the time-out."""
+        failures = [self._failure(message, seconds) for message in asked]
         own = sent[0].tensor.tolist() if sent else []
         for message, failure in zip(asked, failures, strict=True):
             theirs = message.tensor.tolist()
@@ -75,14 +79,24 @@ class Messages:
             self.fail(*failure)
         return message.tensor
 
-    def all_reduce(self, tensor: torch.Tensor) -> Message:
-        return Message(None, tensor, self._group.allreduce([tensor]))
+    def begin_sum(self, tensor: torch.Tensor) -> Any:
+        """All ranks must have compared what they sum: of another size, gloo might end the process."""
+        return self._group.allreduce([tensor])
 
-    def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        """`Collective.gather`."""
+    def wait_sum(self, work: Any, plan: tuple[Any, ...], rows: int) -> None:
+        """A library's sum does not say who is missing, so that those who wait for it in vain send one another their
+        plans: who does not is it, or has done so long before, with another plan."""
+        error = _error(work, self.timeout)
+        if error is None:
+            return
+        self.compare(*self.exchange(plan, rows), GRACE)
+        self.fail(f"the sum failed, though all ranks are there: {error}", error)
+
+    def gather(self, rows: torch.Tensor, seconds: float | None = None) -> list[torch.Tensor]:
+        """`Collective.gather`. seconds: as in `compare`."""
         rows = rows.contiguous()
         self.begin()
-        self.compare(*self.exchange(("gather", tuple(rows.shape), str(rows.dtype)), len(rows)))
+        self.compare(*self.exchange(("gather", tuple(rows.shape), str(rows.dtype)), len(rows)), seconds)
         found = [rows if rank == self.rank else torch.empty_like(rows) for rank in range(self.ranks)]
         if rows.numel():
             asked = [self.receive(found[rank], rank, Tag.ROWS) for rank in self.others]
@@ -99,19 +113,29 @@ class Messages:
         self._group = None  # closes the connections, which the others notice
         self._failed = self._failed or f"rank {self.rank} has left its group"
 
-    def _failure(self, message: Message) -> tuple[str, Exception] | None:
+    def _failure(self, message: Message, seconds: float | None = None) -> tuple[str, Exception] | None:
         """None once the message has come; otherwise what is wrong, and why."""
-        try:
-            message.work.wait(timedelta(seconds=self._timeout))
-        except RuntimeError as error:
-            from_whom = self.others if message.rank is None else [message.rank]
-            who = f"rank {from_whom[0]}" if len(from_whom) == 1 else "another rank"
-            late = "timed out" in str(error).lower()  # a message's and an all-reduce's words differ
-            return f"{who} {f'did not come within {self._timeout:g} s' if late else 'has ended or left'}", error
-        return None
+        error = _error(message.work, self.timeout if seconds is None else seconds)
+        if error is None:
+            return None
+        late = any(words in str(error) for words in LATE)
+        what = f"did not come within {self.timeout:g} s" if late else "has ended or left"
+        return f"rank {message.rank} {what}", error
 
     def _post(self, kind: str, tensor: torch.Tensor, rank: int, tag: Tag) -> Message:
+        """To a rank that is gone as well: what the others have to say comes first."""
         try:
             return Message(rank, tensor, getattr(self._group, kind)([tensor], rank, tag))
         except RuntimeError as error:
-            self.fail(f"rank {rank} has ended or left", error)
+            return Message(rank, tensor, error)
+
+
+def _error(work: Any | RuntimeError, seconds: float) -> RuntimeError | None:
+    """What has become of it after so many seconds at most; None: all is well."""
+    if isinstance(work, RuntimeError):
+        return work
+    try:
+        work.wait(timedelta(seconds=seconds))
+    except RuntimeError as error:
+        return error
+    return None
