@@ -44,10 +44,12 @@ FMPQ: dict[str, Any] = {
 }
 
 
-def write_fmpq(folder: Path, outlier_bits: int, order: torch.Tensor | None = None) -> None:
-    """A checkpoint of random integers; o_proj's input is put in this order, one that two ranks can cut if not given."""
+def write_fmpq(folder: Path, outlier_bits: int, order: torch.Tensor | None = None, **changes: Any) -> None:
+    """A checkpoint of random integers, with these changes to the model; o_proj's input is put in this order, one
+    that ranks can cut if not given."""
     draw = torch.Generator().manual_seed(7)
-    plain = parse_config(FMPQ)
+    config = FMPQ | changes
+    plain = parse_config(config)
     fmpq = FmpqConfig(
         outlier_bits,
         {"attention": (1, 0), "output": (1, 2), "mlp": (0, 1), "down": (2, 3)},
@@ -67,7 +69,8 @@ def write_fmpq(folder: Path, outlier_bits: int, order: torch.Tensor | None = Non
     tensors["model.norm.weight"] = torch.ones(plain.hidden_size)
     for name, (shape, letters) in stored.items():
         if name.endswith("output.permutation"):
-            tensors[name] = (shuffled(2, 0, 3, 1) if order is None else order).int()
+            blocks = [block for block in (2, 0, 3, 1) if block < shape[0] // 128]
+            tensors[name] = (shuffled(*blocks) if order is None else order).int()
         elif name.endswith("permutation"):
             tensors[name] = torch.randperm(shape[0], generator=draw).int()
         elif letters == "I32":
@@ -77,7 +80,7 @@ def write_fmpq(folder: Path, outlier_bits: int, order: torch.Tensor | None = Non
         else:
             tensors[name] = (torch.rand(shape, generator=draw) * 0.01).bfloat16()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(FMPQ | {"quantization_config": fmpq.as_json()}))
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": fmpq.as_json()}))
 
 
 def shuffled(*blocks: int) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Ranks that weave, fuse or do neither give the same bits as each other, and the logits of one rank.
 
-Here the ranks are threads of one process, each with kernels, weights and KV of its own.
+Here the ranks are threads of one process, each with kernels, weights and KV of its own. They are joined in plain torch,
+or as they are when served: through shared memory or sockets, woven seams by a communication thread.
 """
 
 from __future__ import annotations
@@ -96,40 +97,91 @@ def open_group(
     seed: int | None = None,
     blocks: int = 12,
     cache: str = "auto",
+    exact_a4: bool = False,
+    backend: str = "threads",
     pause: Pause | None = None,
     quantised_gather: bool = False,
 ) -> Iterator[Group]:
-    """seed: of random weights; None for the folder's own. name: of the kernels."""
+    """seed: of random weights; None for the folder's own. name: of the kernels. backend: threads, shm or sockets."""
     config = read_config(folder)
     plans: list[tuple[Mode, tuple[int, ...]]] = []
     with ExitStack() as stack:
-        kernels = [open_kernels(name, (0,)) for _ in range(ranks)]
+        kernels = [open_kernels(name, (0,), exact_a4=exact_a4) for _ in range(ranks)]
         for own in kernels:
             stack.callback(own.close)
-        options: dict[str, Any] = {} if pause is None else {"pause": pause}
-        threads = Threads(ranks, plain(kernels[0].rms_norm), **options)
+        joined = joined_by_threads(kernels, pause) if backend == "threads" else joined_as_served(backend, kernels)
         forwards = []
-        for own, collective in zip(kernels, threads.collectives(), strict=True):
-            part = Part(collective.rank, ranks)
+        for rank, (own, modes) in enumerate(zip(kernels, joined, strict=True)):
+            for collective in modes.values():
+                stack.callback(collective.close)
+            part = Part(rank, ranks)
             weights = load_weights(folder, config, own, dtype, dummy_seed=seed, part=part)
             decoder = Decoder(shard_config(config, part), weights, own, 128)
-            modes: dict[Mode, Collective] = {
-                Mode.FUSED: collective,
-                Mode.WOVEN: collective,
-                Mode.PLAIN: AllRows(collective, own),
-            }
             kv = decoder.make_kv(blocks, BLOCK, cache)
             formats = _format(own) if quantised_gather else _no_format
             forwards.append(Ranked(decoder, kv, BLOCK, modes, lambda _slices: plans[0], formats))
         yield Group(forwards, plans)
 
 
+def joined_by_threads(kernels: Sequence[Kernels], pause: Pause | None) -> list[dict[Mode, Collective]]:
+    options: dict[str, Any] = {} if pause is None else {"pause": pause}
+    threads = Threads(len(kernels), plain(kernels[0].rms_norm), **options).collectives()
+    return [
+        {Mode.FUSED: collective, Mode.WOVEN: collective, Mode.PLAIN: AllRows(collective, own)}
+        for own, collective in zip(kernels, threads, strict=True)
+    ]
+
+
+def joined_as_served(backend: str, kernels: Sequence[Any]) -> list[dict[Mode, Collective]]:
+    """There is no plain mode without sockets."""
+    from weft.kernels.cpu import CpuKernels
+    from weft.kernels.wire import FusedRows
+    from weft.weave.distributed import AllReduceCollective, connect
+    from weft.weave.native import NativeBackground, NativeCollective
+    from weft.weave.shm import ShmCollective, new_name
+    from weft.weave.sockets import open_sockets
+
+    ranks, names = len(kernels), {mode: new_name() for mode in Mode}
+    met: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
+
+    def store(mode: Mode) -> Any:
+        return torch.distributed.PrefixStore(names[mode], met)  # type: ignore[attr-defined]
+
+    def native(rank: int, mode: Mode, own: CpuKernels) -> NativeCollective:
+        if backend == "shm":
+            return ShmCollective(names[mode], rank, ranks, own, timeout=20.0, spin=0.0)
+        return open_sockets(store(mode), rank, ranks, own, timeout=20.0)
+
+    def one(rank: int) -> dict[Mode, Collective]:
+        own = kernels[rank]
+        aside = CpuKernels(own.name, (0,), exact_a4=own.exact_a4)
+        modes: dict[Mode, Collective] = {
+            Mode.FUSED: native(rank, Mode.FUSED, own),
+            Mode.WOVEN: NativeBackground(native(rank, Mode.WOVEN, aside)),
+        }
+        if backend == "sockets":
+            modes[Mode.PLAIN] = AllReduceCollective(
+                connect(store(Mode.PLAIN), rank, ranks, timeout=20.0), FusedRows(own)
+            )
+        return modes
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))
+
+
 @contextmanager
 def open_alone(
-    folder: Path, name: str, dtype: torch.dtype, *, seed: int | None = None, blocks: int = 12, cache: str = "auto"
+    folder: Path,
+    name: str,
+    dtype: torch.dtype,
+    *,
+    seed: int | None = None,
+    blocks: int = 12,
+    cache: str = "auto",
+    exact_a4: bool = False,
 ) -> Iterator[Callable[[Step], torch.Tensor]]:
     """One rank, by the forward pass that knows nothing of others."""
-    config, kernels = read_config(folder), open_kernels(name, (0,))
+    config, kernels = read_config(folder), open_kernels(name, (0,), exact_a4=exact_a4)
     try:
         decoder = Decoder(config, load_weights(folder, config, kernels, dtype, dummy_seed=seed), kernels, 128)
         forward = Plain(decoder, decoder.make_kv(blocks, BLOCK, cache), BLOCK)
@@ -186,25 +238,45 @@ def late(rank: int, seam: int, stage: str) -> None:
         time.sleep(0.001 * (rank + 1))
 
 
-@pytest.mark.parametrize("ranks", [2, 3, 4])
+@pytest.mark.parametrize(
+    ("backend", "ranks"), [("threads", 2), ("threads", 3), ("threads", 4), ("shm", 2), ("shm", 3), ("sockets", 3)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_cut_gives_the_same_bits_on_every_rank(
-    small: Callable[..., Path], ranks: int, dtype: torch.dtype
+    small: Callable[..., Path], backend: str, ranks: int, dtype: torch.dtype
 ) -> None:
+    """But for the bits of a real all-reduce, which has its own order."""
     folder = small()
     with open_alone(folder, BEST, dtype, seed=3) as alone:
         wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
-    with open_group(folder, BEST, ranks, dtype, seed=3, pause=late) as group:
+    with open_group(folder, BEST, ranks, dtype, seed=3, backend=backend, pause=late) as group:
         bits: torch.Tensor | None = None
         cuts = [(14,), *((cut, 14 - cut) for cut in range(1, 14)), (1, 1, 12), (4, 5, 5), (2, 9, 1, 2)]
         for mode, strands in [(Mode.FUSED, (14,)), (Mode.PLAIN, (14,)), *((Mode.WOVEN, cut) for cut in cuts)]:
+            if (mode, backend) == (Mode.PLAIN, "shm"):
+                continue
             results = [group.run(step) for step in steps(mode, *strands)]
             for result, want in zip(results, wanted, strict=True):
                 assert all(torch.equal(result[0], other) for other in result[1:]), (mode, strands)
                 close = 1e-4 if dtype is torch.float32 else 0.03
                 torch.testing.assert_close(result[0], want, atol=close, rtol=close)
             bits = results[1][0] if bits is None else bits
-            assert torch.equal(bits, results[1][0]), (mode, strands)
+            if (mode, backend) != (Mode.PLAIN, "sockets"):
+                assert torch.equal(bits, results[1][0]), (mode, strands)
+
+
+@pytest.mark.parametrize("mode", [Mode.FUSED, Mode.PLAIN])
+def test_a_woven_prompt_goes_on_in_other_ways(small: Callable[..., Path], mode: Mode) -> None:
+    """As where steps of the prefill lane are woven and those of the decode lane are not."""
+    folder, (first, second) = small(), steps(mode, 14)
+    with (
+        open_alone(folder, BEST, torch.float32, seed=3) as alone,
+        open_group(folder, BEST, 2, torch.float32, seed=3, backend="sockets") as group,
+    ):
+        for step in ((*first[:2], Mode.WOVEN, (9, 13)), second, (*first[:2], Mode.WOVEN, (7, 8, 7)), second):
+            result = group.run(step)
+            assert torch.equal(*result)
+            torch.testing.assert_close(result[0], alone(step), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -212,6 +284,8 @@ def test_every_cut_gives_the_same_bits_on_every_rank(
     [
         {"tie_word_embeddings": True, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 16},
         {"attention_bias": True, "mlp_bias": True},
+        {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 5},
+        {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
         {
             "architectures": ["Qwen3ForCausalLM"],
             "model_type": "qwen3",
@@ -220,19 +294,29 @@ def test_every_cut_gives_the_same_bits_on_every_rank(
             "layer_types": ["sliding_attention", "full_attention"],
         },
     ],
-    ids=["tied, grouped heads", "biases", "windows, norms of q and k"],
+    ids=["tied, grouped heads", "biases", "mistral", "qwen2", "windows, norms of q and k"],
 )
-@pytest.mark.parametrize("kernels", sorted({BEST, "reference"}))
-def test_models_of_every_kind(small: Callable[..., Path], changes: dict[str, Any], kernels: str) -> None:
-    folder = small(**changes)
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "backend"),
+    [
+        (BEST, torch.float32, "threads"),
+        ("reference", torch.float32, "threads"),
+        (BEST, torch.bfloat16, "shm"),
+        (BEST, torch.bfloat16, "sockets"),
+    ],
+)
+def test_models_of_every_kind(
+    small: Callable[..., Path], changes: dict[str, Any], kernels: str, dtype: torch.dtype, backend: str
+) -> None:
+    folder, close = small(**changes), 1e-4 if dtype is torch.float32 else 0.03
     with (
-        open_alone(folder, kernels, torch.float32, seed=5) as alone,
-        open_group(folder, kernels, 2, torch.float32, seed=5) as group,
+        open_alone(folder, kernels, dtype, seed=5) as alone,
+        open_group(folder, kernels, 2, dtype, seed=5, backend=backend) as group,
     ):
         for step in steps(Mode.WOVEN, 7, 7):
             result = group.run(step)
             assert torch.equal(*result)
-            torch.testing.assert_close(result[0], alone(step), atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(result[0], alone(step), atol=close, rtol=close)
 
 
 def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(small: Callable[..., Path]) -> None:
@@ -246,23 +330,43 @@ def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(small: Callable
         assert [result.shape for result in group.run((slices, [], Mode.WOVEN, (7, 7)))] == [(0, 131)] * 2
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("cache", ["auto", "int4"])
+@pytest.mark.parametrize(
+    ("backend", "ranks", "dtype", "cache", "exact_a4"),
+    [
+        ("threads", 2, torch.float32, "auto", False),
+        ("threads", 2, torch.bfloat16, "int4", True),
+        ("shm", 2, torch.bfloat16, "auto", False),
+        ("shm", 4, torch.float32, "int8", True),
+        ("sockets", 2, torch.float32, "int4", False),
+        ("sockets", 3, torch.bfloat16, "int4", True),
+    ],
+)
 def test_four_bits_and_a_quantised_gather(
-    tmp_path: Path, write_fmpq: Callable[..., None], dtype: torch.dtype, cache: str
+    tmp_path: Path,
+    write_fmpq: Callable[..., None],
+    backend: str,
+    ranks: int,
+    dtype: torch.dtype,
+    cache: str,
+    exact_a4: bool,
 ) -> None:
     """Rows that travel as the next linear wants them are, bit for bit, rows that are quantised after they came."""
-    write_fmpq(tmp_path, 8)
-    with open_alone(tmp_path, BEST, dtype, cache=cache) as alone:
+    options: Any = {"cache": cache, "exact_a4": exact_a4}
+    heads = {2: 8, 3: 6, 4: 8}[ranks]
+    far = 0.01 if dtype is torch.float32 else 0.2 if exact_a4 else 0.05
+    write_fmpq(tmp_path, 8, num_attention_heads=heads, num_key_value_heads=ranks)
+    with open_alone(tmp_path, BEST, dtype, **options) as alone:
         wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
     found = []
     for quantised_gather in (False, True):
-        with open_group(tmp_path, BEST, 2, dtype, cache=cache, quantised_gather=quantised_gather) as group:
+        with open_group(
+            tmp_path, BEST, ranks, dtype, backend=backend, quantised_gather=quantised_gather, **options
+        ) as group:
             for mode, strands in ((Mode.FUSED, (14,)), (Mode.WOVEN, (7, 7)), (Mode.WOVEN, (2, 9, 3))):
                 results = [group.run(step) for step in steps(mode, *strands)]
                 found.append([result[0] for result in results])
-                assert all(torch.equal(*result) for result in results)
+                assert all(torch.equal(result[0], other) for result in results for other in result[1:])
     for results in found:
         assert all(torch.equal(*pair) for pair in zip(results, found[0], strict=True))
         for result, want in zip(results, wanted, strict=True):
-            assert (result - want).abs().mean() < 0.05 * want.std()
+            assert (result - want).abs().mean() < far * want.std()
