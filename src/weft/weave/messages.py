@@ -13,7 +13,7 @@ from weft.errors import RankLost
 from weft.weave.collective import fingerprint
 
 GRACE = 1.0  # seconds that the others have to say that they are there, once a sum has not come
-LATE = ("Timed out", "timeout")  # words of gloo, whose first wait that takes too long ends all others
+LATE = ("timed out", "timeout")  # words of gloo, whose first wait that takes too long ends all others
 
 
 class Tag(IntEnum):
@@ -118,7 +118,7 @@ class Messages:
         error = _error(message.work, self.timeout if seconds is None else seconds)
         if error is None:
             return None
-        late = any(words in str(error) for words in LATE)
+        late = any(words in str(error).lower() for words in LATE)
         what = f"did not come within {self.timeout:g} s" if late else "has ended or left"
         return f"rank {message.rank} {what}", error
 
