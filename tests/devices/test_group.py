@@ -5,12 +5,16 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from weft.config import EngineConfig
 from weft.core.plan import Slice
-from weft.devices.group import WAVE, Chooser
+from weft.devices.group import WAVE, Chooser, Group
+from weft.errors import DeviceError
 from weft.kernels.reference import ReferenceKernels
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
@@ -68,3 +72,27 @@ def test_ranks_measure_together_and_go_by_the_same_numbers() -> None:
     for curve in (first.attend, first.feed, first.seams[Mode.FUSED]):
         assert [tokens for tokens, _ in curve.points] == [1, 16, 50]
         assert all(seconds > 0 for _, seconds in curve.points)
+
+
+def test_ranks_that_would_launch_other_work_do_not_start() -> None:
+    pytest.importorskip("triton")
+    from weft.devices.cuda_ranks import join_ranks
+    from weft.loop.nodes import free_port
+
+    host, port, model = "127.0.0.1", free_port("127.0.0.1"), read_config(BUILTIN)
+    gpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    held = []  # with what was raised, rank 0's store, which rank 1 may still read
+
+    def one(rank: int) -> str:
+        weave = "fused" if rank == 0 else "one-shot"
+        config = EngineConfig(device="cuda", tensor_parallel_size=2, collective="nccl", weave=weave)
+        group = Group(rank, 2, 2, "weft-test", host, port, host, 5.0, False, lambda blocks: blocks)
+        with pytest.raises(DeviceError) as raised:
+            join_ranks(config, group, gpu, model, torch.bfloat16)
+        held.append(raised)
+        return str(raised.value)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(one, range(2))
+    assert first.startswith("rank 1 would launch other work than rank 0: ('nccl', 'one-shot', ")
+    assert second.startswith("rank 0 would launch other work than rank 1: ('nccl', 'fused', ")

@@ -22,10 +22,10 @@ from weft.core.plan import Slice
 from weft.devices.cores import collective_of
 from weft.devices.cuda_inputs import fetch, layout_of, send
 from weft.devices.cuda_streams import Event, Gpu
-from weft.devices.group import Chooser, Group, measured_sizes
+from weft.devices.group import STRANDS, Chooser, Group, measured_sizes
 from weft.errors import ConfigError
 from weft.kernels.base import Batch
-from weft.kernels.triton_seam import join_parts
+from weft.kernels.triton_seam import BLOCKS, join_parts
 from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig
 from weft.models.measure import Place, measure
@@ -33,6 +33,7 @@ from weft.models.ranked import Choice
 from weft.weave.choice import Mode
 from weft.weave.collective import Collective
 from weft.weave.device import DeviceCollective, open_group
+from weft.weave.handshake import compare
 from weft.weave.late import Late
 from weft.weave.streams import SideStream
 from weft.weave.symmetric import Layout, SymmetricCollective, gpu_region, host_region
@@ -111,6 +112,7 @@ def rank_gpu(group: Group, count: int) -> int:
 def join_ranks(config: EngineConfig, group: Group, gpu: Gpu, model: ModelConfig, dtype: torch.dtype) -> Ranks:
     """Meet the other ranks. model: this rank's part; dtype: of its activations. Raises DeviceError."""
     store = group.meet(MEET_SECONDS)
+    compare(store, group.rank, group.ranks, _common(config, model, dtype), timeout=MEET_SECONDS)
     late = Late(store, group.rank, group.ranks, group.timeout)
     modes = _modes(config)
     failed = None
@@ -147,6 +149,13 @@ def _symmetric(
     else:
         region = gpu_region(store, group.name, group.rank, group.ranks, layout.bytes, gpu.device)
     return SymmetricCollective(region, group.rank, layout, timeout=group.timeout)
+
+
+def _common(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the seams that a rank launches follow from, beside the plans and the costs that all have agreed upon."""
+    modes = [mode.value for mode in _modes(config)]
+    shape = (model.layers, model.hidden_size, config.max_num_batched_tokens, str(dtype))
+    return (collective_of(config), config.weave, modes, STRANDS, WAVE, BLOCKS, shape)
 
 
 def _modes(config: EngineConfig) -> list[Mode]:

@@ -12,8 +12,8 @@ Two ways to reach the others, behind one kernel:
 A block announces itself at its counterparts of all ranks, and waits for them, before the first read and after the last
 write. Each block counts the seams (epochs): no flag is ever cleared, and a graph can be replayed. A count goes on after
 its largest number with its smallest, so that only differences mean anything. A wait has an end, after which `failed`
-names the rank that did not come. All ranks must have the same number of blocks and make the same seams: the host's
-handshake sees to that.
+names the rank that did not come. All ranks must have the same number of blocks and make the same seams: nothing here
+sees to that, but the hosts compare what they would launch when they meet (weave/handshake.py).
 
 `gather_rows` is the same without a sum, for the logits of each rank's part of the vocabulary. `join_parts` is what an
 owner does alone, once a library has brought the others' partial sums.

@@ -7,9 +7,9 @@ Every row has one owner, who alone keeps its residual, sums it and normalises it
 norm, all-gather: tokenweave.md §4). So all ranks get the same bits, and a row's bits depend neither on the other rows,
 nor on where the rows are cut, nor on timing. One rank gives what `Kernels.add_rms_norm` gives.
 
-Backends: weave/local.py (one rank; several in one process, for tests), weave/shm.py (processes of one host),
-weave/sockets.py (of any hosts), weave/distributed.py (torch.distributed). weave/background.py and weave/native.py give
-them a communication thread.
+Backends: weave/shm.py (processes of one host), weave/sockets.py (of any hosts), weave/distributed.py
+(torch.distributed), weave/device.py and weave/symmetric.py (GPUs); weave/local.py has the truth that they are compared
+with. weave/background.py and weave/native.py give them a communication thread.
 """
 
 from __future__ import annotations
@@ -80,7 +80,8 @@ class Collective(Protocol):
     Every rank makes the same calls in the same order. A call that fails leaves the group unusable, on all ranks: what
     comes after it raises RankLost, too. Errors: RankLost for a rank that did not come in time, has ended, or came with
     another plan (its message names the rank and the number of the seam); ValueError or TypeError for a Join that
-    cannot be, before anything was sent.
+    cannot be, before anything was sent. Between devices nothing waits for the host, so that plans are not compared at
+    seams, and who waits for a device names the rank (weave/late.py).
     """
 
     rank: int

@@ -2,9 +2,10 @@
 place where kernels are interpreted on CPUs. The calls are the same.
 
 Nothing here waits for a GPU: a call is launched on the current stream, and what follows on this stream waits for it. So
-no plans are compared on the way; that all ranks make the same calls follows from the plans that they are sent, and that
-one does not come is noticed by who waits for the device in the end (weave/late.py). NCCL's calls can be captured in a
-graph: each is asked for once before, since the first one makes the connections.
+no plans are compared on the way. That all ranks make the same calls follows from the plans that they are sent, and from
+what they compare when they meet (weave/handshake.py); that one does not come is noticed by who waits for the device in
+the end (weave/late.py). NCCL's calls can be captured in a graph: each is asked for once before, since the first one
+makes the connections.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import torch.distributed
 from weft.errors import DeviceError, RankLost
 from weft.weave.choice import Mode
 from weft.weave.collective import Join, Joined, check
+from weft.weave.messages import open_gloo
 
 _dist: Any = torch.distributed  # its types lack much of what it has
 # Seconds that NCCL waits beyond the ranks' own time-out: its watchdog ends the process without a word of who is late.
@@ -46,10 +48,7 @@ def open_group(
     """
     try:
         if device.type == "cpu":
-            gloo = _dist.ProcessGroupGloo._Options()
-            gloo._devices = [_dist.ProcessGroupGloo.create_device(hostname=bind)]
-            gloo._timeout = timedelta(seconds=timeout)
-            return _dist.ProcessGroupGloo(store, rank, ranks, gloo)
+            return open_gloo(store, rank, ranks, bind=bind, timeout=timeout)
         if not _dist.is_nccl_available():
             raise DeviceError("this torch was built without NCCL; --collective symmetric does not need it")
         nccl = _dist.ProcessGroupNCCL.Options()

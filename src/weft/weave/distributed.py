@@ -20,7 +20,7 @@ import torch.distributed
 
 from weft.errors import DeviceError
 from weft.weave.collective import Join, Joined, check, plan_of
-from weft.weave.messages import GRACE, Message, Messages, Tag
+from weft.weave.messages import GRACE, Message, Messages, Tag, open_gloo
 from weft.weave.rows import JoinRows, arrived
 
 _dist: Any = torch.distributed  # its types lack much of what it has
@@ -52,10 +52,9 @@ def connect(store: Any, rank: int, ranks: int, *, bind: str = "127.0.0.1", timeo
     Raises DeviceError.
     """
     try:
-        options = _dist.ProcessGroupGloo._Options()
-        options._devices = [_dist.ProcessGroupGloo.create_device(hostname=bind)]
-        options._timeout = timedelta(seconds=timeout + GRACE)  # of sums: connections must outlive one that is late
-        return Messages(_dist.ProcessGroupGloo(store, rank, ranks, options), rank, ranks, timeout)
+        # Of sums: the connections must outlive one that is late.
+        group = open_gloo(store, rank, ranks, bind=bind, timeout=timeout + GRACE)
+        return Messages(group, rank, ranks, timeout)
     except RuntimeError as error:
         raise DeviceError(f"rank {rank} cannot join the {ranks} ranks from {bind}: {error}") from error
 

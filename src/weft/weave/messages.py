@@ -8,12 +8,25 @@ from enum import IntEnum
 from typing import Any, NoReturn
 
 import torch
+import torch.distributed
 
 from weft.errors import RankLost
 from weft.weave.collective import fingerprint
 
 GRACE = 1.0  # seconds that the others have to say that they are there, once a sum has not come
 LATE = ("timed out", "timeout")  # words of gloo, whose first wait that takes too long ends all others
+
+
+_dist: Any = torch.distributed  # its types lack much of what it has
+
+
+def open_gloo(store: Any, rank: int, ranks: int, *, bind: str, timeout: float) -> Any:
+    """A process group that no global state of torch knows. bind: this rank's address. timeout: seconds of what is given
+    none of its own. Raises RuntimeError."""
+    options = _dist.ProcessGroupGloo._Options()
+    options._devices = [_dist.ProcessGroupGloo.create_device(hostname=bind)]
+    options._timeout = timedelta(seconds=timeout)
+    return _dist.ProcessGroupGloo(store, rank, ranks, options)
 
 
 class Tag(IntEnum):
