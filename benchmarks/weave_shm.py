@@ -42,6 +42,7 @@ from weave_ranks import KV_BLOCK, Model, make_model, prompt
 from weft import _native
 from weft.config import EngineConfig
 from weft.devices.group import Group, open_ranked
+from weft.ipc.ranks import new_name
 from weft.kernels import resolve
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows
@@ -49,7 +50,7 @@ from weft.models.ranked import Place, Ranked
 from weft.weave.collective import Collective, Join
 from weft.weave.distributed import DistributedCollective, connect
 from weft.weave.messages import Messages
-from weft.weave.shm import SLOT_BYTES, ShmCollective, new_name
+from weft.weave.shm import SLOT_BYTES, ShmCollective
 
 GRID = tuple((tokens, hidden) for hidden in (2048, 8192) for tokens in (64, 128, 256, 512, 1024, 2048, 4096))
 QUICK_GRID = ((64, 2048), (1024, 2048), (64, 8192), (1024, 8192))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from tests.weave.local import ThreadCollective, Threads
 
 from weft.config import EngineConfig
 from weft.core.plan import Slice
@@ -24,7 +25,6 @@ from weft.models.shard import Part, shard_config
 from weft.weave.background import Background
 from weft.weave.choice import Costs, Curve, Mode
 from weft.weave.collective import Collective
-from weft.weave.local import ThreadCollective, Threads
 from weft.weave.rows import plain
 
 BUILTIN = Path(__file__).resolve().parents[2] / "src" / "weft" / "assets" / "builtin"

@@ -18,11 +18,10 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.loop.steps import collect, plan
 
 import weft
 from weft.config import EngineConfig
-from weft.core.plan import Lane, Plan, Result, Sampling, Slice
-from weft.core.sampling import SamplingParams
 from weft.devices.simulated import continuation
 from weft.errors import CheckpointError, DeviceError, RankLost
 from weft.ipc.channel import MAX_MESSAGE_BYTES
@@ -34,7 +33,6 @@ from weft.loop.ranks import RankedDevice, open_ranks
 
 COMMAND = (sys.executable, str(Path(__file__).with_name("stub_rank.py")))
 KILLED = 1  # of stub_rank.py
-GREEDY = SamplingParams(temperature=0.0)
 MODEL = Path("good")
 
 
@@ -58,17 +56,6 @@ def opened(config: EngineConfig) -> Iterator[tuple[RankedDevice, list[Future[Non
             device.close()
 
 
-def plan(step: int, first: int) -> Plan:
-    return Plan(step, Lane.MIXED, (Slice(step, 0, (first, 8), (step,), Sampling(GREEDY, seed=0, position=2)),))
-
-
-def collect(device: RankedDevice, count: int) -> list[Result]:
-    results: list[Result] = []
-    while len(results) < count:
-        results += device.poll(20.0)
-    return results
-
-
 @pytest.mark.parametrize(("ranks", "count"), [(2, 2), (4, 2), (3, 3)])
 def test_nodes_are_one_device(ranks: int, count: int) -> None:
     with opened(configured(ranks, count)) as (device, others):
@@ -77,7 +64,7 @@ def test_nodes_are_one_device(ranks: int, count: int) -> None:
             device.submit(plan(step, 50 + step))
         for result in collect(device, 9):
             (sampled,) = result.sampled
-            assert (sampled.token,) == continuation([50 + sampled.sequence, 8], 1, 4096)
+            assert (sampled.token,) == continuation([50 + sampled.sequence, 8, 9], 1, 4096)
         device.close()
         for other in others:
             other.result(20)

@@ -16,10 +16,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.loop.steps import collect, plan
 
 from weft.config import EngineConfig
-from weft.core.plan import Lane, Partition, Plan, Result, Sampled, Sampling, Slice, Ticket
-from weft.core.sampling import SamplingParams
+from weft.core.plan import Lane, Partition, Plan, Result, Sampled, Ticket
 from weft.devices.cores import cores_of_rank, kernels_of, least_kernels
 from weft.devices.simulated import continuation
 from weft.errors import CheckpointError, ConfigError, DeviceError, RankLost
@@ -29,7 +29,6 @@ from weft.loop.ranks import FAIL_SECONDS, GRACE_SECONDS, RankedDevice, Votes, op
 
 SCRIPT = Path(__file__).with_name("stub_rank.py")
 stub = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
-GREEDY = SamplingParams(temperature=0.0)
 
 
 @contextmanager
@@ -43,18 +42,6 @@ def ranks(
         yield device
     finally:
         device.close()
-
-
-def plan(step: int, first: int, lane: Lane = Lane.MIXED) -> Plan:
-    tokens = (first, 8, 9)
-    return Plan(step, lane, (Slice(step, 0, tokens, (step,), Sampling(GREEDY, seed=0, position=3)),))
-
-
-def collect(device: RankedDevice, count: int) -> list[Result]:
-    results: list[Result] = []
-    while len(results) < count:
-        results += device.poll(20.0)
-    return results
 
 
 def test_ranks_are_one_device() -> None:

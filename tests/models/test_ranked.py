@@ -16,8 +16,10 @@ from typing import Any
 
 import pytest
 import torch
+from tests.weave.local import Threads
 
 from weft.core.plan import Slice
+from weft.ipc.ranks import new_name
 from weft.kernels import LEVELS, available, open_kernels
 from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
@@ -28,7 +30,6 @@ from weft.models.ranked import Ranked
 from weft.models.shard import Part, shard_config
 from weft.weave.choice import Mode
 from weft.weave.collective import Collective, Join, Joined, Quantise
-from weft.weave.local import Threads
 from weft.weave.rows import plain
 
 BEST = available()[0]
@@ -138,7 +139,7 @@ def joined_as_served(backend: str, kernels: Sequence[Any]) -> list[dict[Mode, Co
     from weft.kernels.wire import FusedRows
     from weft.weave.distributed import AllReduceCollective, connect
     from weft.weave.native import NativeBackground, NativeCollective
-    from weft.weave.shm import ShmCollective, new_name
+    from weft.weave.shm import ShmCollective
     from weft.weave.sockets import open_sockets
 
     ranks, names = len(kernels), {mode: new_name() for mode in Mode}

@@ -15,6 +15,7 @@ import torch
 
 from weft.core.plan import Slice
 from weft.errors import RankLost
+from weft.ipc.ranks import new_name
 from weft.kernels import LEVELS, available, open_kernels
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
@@ -33,7 +34,7 @@ Step = tuple[Sequence[Slice], Sequence[int]]
 def open_ranks(folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, timeout: float = 20.0) -> Iterator[Any]:
     """Of each rank: a step call by call, and one by the program, in this order, on the same KV."""
     from weft.models.ranked_program import record_ranked
-    from weft.weave.shm import ShmCollective, new_name
+    from weft.weave.shm import ShmCollective
 
     config, name = read_config(folder), new_name()
     with ExitStack() as stack:

@@ -10,8 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.system.load import ask_until
 
 Post = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -60,42 +59,6 @@ def compare(post: Post, alone: Any) -> None:
     assert [row[str(token)]["logprob"] for token, row in rows] == pytest.approx(alone.scores, abs=1e-3)
 
 
-@dataclass
-class Answer:
-    """What a client was told, and when the answer ended."""
-
-    text: str = ""
-    ended: float = 0.0
-
-
-def ask(url: str, content: dict[str, Any], answers: list[Answer], number: int) -> None:
-    """A request that goes on for as long as it may, as a stream or not."""
-    changed = {"prompt": list(range(10 + number, 40 + number)), "max_tokens": 400, "stream": number % 2 == 0}
-    with (
-        httpx.Client(timeout=60) as client,
-        client.stream("POST", f"{url}/v1/completions", json=content | changed) as reply,
-    ):
-        for part in reply.iter_text():
-            answers[number].text += part
-    answers[number].ended = time.monotonic()
-
-
-def lose(ranked: Ranked, rank: int, number: signal.Signals, content: dict[str, Any]) -> tuple[float, list[Answer]]:
-    """Send a signal to a rank under load: when, and how the requests ended."""
-    answers = [Answer() for _ in range(4)]
-    asked = [(ranked.server.url, content, answers, each) for each in range(4)]
-    threads = [threading.Thread(target=ask, args=each) for each in asked]
-    for thread in threads:
-        thread.start()
-    while not all(answers[each].text for each in (0, 2)):  # the streams run
-        time.sleep(0.01)
-    ranked.lose(rank, number)
-    when = time.monotonic()
-    for thread in threads:
-        thread.join(60)
-    return when, answers
-
-
 TIMEOUT, MARGIN = 2.0, 1.5
 SHM = ["--collective", "shm"]
 TCP = ["--collective", "gloo"]
@@ -125,7 +88,7 @@ def test_two_ranks_answer_like_one_until_one_is_lost(
             return dict(reply.json())
 
         compare(post, alone)
-        when, answers = lose(ranked, rank, number, alone.body())
+        when, answers = ask_until(lambda: ranked.lose(rank, number), server.url, alone.body())
         for answer in answers:
             assert answer.text.count('"error"') == 1 and f"rank {rank}" in answer.text, answer.text[-500:]
             assert answer.ended - when < (TIMEOUT + 1 + MARGIN if stops else 5)

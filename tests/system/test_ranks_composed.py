@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import os
 import random
-import runpy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.models.conftest import write_fmpq
 
 from weft.config import EngineConfig
 from weft.core.plan import TokenScore
@@ -31,7 +31,7 @@ Answer = list[tuple[int, TokenScore | None]]
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """Of random integers of 4 bits."""
-    runpy.run_path(str(Path(__file__).parents[1] / "models" / "conftest.py"))["write_fmpq"](tmp_path, 8)
+    write_fmpq(tmp_path, 8)
     return tmp_path
 
 

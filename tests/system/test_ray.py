@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from typing import Any
 import httpx
 import psutil
 import pytest
+from tests.system.load import ask_until
 
 pytestmark = pytest.mark.skipif(find_spec("ray") is None, reason="Ray is not installed (the extra weft[ray])")
 
@@ -103,31 +103,12 @@ def test_ranks_of_two_nodes_answer_like_one(cluster: Cluster, started: Any, alon
 
 def test_an_actor_that_is_killed(cluster: Cluster, started: Any, alone: Any, tmp_path: Path) -> None:
     """There is room for it only if the server before has given back its placement group."""
-    answers = ["", "", "", ""]
     with started(tmp_path / "log", *flags(cluster, alone)) as server:
-
-        def ask(number: int) -> None:
-            """As a stream or not."""
-            content = alone.body() | {"prompt": [10 + number] * 30, "max_tokens": 400, "stream": number % 2 == 0}
-            with (
-                httpx.Client(timeout=60) as client,
-                client.stream("POST", f"{server.url}/v1/completions", json=content) as reply,
-            ):
-                for part in reply.iter_text():
-                    answers[number] += part
-
-        threads = [threading.Thread(target=ask, args=(number,)) for number in range(len(answers))]
-        for thread in threads:
-            thread.start()
-        while not all(answers[::2]):  # the streams run
-            time.sleep(0.01)
-        cluster.actor(NODES[1]).kill()
-        for thread in threads:
-            thread.join(60)
+        _, answers = ask_until(lambda: cluster.actor(NODES[1]).kill(), server.url, alone.body())
         assert server.process.wait(END_SECONDS) == 1
     last = (tmp_path / "log").read_text().splitlines()[-1]
-    for words in (*answers, last):
+    for words in (*(answer.text for answer in answers), last):
         found = re.search(r"rank (\d) is out of reach: .* \(rank 0 on \S+, rank 1 on \S+\)", words)
         assert found is not None and f"rank {found[1]} on {NODES[1]}" in words, words
-    assert all(answer.count('"error"') == 1 for answer in answers)
+    assert all(answer.text.count('"error"') == 1 for answer in answers)
     cluster.settle()

@@ -20,14 +20,15 @@ import torch
 import torch.distributed as dist
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.weave.local import Alone, Threads
 
 from weft.errors import DeviceError, RankLost
+from weft.ipc.ranks import new_name
 from weft.kernels import REFERENCE, available
 from weft.kernels.quantised import quantise_rows, unpack_rows
 from weft.weave import rows
 from weft.weave.background import Background
 from weft.weave.collective import Join
-from weft.weave.local import Alone, Threads
 
 BACKENDS = ("shm", "gloo", "sockets")
 GROUPS = ("shm-2", "shm-3", "shm-4", "gloo-2", "gloo-3", "gloo-4", "sockets-2", "sockets-4", "one_round-3")
@@ -394,8 +395,6 @@ class TestMeeting:
 
     @pytest.fixture
     def name(self) -> Iterator[str]:
-        from weft.weave.shm import new_name
-
         made = new_name()
         yield made
         assert not Path("/dev/shm", made).exists()

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed
+from tests.weave.local import Threads
 
 from weft.errors import RankLost
 from weft.kernels.reference import ReferenceKernels
@@ -18,7 +19,6 @@ from weft.weave.choice import Mode
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.device import DeviceCollective, open_group
 from weft.weave.late import Late
-from weft.weave.local import Threads
 from weft.weave.rows import plain
 from weft.weave.streams import SideStream
 

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
+
 import msgspec
 
 from weft.config import EngineConfig
 from weft.core.plan import Capacity, Lane, Partition, Plan, Result
 from weft.errors import ConfigError, DeviceError, WeftError, by_code
+
+
+def new_name() -> str:
+    """Of a meeting: one that nobody can guess."""
+    return f"weft-{secrets.token_hex(8)}"
 
 
 class Meeting(msgspec.Struct, frozen=True):

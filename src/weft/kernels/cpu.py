@@ -17,9 +17,8 @@ from weft.errors import DeviceError
 from weft.kernels import quantised
 from weft.kernels.base import EMBEDDING_GROUP, Batch, check_embedding, kept_rows
 from weft.kernels.kv import bits_of
-from weft.kernels.quantised import PreparedRows, W4AxLinear
+from weft.kernels.quantised import TYPES, PreparedRows, W4AxLinear
 
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 _INT8, _INT4 = 2, 3  # how an embedding may be stored, beside the types
 
 
@@ -161,7 +160,7 @@ class CpuKernels:
             )
         if not (x.is_contiguous() and y.is_contiguous()):
             raise ValueError("x and y must be contiguous")
-        self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
+        self.native.linear(packed.native, x.data_ptr(), rows, y.data_ptr(), TYPES[y.dtype])
         return y
 
     def pack_embedding(self, weight: torch.Tensor, scales: torch.Tensor | None = None) -> Embedding:
@@ -342,6 +341,6 @@ def _type(tensor: torch.Tensor, what: str) -> int:
 
 def _type_of(dtype: torch.dtype, what: str) -> int:
     try:
-        return _TYPES[dtype]
+        return TYPES[dtype]
     except KeyError:
         raise TypeError(f"{what} is {dtype}; the C++ kernels take float32 and bfloat16") from None

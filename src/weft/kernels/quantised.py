@@ -15,7 +15,7 @@ from weft.kernels.w4ax_weights import BLOCK, check_weights, compact_scales
 
 # Of a quantised block of one row: the values, their scale and their sum, and its part of a row more (csrc/w4ax.h).
 ROW_BYTES = BLOCK + 16
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
+TYPES = {torch.float32: 0, torch.bfloat16: 1}  # csrc/kernels.h: Type
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,13 +93,13 @@ def multiply_into(backend: _native.Backend, x: PreparedRows, y: torch.Tensor) ->
         raise TypeError(f"x is {x.dtype} and y {y.dtype}; y must be that or float32")
     if y.shape != (rows, packed.outputs) or not y.is_contiguous():
         raise ValueError(f"y is {list(y.shape)} {y.stride()}; it must be contiguous {[rows, packed.outputs]}")
-    backend.multiply_w4ax(packed.native, x.data.data_ptr(), rows, y.data_ptr(), _TYPES[y.dtype])
+    backend.multiply_w4ax(packed.native, x.data.data_ptr(), rows, y.data_ptr(), TYPES[y.dtype])
     return y
 
 
 def quantise_rows(backend: _native.Backend, x: torch.Tensor, packed: W4AxLinear) -> torch.Tensor:
     """x [T, in], prepared and quantised for `packed`, as the product wants it; `unpack_rows` splits it."""
-    kind = _TYPES.get(x.dtype)
+    kind = TYPES.get(x.dtype)
     if kind is None:
         raise TypeError(f"x is {x.dtype}; the C++ kernels take float32 and bfloat16")
     rows = x.shape[0]

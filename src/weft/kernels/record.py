@@ -17,10 +17,8 @@ import torch
 from weft import _native
 from weft.kernels.base import Batch
 from weft.kernels.cpu import Embedding, Linear, PagedKv
-from weft.kernels.quantised import ROW_BYTES, W4AxLinear
+from weft.kernels.quantised import ROW_BYTES, TYPES, W4AxLinear
 from weft.kernels.w4ax_weights import BLOCK
-
-TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 class Domain(IntEnum):

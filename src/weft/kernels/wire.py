@@ -13,10 +13,8 @@ from typing import Any
 import torch
 
 from weft.kernels.cpu import CpuKernels
-from weft.kernels.quantised import ROW_BYTES, PreparedRows, W4AxLinear
+from weft.kernels.quantised import ROW_BYTES, TYPES, PreparedRows, W4AxLinear
 from weft.kernels.w4ax_weights import BLOCK
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class W4AxInput:
     def encode(self, rows: torch.Tensor) -> torch.Tensor:
         count = self._rows(rows, self.packed.inputs, (torch.float32, torch.bfloat16))
         wire = torch.empty((count, self.row_bytes), dtype=torch.uint8)
-        self.kernels.native.encode_rows(self.packed.native, rows.data_ptr(), count, _TYPES[rows.dtype], wire.data_ptr())
+        self.kernels.native.encode_rows(self.packed.native, rows.data_ptr(), count, TYPES[rows.dtype], wire.data_ptr())
         return wire
 
     def decode(self, wire: torch.Tensor, dtype: torch.dtype) -> PreparedRows:
@@ -88,8 +86,8 @@ class FusedRows:
         form = w4ax_format(quantise)
         wire = None if form is None else torch.empty((rows, form.row_bytes), dtype=torch.uint8)
         self.kernels.native.join_rows(
-            _TYPES[weight.dtype],
-            _TYPES[parts[0].dtype],
+            TYPES[weight.dtype],
+            TYPES[parts[0].dtype],
             [part.data_ptr() for part in parts],
             residual.data_ptr(),
             fresh,

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import secrets
 import select
 import socket
 import time
@@ -40,6 +39,7 @@ from weft.ipc.ranks import (
     ToRank,
     Welcome,
     loss,
+    new_name,
 )
 from weft.ipc.stream import Message, Stream
 from weft.loop.rank_processes import END_SECONDS, RANK, Ranks, start_ranks
@@ -108,7 +108,7 @@ def open_nodes(config: EngineConfig, model: Path, say: Callable[[str], None], co
             missing = meet(listener, wanted, agreed, others, seconds=MEET_SECONDS, timeout=config.rank_timeout)
         if missing:
             raise DeviceError(f"node {' and '.join(map(str, missing))} did not come within {MEET_SECONDS:g} s")
-        meeting = Meeting(f"weft-{secrets.token_hex(8)}", host, free_port(host))
+        meeting = Meeting(new_name(), host, free_port(host))
         addresses = [host, *(_welcome(number, others[number], meeting) for number in wanted)]
         hosts = [address for number, address in enumerate(addresses) for _ in ranks_of(config, number)]
         local = start_ranks(config, model, ranks_of(config, 0), meeting, host, command)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -39,6 +38,7 @@ from weft.ipc.ranks import (
     Share,
     ToRank,
     loss,
+    new_name,
 )
 from weft.loop.nodes import LOOPBACK, free_port, open_nodes
 from weft.loop.rank_processes import END_SECONDS, LAST_WORDS, RANK, start_ranks
@@ -89,7 +89,7 @@ def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], comma
     if config.nnodes > 1:
         return open_nodes(config, model, say, command)
     port = free_port(LOOPBACK) if collective_of(config) != "shm" else None
-    meeting = Meeting(f"weft-{secrets.token_hex(8)}", LOOPBACK, port)
+    meeting = Meeting(new_name(), LOOPBACK, port)
     return start_ranks(config, model, range(config.tensor_parallel_size), meeting, LOOPBACK, command)
 
 

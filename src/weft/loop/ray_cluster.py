@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import os
-import secrets
 import signal
 import socket
 import threading
@@ -28,7 +27,7 @@ from weft.config import EngineConfig, parse_address, parse_ray_address
 from weft.devices.cores import collective_of
 from weft.errors import ConfigError, DeviceError
 from weft.ipc.channel import make_folder
-from weft.ipc.ranks import FromNode, Heard, Meeting, ToRank, Welcome
+from weft.ipc.ranks import FromNode, Heard, Meeting, ToRank, Welcome, new_name
 from weft.ipc.stream import Stream
 from weft.loop.nodes import Nodes, agreement, listen, meet
 from weft.loop.rank_processes import END_SECONDS, Ranks
@@ -189,7 +188,7 @@ def _wait_for_places(
 
 def _meet_at(config: EngineConfig, places: Sequence[Place], port: int) -> Meeting:
     """Where the ranks find one another. port: on rank 0's node. Raises DeviceError."""
-    name, nodes = f"weft-{secrets.token_hex(8)}", {place.node.id for place in places}
+    name, nodes = new_name(), {place.node.id for place in places}
     if len(nodes) > 1 and config.collective == "shm":
         raise DeviceError(
             f"--collective is shm, and Ray has put the ranks on {len(nodes)} nodes, which share none; gloo would work"

@@ -8,8 +8,8 @@ norm, all-gather: tokenweave.md §4). So all ranks get the same bits, and a row'
 nor on where the rows are cut, nor on timing. One rank gives what `Kernels.add_rms_norm` gives.
 
 Backends: weave/shm.py (processes of one host), weave/sockets.py (of any hosts), weave/distributed.py
-(torch.distributed), weave/device.py and weave/symmetric.py (GPUs); weave/local.py has the truth that they are compared
-with. weave/background.py and weave/native.py give them a communication thread.
+(torch.distributed), weave/device.py and weave/symmetric.py (GPUs). weave/background.py and weave/native.py give them a
+communication thread.
 """
 
 from __future__ import annotations

@@ -14,11 +14,10 @@ import torch
 from weft import _native
 from weft.errors import DeviceError, RankLost
 from weft.kernels.cpu import CpuKernels
+from weft.kernels.quantised import TYPES
 from weft.kernels.wire import w4ax_format
 from weft.weave.background import Queue
 from weft.weave.collective import Join, Joined, check, fingerprint, plan_of
-
-_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +45,7 @@ class NativeCollective:
         check(join, self.rank, self.ranks, (first, end))
         partial, weight, form = join.partial, join.weight, w4ax_format(join.quantise)
         rows, size = partial.shape
-        if weight.dtype not in _TYPES or not weight.is_contiguous():
+        if weight.dtype not in TYPES or not weight.is_contiguous():
             raise TypeError(f"weight is {weight.dtype}; the C++ kernels take contiguous float32 and bfloat16")
         residual = weight.new_empty((end - first, size)) if join.residual is None else join.residual
         if form is None:
@@ -59,8 +58,8 @@ class NativeCollective:
             self.group.start(
                 self.kernels.native,
                 fingerprint((self.kernels.name, plan_of(join))),
-                _TYPES[weight.dtype],
-                _TYPES[partial.dtype],
+                TYPES[weight.dtype],
+                TYPES[partial.dtype],
                 partial.data_ptr(),
                 join.replicated,
                 list(join.bounds),

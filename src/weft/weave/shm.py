@@ -5,7 +5,6 @@ The ranks' partial sums cross once, chunk by chunk, and never leave the caches o
 
 from __future__ import annotations
 
-import secrets
 from pathlib import Path
 
 from weft import _native
@@ -16,11 +15,6 @@ from weft.weave.native import NativeCollective
 SLOT_BYTES = 1 << 20  # four for each rank; a row of partial sums for every other rank must fit into one
 SPIN = 100e-6  # seconds that a rank looks for the others before it sleeps, where nobody else wants its core
 _FOLDER = Path("/dev/shm")
-
-
-def new_name() -> str:
-    """A name for a group that nobody can guess."""
-    return f"weft-{secrets.token_hex(8)}"
 
 
 class ShmCollective(NativeCollective):
@@ -37,7 +31,7 @@ class ShmCollective(NativeCollective):
         slot_bytes: int = SLOT_BYTES,
         spin: bool = True,
     ) -> None:
-        """Meets the other ranks of the group `name` (`new_name`), which have the same ranks and slot_bytes.
+        """Meets the other ranks of the group `name`, which have the same ranks and slot_bytes.
 
         timeout: seconds that a rank waits for another at most, here and at any seam. spin: as `let_spin`.
         Raises DeviceError.

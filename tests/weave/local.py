@@ -1,5 +1,5 @@
-"""Collectives within one process: a rank that is alone, and ranks that are threads (for tests, where they are the truth
-that other backends are compared with)."""
+"""Collectives within one process: a rank that is alone, and ranks that are threads. They are the truth that those of
+weft are compared with."""
 
 from __future__ import annotations
 
