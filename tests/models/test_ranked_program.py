@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,11 @@ Step = tuple[Sequence[Slice], Sequence[int]]
 
 
 @contextmanager
-def open_ranks(folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, timeout: float = 20.0) -> Iterator[Any]:
-    """Of each rank: a step call by call, and one by the program, in this order, on the same KV."""
+def open_ranks(
+    folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, timeout: float = 20.0, **last: Any
+) -> Iterator[Any]:
+    """Of each rank: a step call by call, and one by the program, in this order, on the same KV. last: what the last
+    rank takes for the model's configuration."""
     from weft.models.ranked_program import record_ranked
     from weft.weave.shm import ShmCollective
 
@@ -45,7 +49,8 @@ def open_ranks(folder: Path, ranks: int, dtype: torch.dtype, seed: int | None, t
             own: Any = kernels[rank]
             part = Part(rank, ranks)
             weights = load_weights(folder, config, own, dtype, dummy_seed=seed, part=part)
-            decoder = Decoder(shard_config(config, part), weights, own, 128)
+            changes = last if rank == ranks - 1 else {}
+            decoder = Decoder(replace(shard_config(config, part), **changes), weights, own, 128)
             collective = ShmCollective(name, rank, ranks, own, timeout=timeout, spin=False)
             kv = decoder.make_kv(12, BLOCK)
             program = record_ranked(decoder, own, collective, kv, BLOCK, 64)
@@ -150,3 +155,11 @@ def test_the_time_of_the_layers_is_that_between_the_first_seam_and_the_last() ->
     for _ in range(2):
         assert program.layers([], range(3)) == 4 + 8 + 16
         assert not fake.timed
+
+
+def test_seams_that_differ_are_refused_before_the_first_step(small: Callable[..., Path]) -> None:
+    with (
+        pytest.raises(RankLost, match=r"rank 1 .*another plan"),
+        open_ranks(small(), 2, torch.float32, seed=3, eps=1e-6),
+    ):
+        pass

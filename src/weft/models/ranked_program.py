@@ -61,9 +61,10 @@ class RankedProgram:
 def record_ranked(
     decoder: Decoder, kernels: CpuKernels, collective: NativeCollective, kv: list[Any], block_size: int, most: int
 ) -> RankedProgram:
-    """decoder: this rank's, on these kernels. most: tokens of a step, no more than `TOKENS` of which it will take."""
+    """decoder: this rank's, on these kernels. most: tokens of a step, no more than `TOKENS` of which it will take. All
+    ranks must call this together. Raises RankLost where their seams differ."""
     from weft.kernels.program import Program
-    from weft.kernels.record import Recorder
+    from weft.kernels.record import Meet, Recorder
 
     recorder = Recorder()
     recording = decoder.on(cast(Kernels, recorder))
@@ -74,6 +75,8 @@ def record_ranked(
 
     anything = make_batch([Slice(0, 0, (0,), (0,))], block_size)  # values stand for what is in it
     logits: Any = recording.logits(run(recording.strand(anything, kv), join))
+    seams = [seam for seam in recorder.operations if isinstance(seam, Meet)]
+    collective.compare(tuple((seam.x.dtype, seam.x.columns, seam.eps) for seam in seams))
     most = min(most, TOKENS)
     program = Program(kernels, recorder.operations, logits, max_tokens=most, max_slices=most)
     return RankedProgram(program, most)

@@ -83,17 +83,24 @@ class NativeCollective:
         return Joined(pending.hidden, pending.residual)
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
-        rows = rows.contiguous()
-        out = rows.new_empty((self.ranks, *rows.shape))
-        plan = fingerprint(("gather", tuple(rows.shape), str(rows.dtype)))
-        try:
-            self.group.gather(self.kernels.native, plan, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
-        except RuntimeError as error:
-            raise RankLost(str(error)) from error
-        return list(out)
+        return self._gather(("gather", tuple(rows.shape), str(rows.dtype)), rows.contiguous())
+
+    def compare(self, plan: tuple[Any, ...]) -> None:
+        """Once, what the seams of a program have in common, which hash no more than its rows. Raises RankLost where
+        that of another rank differs. No seam may be in flight."""
+        self._gather((self.kernels.name, plan), torch.empty(0))
 
     def close(self) -> None:
         self.group.leave()
+
+    def _gather(self, plan: tuple[Any, ...], rows: torch.Tensor) -> list[torch.Tensor]:
+        out = rows.new_empty((self.ranks, *rows.shape))
+        hashed, backend = fingerprint(plan), self.kernels.native
+        try:
+            self.group.gather(backend, hashed, len(rows), rows.data_ptr(), rows.nbytes, out.data_ptr())
+        except RuntimeError as error:
+            raise RankLost(str(error)) from error
+        return list(out)
 
 
 class NativeBackground(NativeCollective, Queue):
