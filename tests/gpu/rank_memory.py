@@ -18,6 +18,7 @@ from weft.weave.distributed import meet
 from weft.weave.symmetric import Layout, SymmetricCollective, gpu_region
 
 HOST, TOKENS, SIZE = "127.0.0.1", 32, 512
+SECONDS = 45  # for both, less than test_ranks.py waits
 
 
 def partial(rank: int) -> torch.Tensor:
@@ -27,7 +28,7 @@ def partial(rank: int) -> torch.Tensor:
 def run(rank: int, port: int) -> tuple[int, bool, bool]:
     device, bounds = torch.device("cuda", 0), (0, TOKENS // 2, TOKENS)
     torch.cuda.set_device(device)
-    store = meet(HOST, port, rank, 2, timeout=60.0)
+    store = meet(HOST, port, rank, 2, timeout=30.0)
     layout = Layout(2, TOKENS, SIZE, torch.float32, room=TOKENS * SIZE)
     region = gpu_region(store, "weft-test", rank, 2, layout.bytes, device)
     group = SymmetricCollective(region, rank, layout, timeout=30.0)
@@ -53,7 +54,11 @@ def main() -> None:
         subprocess.Popen([sys.executable, Path(__file__), str(rank), str(port)], stdout=subprocess.PIPE, text=True)
         for rank in range(2)
     ]
-    found = [json.loads(process.communicate()[0].splitlines()[-1]) for process in processes]
+    try:
+        found = [json.loads(process.communicate(timeout=SECONDS)[0].splitlines()[-1]) for process in processes]
+    finally:
+        for process in processes:  # one that waits for another outlives whoever waits for it
+            process.kill()
     failed, same, right = zip(*found, strict=True)
     print(json.dumps({"failed": failed, "same": all(same), "right": all(right)}))
 

@@ -22,6 +22,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import read_config
 from weft.models.loader import load_weights, move
 
+pytestmark = pytest.mark.xdist_group("lane")  # one worker loads the model
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 SEQUENCES, PROMPT, ROOM = 3, 20, 64
 SLEEP = 2_000_000_000  # cycles of the device: about a second

@@ -108,11 +108,11 @@ def test_the_norm_and_the_activation_before_the_rows_change_no_bit(k: int) -> No
 def library(tmp_path_factory: pytest.TempPathFactory) -> cuda_w4ax.Library:
     major, minor = torch.cuda.get_device_capability()
     compiler = shutil.which("nvcc")
-    if compiler is None or major < 8:
-        pytest.skip("the CUDA kernels need nvcc and a GPU of capability 8.0")
+    if compiler is None or major != 8:  # others have no INT4 units, and compile for minutes what emulates them
+        pytest.skip("the CUDA kernels need nvcc and a GPU of capability 8.x")
     path = tmp_path_factory.mktemp("cuda") / "_cuda.so"
     flags = [f"-arch=sm_{major}{minor}", "-std=c++17", "-O3", "-shared", "-Xcompiler", "-fPIC"]
-    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(path)], check=True)
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(path)], check=True, timeout=60)
     return cuda_w4ax.Library(path)
 
 
