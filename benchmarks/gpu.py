@@ -1,9 +1,11 @@
 """weft on one GPU: an 8B shape beside the device's own limits, and beside transformers on the same weights.
 
-    python benchmarks/gpu.py --json FILE [--quick] [--resume] [--only NAME] [--plot FILE] [--commit HASH] [--dry-run]
+    python benchmarks/gpu.py --json FILE [--quick] [--resume] [--again NAME ...] [--only NAME] [--plot FILE]
+                             [--commit HASH] [--dry-run]
 
 A run takes nine minutes at most, and may be killed at any moment: the JSON is written after each row, most valuable
-rows first, and names those that are missing; --resume measures them. It needs torch, triton, numpy, safetensors and
+rows first, and names those that are missing; --resume measures them, and once more those that failed. Each row says
+which commit it was measured on: after a change, --again measures the rows with NAME in their name, first of all. It needs torch, triton, numpy, safetensors and
 tokenizers, no compiled extension, and no disk. Where transformers is installed, rows in BF16 have it beside them.
 
 The model has random weights in the shape of Llama 3.1 8B (32 layers, hidden 4096, 32/8 heads, inner 14336, vocabulary
@@ -27,7 +29,7 @@ import argparse
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -71,18 +73,16 @@ def main() -> None:
     sizes = TINY if arguments.dry_run else REAL
     sizes = sizes.quick() if arguments.quick else sizes
     rows = _rows(sizes, claims_only=arguments.quick)
-    if arguments.only is not None:
-        if not any(arguments.only in name for name in rows):
-            raise SystemExit(
-                f"gpu.py: --only {arguments.only!r}: no row has that in its name; there are {'; '.join(rows)}"
-            )
-        rows = {name: row for name, row in rows.items() if name in LIMITS or arguments.only in name}
+    again = {name for part in arguments.again for name in _named(rows, part, "--again")}
+    only = set(rows) if arguments.only is None else {*LIMITS, *_named(rows, arguments.only, "--only")}
     results = Results(arguments, list(rows), _about(arguments, gpu.name), lambda found: claims(found, sizes))
     if arguments.resume:
         try:
             results.resume()
         except ValueError as error:
             raise SystemExit(f"gpu.py: {error}") from error
+        if results.older():
+            common.say(f"{len(results.older())} rows are of other commits; --again NAME measures rows anew")
     results.write()
     from gpu_bench import Bench
 
@@ -90,39 +90,58 @@ def main() -> None:
     gpu.adopt()
     deadline = started + arguments.seconds
     with _ended(deadline + GRACE - time.monotonic()):
-        _measure(bench, rows, results, deadline)
+        _measure(bench, rows, results, results.todo([name for name in rows if name in only], again), deadline)
     _report(arguments, results)
 
 
-def _measure(bench: Bench, rows: Mapping[str, Callable[[Bench], Row]], results: Results, deadline: float) -> None:
-    """All rows that are missing, until the time is over. A row that fails says why, and the others go on."""
+def _named(rows: Iterable[str], part: str, flag: str) -> list[str]:
+    """Those with this in their name."""
+    found = [name for name in rows if part in name]
+    if not found:
+        raise SystemExit(f"gpu.py: {flag} {part!r}: no row has that in its name; there are {'; '.join(rows)}")
+    return found
+
+
+def _measure(
+    bench: Bench,
+    rows: Mapping[str, Callable[[Bench], Row]],
+    results: Results,
+    todo: Iterable[str],
+    deadline: float,
+) -> None:
+    """These rows in turn, until the time is over. A row that fails says why, and the others go on."""
     from gpu_model import DoesNotFit, Stuck, settle
 
-    for name, measure in rows.items():
-        if name not in results.rows:
-            left = deadline - time.monotonic()
-            if left < bench.budget:
-                common.say(f"{left:.0f} s are left, too few for a row: {len(results.missing())} are missing")
-                return
-            began = time.monotonic()
-            try:
-                row = measure(bench)
-            except DoesNotFit as error:
-                row = {"skipped": str(error)}
-            except Stuck as error:
-                results.add(name, {"error": str(error)})
-                _give_up(f"{name}: {error}")
-            except Exception as error:
-                row = {"error": f"{type(error).__name__}: {error}"}
-            row["took_seconds"] = round(time.monotonic() - began, 1)
-            results.add(name, row)
-            common.say(f"{name}: {_words(row)}")
-            try:
-                settle(bench.gpu)
-            except RuntimeError as error:
-                _give_up(f"the GPU failed in {name!r}: {error}")
-        if name in LIMITS and "rate" in results.rows[name]:
-            bench.limits[LIMITS[name]] = results.rows[name]["rate"]
+    _take_limits(bench, results)
+    for name in todo:
+        left = deadline - time.monotonic()
+        if left < bench.budget:
+            common.say(f"{left:.0f} s are left, too few for {name!r}; {len(results.missing())} rows are missing")
+            return
+        began = time.monotonic()
+        try:
+            row = rows[name](bench)
+        except DoesNotFit as error:
+            row = {"skipped": str(error)}
+        except Stuck as error:
+            results.add(name, {"error": str(error)})
+            _give_up(f"{name}: {error}")
+        except Exception as error:
+            row = {"error": f"{type(error).__name__}: {error}"}
+        row["took_seconds"] = round(time.monotonic() - began, 1)
+        results.add(name, row)
+        common.say(f"{name}: {_words(row)}")
+        try:
+            settle(bench.gpu)
+        except RuntimeError as error:
+            _give_up(f"the GPU failed in {name!r}: {error}")
+        _take_limits(bench, results)
+
+
+def _take_limits(bench: Bench, results: Results) -> None:
+    for name, key in LIMITS.items():
+        if "rate" in results.rows.get(name, {}):
+            bench.limits[key] = results.rows[name]["rate"]
 
 
 @contextmanager
@@ -290,7 +309,14 @@ def _plot(path: Path, rows: list[Row]) -> None:
 
 def _arguments() -> Any:
     parser = common.parser(__doc__.splitlines()[0])
-    parser.add_argument("--resume", action="store_true", help="measure what the --json file says is missing")
+    parser.add_argument("--resume", action="store_true", help="measure what the --json file lacks, or has an error for")
+    parser.add_argument(
+        "--again",
+        metavar="NAME",
+        nargs="+",
+        default=[],
+        help="rows whose name has this in it, whatever the --json file has, then as --resume",
+    )
     parser.add_argument("--only", metavar="NAME", help="rows whose name has this in it, and the limits")
     parser.add_argument("--commit", metavar="HASH", help="what is measured, where there is no git to ask")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="no row begins when they are over")
@@ -300,8 +326,9 @@ def _arguments() -> Any:
         help="every row once on a tiny shape, interpreted on this CPU: figures mean nothing",
     )
     arguments = parser.parse_args()
+    arguments.resume |= bool(arguments.again)
     if arguments.resume and arguments.json is None:
-        parser.error("--resume needs --json FILE, the file to go on with")
+        parser.error("--resume and --again need --json FILE, the file to go on with")
     return arguments
 
 

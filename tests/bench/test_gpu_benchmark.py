@@ -46,9 +46,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     torch.set_num_threads(threads)
 
 
-def results(gpu: Any, path: Path, planned: list[str], sizes: Any) -> Any:
+def results(gpu: Any, path: Path, planned: list[str], sizes: Any, commit: str = "1" * 40) -> Any:
     module = importlib.import_module("gpu_results")
-    about = {"device": "some GPU", "commit": "1" * 40}
+    about = {"device": "some GPU", "commit": commit, "quick": False}
     arguments = argparse.Namespace(json=path, quick=False)
     return module.Results(arguments, planned, about, lambda rows: gpu.claims(rows, sizes))
 
@@ -139,7 +139,7 @@ def test_rows_that_fail_say_why_and_the_others_go_on(gpu: Any, tmp_path: Path) -
     }
     found = results(gpu, tmp_path / "out.json", list(rows), model.REAL)
     bench = SimpleNamespace(gpu=SimpleNamespace(device=torch.device("cpu")), budget=1.0, limits={})
-    gpu._measure(bench, rows, found, time.monotonic() + 60)
+    gpu._measure(bench, rows, found, rows, time.monotonic() + 60)
     content = {row["name"]: row for row in json.loads((tmp_path / "out.json").read_text())["rows"]}
     assert content["one"]["error"] == "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
     assert content["two"]["skipped"].startswith("its keys and values take 64.0 GiB")
@@ -151,7 +151,7 @@ def test_no_row_begins_when_the_time_is_over(gpu: Any, tmp_path: Path) -> None:
     sizes = importlib.import_module("gpu_model").REAL
     found = results(gpu, tmp_path / "out.json", ["one"], sizes)
     bench = SimpleNamespace(budget=5.0, limits={})
-    gpu._measure(bench, {"one": lambda bench: {"rate": 1.0}}, found, time.monotonic() + 4)
+    gpu._measure(bench, {"one": lambda bench: {"rate": 1.0}}, found, ["one"], time.monotonic() + 4)
     assert found.missing() == ["one"]
 
 
@@ -192,8 +192,9 @@ def test_a_lost_device_ends_the_run_with_what_there_is(
 
     found = results(gpu, tmp_path / "out.json", ["one", "two"], model.REAL)
     monkeypatch.setattr(gpu.os, "_exit", sys.exit)  # which waits for threads that a lost device keeps
+    bench, rows = SimpleNamespace(budget=1.0, limits={}), {"one": stuck, "two": stuck}
     with pytest.raises(SystemExit) as ended:
-        gpu._measure(SimpleNamespace(budget=1.0, limits={}), {"one": stuck, "two": stuck}, found, time.monotonic() + 60)
+        gpu._measure(bench, rows, found, rows, time.monotonic() + 60)
     assert ended.value.code == 3 and "--resume goes on" in capsys.readouterr().err
     content = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in content["rows"]] == ["one"] and content["missing"] == ["two"]
@@ -207,6 +208,34 @@ def test_what_another_device_measured_is_not_gone_on_with(gpu: Any, tmp_path: Pa
     (tmp_path / "out.json").write_text(json.dumps({**content, "device": "another GPU"}))
     with pytest.raises(ValueError, match="device = 'another GPU', and now it is 'some GPU'"):
         results(gpu, tmp_path / "out.json", ["one"], sizes).resume()
+
+
+def test_a_changed_commit_goes_on_with_what_there_is(gpu: Any, tmp_path: Path) -> None:
+    """Rows of other commits, of other plans and of no interest now stay; those that failed have another try."""
+    sizes, out, names = importlib.import_module("gpu_model").REAL, tmp_path / "out.json", ["copy", "one", "two", "three"]
+    found = results(gpu, out, [*names, "gone"], sizes)
+    found.add("gone", {"rate": 4.0})
+    found.add("copy", {"rate": 3.0})
+    found.add("one", {"error": "OutOfMemoryError"})
+    found.add("two", {"rate": 2.0})
+    found = results(gpu, out, names, sizes, "2" * 40)
+    found.resume()
+    assert found.todo(names, ()) == ["three", "one"]
+    assert found.todo(names, {"two"}) == ["two", "three", "one"]
+    assert found.todo(["copy", "two"], ()) == []
+    assert found.older() == ["gone", "copy", "one", "two"]
+    bench = SimpleNamespace(gpu=SimpleNamespace(device=torch.device("cpu")), budget=1.0, limits={})
+    seen: list[dict[str, float]] = []
+
+    def measure(bench: Any) -> Any:
+        seen.append(dict(bench.limits))
+        return {"rate": 5.0}
+
+    gpu._measure(bench, dict.fromkeys(names, measure), found, ["two"], time.monotonic() + 60)
+    content = json.loads(out.read_text())
+    assert seen == [{"copy": 3.0}] and content["missing"] == ["three"]
+    assert {row["name"]: row.get("rate") for row in content["rows"]} == {"gone": 4.0, "copy": 3.0, "one": None, "two": 5.0}
+    assert [row["commit"][0] for row in content["rows"]] == ["1", "1", "1", "2"]
 
 
 def test_without_transformers_rows_say_so(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
