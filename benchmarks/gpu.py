@@ -5,8 +5,9 @@
 
 A run takes nine minutes at most, and may be killed at any moment: the JSON is written after each row, most valuable
 rows first, and names those that are missing; --resume measures them, and once more those that failed. Each row says
-which commit it was measured on: after a change, --again measures the rows with NAME in their name, first of all. It needs torch, triton, numpy, safetensors and
-tokenizers, no compiled extension, and no disk. Where transformers is installed, rows in BF16 have it beside them.
+which commit it was measured on: after a change, --again measures the rows with NAME in their name, first of all.
+It needs torch, triton, numpy, safetensors and tokenizers, no compiled extension, and no disk. Where transformers is
+installed, rows in BF16 have it beside them.
 
 The model has random weights in the shape of Llama 3.1 8B (32 layers, hidden 4096, 32/8 heads, inner 14336, vocabulary
 128256): in BF16, in W4A16, and in W4A8 with keys and values in 4 bits (W4A8KV4). Plans go through weft's own device,
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
     from gpu_bench import Bench
     from gpu_model import Sizes
 
+    from weft.devices.cuda_streams import Gpu
+
 SECONDS, GRACE = (
     525.0,
     12.0,
@@ -75,7 +78,7 @@ def main() -> None:
     rows = _rows(sizes, claims_only=arguments.quick)
     again = {name for part in arguments.again for name in _named(rows, part, "--again")}
     only = set(rows) if arguments.only is None else {*LIMITS, *_named(rows, arguments.only, "--only")}
-    results = Results(arguments, list(rows), _about(arguments, gpu.name), lambda found: claims(found, sizes))
+    results = Results(arguments, list(rows), _about(arguments, gpu), lambda found: claims(found, sizes))
     if arguments.resume:
         try:
             results.resume()
@@ -111,6 +114,7 @@ def _measure(
 ) -> None:
     """These rows in turn, until the time is over. A row that fails says why, and the others go on."""
     from gpu_model import DoesNotFit, Stuck, settle
+    from gpu_state import gpu_state
 
     _take_limits(bench, results)
     for name in todo:
@@ -129,6 +133,7 @@ def _measure(
         except Exception as error:
             row = {"error": f"{type(error).__name__}: {error}"}
         row["took_seconds"] = round(time.monotonic() - began, 1)
+        row["gpu"] = gpu_state(bench.gpu.device)  # its clocks, before they fall again
         results.add(name, row)
         common.say(f"{name}: {_words(row)}")
         try:
@@ -178,6 +183,16 @@ def _rows(sizes: Sizes, *, claims_only: bool) -> dict[str, Callable[[Bench], Row
             bench, cache, batch, context
         )
 
+    def joining(name: str, batch: int, context: int) -> None:
+        found[f"{name} decode, {batch} at {context}, one joins every {gpu_rows.JOIN} steps"] = lambda bench: (
+            gpu_rows.joining_row(bench, name, batch, context)
+        )
+
+    def profile(name: str, batch: int | None, context: int) -> None:
+        found[f"profile of {name} decode, {batch or 'as many as fit'} at {context}"] = lambda bench: (
+            gpu_rows.profile_row(bench, name, batch, context)
+        )
+
     def largest(name: str) -> None:
         found[_largest(name, long)] = lambda bench: gpu_rows.largest_row(bench, name, long)
 
@@ -196,12 +211,18 @@ def _rows(sizes: Sizes, *, claims_only: bool) -> dict[str, Callable[[Bench], Row
     largest(W4A8KV4)
     if claims_only:
         return found
+    attention(CACHES[2], many, long)
+    # A profiler may slow what is launched after it: what a claim needs is measured by then.
+    profile(W4A8KV4, None, long)
+    profile(BF16, many, short)
+    profile(BF16, one, short)
+    decode(gpu_bench.INVARIANT, many, short)
+    joining(BF16, many, short)
     for name in (W4A8KV4, W4A16):
         decode(name, many, short)
         decode(name, one, short)
         prefill(name, sizes.prompts[1])
-    for cache in CACHES[1:]:
-        attention(cache, many, long)
+    attention(CACHES[1], many, long)
     for name in MODELS:  # what was measured already keeps its place
         for context in reversed(sizes.contexts):
             for batch in reversed(sizes.batches):
@@ -209,7 +230,7 @@ def _rows(sizes: Sizes, *, claims_only: bool) -> dict[str, Callable[[Bench], Row
         for tokens in sizes.prompts:
             prefill(name, tokens)
     for cache in CACHES:
-        attention(cache, many, short)
+        attention(cache, sizes.batches[3], short)  # fewer would stay in a cache of 60 MB
     return found
 
 
@@ -243,8 +264,11 @@ def claims(rows: Mapping[str, Row], sizes: Sizes) -> dict[str, float]:
     return found
 
 
-def _about(arguments: argparse.Namespace, device: str) -> Row:
+def _about(arguments: argparse.Namespace, gpu: Gpu) -> Row:
     """What the figures are of."""
+    import torch
+    from gpu_state import gpu_state
+
     versions: dict[str, str | None] = {}
     for package in ("torch", "triton", "transformers", "numpy"):
         try:
@@ -254,9 +278,10 @@ def _about(arguments: argparse.Namespace, device: str) -> Row:
     return {
         "quick": arguments.quick,
         "dry_run": arguments.dry_run,
-        "device": device,
+        "device": gpu.name,
         "commit": arguments.commit or common.commit(),
         "versions": versions,
+        "machine": {**common.machine(), "cuda": torch.version.cuda, "gpu": gpu_state(gpu.device)},
     }
 
 
@@ -265,6 +290,8 @@ def _words(row: Row) -> str:
         return row.get("error") or f"skipped: {row['skipped']}"
     if "rate" in row:
         return f"{row['rate'] / 1e12:.3f} T a second"
+    if "busy_seconds" in row:
+        return f"{1e3 * row['busy_seconds']:.3f} ms in kernels, {1e3 * row['gap_seconds']:.3f} ms between them"
     parts = [f"{1e3 * row['seconds']['median']:.3f} ms"]
     parts += [f"batch {row['batch']}"] if "batch" in row else []
     parts += [f"{row['of_limit']:.0%} of the limit ({row['limit']})"] if "of_limit" in row else []

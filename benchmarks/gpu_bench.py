@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -14,19 +14,23 @@ from gpu_peer import Peer
 from gpu_results import Row
 
 from weft.devices.cuda_streams import Gpu
+from weft.kernels.triton import TritonKernels
 from weft.models.loader import Weights
+
+INVARIANT = "BF16 batch-invariant"
 
 
 @dataclass
 class Bench:
     """limits: bytes or operations a second, by name, as far as they were measured. budget: seconds that a row may take
     once it is warm. One model at a time is in memory; `peer` is for BF16, or the reason why there is none ("" for the
-    other forms, which it has not)."""
+    other forms, which it has not); difference: of the last peer (gpu_peer.py)."""
 
     gpu: Gpu
     sizes: Sizes
     budget: float
     limits: dict[str, float] = field(default_factory=dict)
+    difference: float | None = None
     _models: dict[str, Model] = field(default_factory=dict)
     _quantised: Weights | None = None
     _peer: Peer | str | None = None
@@ -39,8 +43,11 @@ class Bench:
             self._models, self._quantised = {}, None
             collect(self.gpu)
             self._models = {name: plain_model(self.gpu, raw)}
+        elif name == INVARIANT:
+            kernels = TritonKernels(self.gpu.device, invariant=True)
+            self._models[name] = replace(self.model("BF16"), name=name, kernels=kernels)
         else:
-            self._models.pop("BF16", None)
+            self._models = {name: model for name, model in self._models.items() if model.weights is self._quantised}
             self._peer = self._peer if isinstance(self._peer, str) else None
             collect(self.gpu)
             if self._quantised is None:
@@ -54,6 +61,7 @@ class Bench:
         if self._peer is None:
             try:
                 self._peer = Peer(self.gpu, model, self.sizes.raw)
+                self.difference = self._peer.difference
             except Exception as error:  # whatever is wrong with it, weft's own rows are to be had
                 self._peer = first_line(error)
         return self._peer

@@ -17,8 +17,8 @@ Claims = Callable[[Mapping[str, Row]], dict[str, float]]
 
 
 class Results:
-    """The rows of a run by name. A row has `error` where it failed, `skipped` where it cannot be had on this device, and
-    the commit that it was measured on.
+    """The rows of a run by name. A row has `error` where it failed, `skipped` where it cannot be had on this device,
+    and the commit that it was measured on.
 
     planned: the names of all rows. about: further keys of the JSON, `device` and `commit` among them. claims: what
     follows from the rows there are.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import common
@@ -26,6 +28,8 @@ from gpu_model import (
     settle,
 )
 from gpu_results import Row
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 from weft.core.plan import Lane, Plan, Sampling, Slice
 from weft.core.sampling import SamplingParams
@@ -36,6 +40,8 @@ from weft.models.batch import make_batch
 from weft.models.families import parse_config
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
+JOIN = 4  # steps from one newcomer to the next
+PROFILED, SHOWN = 3, 40  # steps of a profile; kernels that it names
 
 # -- the model ---------------------------------------------------------------------------------------------------------
 
@@ -43,32 +49,43 @@ GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 class Decoding:
     """Sequences that go on, a token each a step, as an engine drives them: the next plan is made from the last result.
 
-    Each has blocks of its own, in no order. hold: keeps a device at rest busy for a while.
+    Each has blocks of its own, in no order. hold: keeps a device at rest busy for a while. newcomer: tokens of a prompt
+    with which, every JOIN steps, a sequence begins in the place of another.
     """
 
-    def __init__(self, device: Device, blocks: int, batch: int, start: int, hold: Callable[[], None]) -> None:
+    def __init__(
+        self, device: Device, blocks: int, batch: int, start: int, hold: Callable[[], None], newcomer: int = 0
+    ) -> None:
         order = list(range(blocks))
         random.Random(1).shuffle(order)
         each = blocks // batch
         self._device = device
         self._hold = hold
         self._tables = [tuple(order[i * each : (i + 1) * each]) for i in range(batch)]
-        self._tokens = [1] * batch
-        self._position = start
+        self._names = list(range(batch))
+        self._given: list[tuple[int, ...]] = [(1,)] * batch
+        self._positions = [start] * batch
+        self._newcomer = newcomer
         self._steps = 0
 
     def step(self) -> float:
         """Seconds on the device, and of the host where the device waits for its launches."""
-        at = self._position
+        if self._newcomer and self._steps % JOIN == 0:
+            self._join()
         slices = tuple(
-            Slice(i, at, (token,), table, Sampling(GREEDY, 0, at + 1))
-            for i, (token, table) in enumerate(zip(self._tokens, self._tables, strict=True))
+            Slice(name, at, given, table, Sampling(GREEDY, 0, at + len(given)))
+            for name, at, given, table in zip(self._names, self._positions, self._given, self._tables, strict=True)
         )
         self._steps += 1
         result = answer(self._device, Plan(self._steps, Lane.MIXED, slices))
-        self._tokens = [sampled.token for sampled in result.sampled]
-        self._position += 1
+        self._positions = [piece.end for piece in slices]
+        self._given = [(sampled.token,) for sampled in result.sampled]
         return result.seconds
+
+    def _join(self) -> None:
+        seat = self._steps // JOIN % len(self._names)
+        self._names[seat] = len(self._names) + self._steps
+        self._positions[seat], self._given[seat] = 0, (1,) * self._newcomer
 
     def steps(self, count: int) -> float:
         """Seconds of so many steps. One before them finds the device at rest: when the clock starts, and when it stops,
@@ -90,19 +107,14 @@ class Decoding:
 def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool = True) -> Row:
     """Tokens each second of so many sequences at `context` tokens. Raises DoesNotFit."""
     sizes, model = bench.sizes, bench.model(name)
-    each = -(-(context + sizes.room // 2) // BLOCK_SIZE)
-    length = each * BLOCK_SIZE
+    needed = batch * _blocks(sizes, context) * BLOCK_SIZE + sizes.reserve // model.token_bytes
     try:
-        check_room(bench.gpu, model, batch * each * BLOCK_SIZE + bench.sizes.reserve // model.token_bytes)
+        check_room(bench.gpu, model, needed)
     except DoesNotFit as error:
         raise DoesNotFit(f"{error}; {largest_batch(bench, model, context)} sequences would fit") from error
     rival = _rival(bench, model, batch, context) if peer else ""
-    stream = bench.gpu.stream()
-    with opened(bench.gpu, model, batch=batch, length=length, blocks=batch * each, stream=stream) as device:
-        start = context - sizes.room // 2
-        decoding = Decoding(device, batch * each, batch, start, lambda: hold(bench.gpu, stream))
-        warm = [decoding.step() for _ in range(sizes.warmup)]  # the first of them compiles and records
-        count = _count(sizes, bench.budget, warm[-1])
+    with _decoding(bench, model, batch, context) as (decoding, warm):
+        count = _count(sizes, bench.budget, warm)
         ours, theirs, rival = _rounds(bench, decoding, rival, count)
     seconds = [whole / count for whole, _ in ours]
     alone = [each for _, each in ours]
@@ -123,7 +135,110 @@ def decode_row(bench: Bench, name: str, batch: int, context: int, *, peer: bool 
             model.attention_operations(batch * context),
         ),
     }
-    return _beside(row, rival, theirs, seconds)
+    return _beside(bench, row, rival, theirs, seconds)
+
+
+@contextmanager
+def _decoding(
+    bench: Bench, model: Model, batch: int, context: int, newcomer: int = 0
+) -> Iterator[tuple[Decoding, float]]:
+    """Sequences on a device that is warm, and the seconds of a step."""
+    each, stream = _blocks(bench.sizes, context), bench.gpu.stream()
+    sizes = {"batch": batch, "length": each * BLOCK_SIZE, "blocks": batch * each, "tokens": batch + newcomer}
+    with opened(bench.gpu, model, **sizes, stream=stream) as device:
+        start = context - bench.sizes.room // 2
+        decoding = Decoding(device, batch * each, batch, start, lambda: hold(bench.gpu, stream), newcomer)
+        warm = [decoding.step() for _ in range(bench.sizes.warmup)]  # the first of them compiles and records
+        yield decoding, warm[-1]
+
+
+def _blocks(sizes: Sizes, context: int) -> int:
+    """Of one sequence."""
+    return -(-(context + sizes.room // 2) // BLOCK_SIZE)
+
+
+def joining_row(bench: Bench, name: str, batch: int, context: int) -> Row:
+    """Decode in which every JOIN steps a sequence is replaced by one with a prompt, so that steps are seldom what was
+    computed ahead, nor all of them from a graph."""
+    sizes, model, newcomer = bench.sizes, bench.model(name), context // 4
+    with _decoding(bench, model, batch, context, newcomer) as (decoding, warm):
+        decoding.steps(JOIN)
+        count = -(-_count(sizes, bench.budget, warm) // JOIN) * JOIN
+        seconds = []
+        for _ in range(max(1, sizes.rounds // 2)):
+            settle(bench.gpu)
+            seconds.append(decoding.steps(count) / count)
+    row = {
+        "kind": "joining",
+        "model": name,
+        "batch": batch,
+        "context": context,
+        "newcomer": newcomer,
+        "seconds": common.Figure.of(seconds).as_json(),
+        "tokens_per_second": batch / statistics.median(seconds),
+        **bench.limit(
+            model.streamed + batch * context * model.token_bytes,
+            batch * (model.layer_operations + model.head_operations) + newcomer / JOIN * model.layer_operations,
+            model.units,
+            model.attention_operations(batch * context),
+        ),
+    }
+    return _share(row)
+
+
+def profile_row(bench: Bench, name: str, batch: int | None, context: int) -> Row:
+    """What the device does in some decode steps, by the profiler, which slows the host: seconds and calls of each
+    kernel, and the time between kernels. batch: None for as many as fit."""
+    model = bench.model(name)
+    if batch is None:
+        batch = largest_batch(bench, model, context)
+    on_gpu = bench.gpu.device.type == "cuda"
+    activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
+    with profile(activities=activities):
+        pass  # of a graph that is recorded before there was any profiler, it sees no kernels
+    with _decoding(bench, model, batch, context) as (decoding, _):
+        settle(bench.gpu)
+        with profile(activities=activities) as seen:
+            decoding.steps(PROFILED)
+            settle(bench.gpu)
+    spans = spans_of(seen, DeviceType.CUDA if on_gpu else DeviceType.CPU)
+    # One step before those that count; each is launched ahead, while the host asks for the one before.
+    about = {"kind": "profile", "model": name, "batch": batch, "context": context, "steps": PROFILED + 1}
+    return about | account(spans)
+
+
+def spans_of(seen: profile, wanted: DeviceType) -> list[tuple[float, float, str]]:
+    """(start, end, name) in seconds of what was done there."""
+    return [
+        (event.time_range.start / 1e6, event.time_range.end / 1e6, event.name)
+        for event in seen.events() or ()
+        if event.device_type == wanted
+    ]
+
+
+def account(spans: Iterable[tuple[float, float, str]]) -> Row:
+    """Of (start, end, name) in seconds: where the time went, longest first."""
+    seconds: dict[str, float] = {}
+    calls: Counter[str] = Counter()
+    gaps: list[tuple[float, str, str]] = []
+    reached, last = None, ""
+    for start, end, name in sorted(spans):
+        seconds[name] = seconds.get(name, 0.0) + end - start
+        calls[name] += 1
+        if reached is not None and start > reached:
+            gaps.append((start - reached, last, name))
+        if reached is None or end > reached:
+            reached, last = end, name
+    order = sorted(seconds, key=lambda name: -seconds[name])
+    return {
+        "busy_seconds": sum(seconds.values()),
+        "gap_seconds": sum(gap for gap, _, _ in gaps),
+        "kernels": [{"name": name, "seconds": seconds[name], "calls": calls[name]} for name in order[:SHOWN]],
+        "other_kernels_seconds": sum(seconds[name] for name in order[SHOWN:]),
+        "longest_gaps": [
+            {"seconds": gap, "after": after, "before": before} for gap, after, before in sorted(gaps, reverse=True)[:10]
+        ],
+    }
 
 
 def largest_row(bench: Bench, name: str, context: int) -> Row:
@@ -137,7 +252,7 @@ def largest_row(bench: Bench, name: str, context: int) -> Row:
 
 def largest_batch(bench: Bench, model: Model, context: int) -> int:
     collect(bench.gpu)
-    each = -(-(context + bench.sizes.room // 2) // BLOCK_SIZE) * BLOCK_SIZE * model.token_bytes
+    each = _blocks(bench.sizes, context) * BLOCK_SIZE * model.token_bytes
     return max(0, min(bench.sizes.largest, (free(bench.gpu) - bench.sizes.reserve) // each))
 
 
@@ -178,7 +293,7 @@ def prefill_row(bench: Bench, name: str, tokens: int) -> Row:
             model.attention_operations(tokens * (tokens + 1) / 2),
         ),
     }
-    return _beside(row, rival, theirs, ours)
+    return _beside(bench, row, rival, theirs, ours)
 
 
 def attention_row(bench: Bench, cache: str, batch: int, context: int) -> Row:
@@ -217,6 +332,8 @@ def attention_row(bench: Bench, cache: str, batch: int, context: int) -> Row:
         "seconds": common.Figure.of(seconds).as_json(),
         **bench.limit(moved, operations, "bf16"),
     }
+    if gpu.device.type == "cuda":  # a part of what moves may come from there, where it is not much less
+        row["l2_bytes"] = torch.cuda.get_device_properties(gpu.device).L2_cache_size
     return _share(row)
 
 
@@ -277,10 +394,11 @@ def _rounds(
     return ours, theirs, rival
 
 
-def _beside(row: Row, rival: Any, theirs: Sequence[float], ours: Sequence[float]) -> Row:
+def _beside(bench: Bench, row: Row, rival: Any, theirs: Sequence[float], ours: Sequence[float]) -> Row:
     """The row with what its time is of the limit's, and with transformers' time."""
     if theirs:
         row["transformers_seconds"] = common.Figure.of(theirs).as_json()
+        row["transformers_difference"] = bench.difference
         row["times_transformers"] = statistics.median(their / our for our, their in zip(ours, theirs, strict=False))
     elif rival:
         row["transformers"] = rival

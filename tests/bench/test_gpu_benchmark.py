@@ -89,6 +89,7 @@ def test_a_killed_run_leaves_its_rows_and_goes_on(
     assert decode["tokens_per_second"] == pytest.approx(3 / decode["seconds"]["median"])
     assert decode["host_gap"] == pytest.approx(decode["seconds"]["median"] / decode["device_seconds"] - 1)  # one round
     assert decode["of_limit"] == pytest.approx(decode["limit_seconds"] / decode["seconds"]["median"])
+    assert decode["transformers_difference"] < 0.1 and decode["gpu"] == {} and whole["machine"]["cuda"] is None
     assert decode["times_transformers"] > 0 and "times_transformers" not in rows["W4A8KV4 decode, as many as fit at 40"]
     # Linear layers: q, k, v, o, gate, up, down and the output layer, two bytes a weight.
     linears = 128 * (128 + 32 + 32 + 128 + 3 * 128 + 128)
@@ -109,6 +110,14 @@ def test_the_whole_run_has_every_row_of_the_issue(gpu: Any) -> None:
     quick = list(gpu._rows(sizes, claims_only=True))
     assert [name for name in rows if name in quick] == quick  # what claims need comes first
     assert max(map(rows.index, quick)) < rows.index("BF16 decode, 8 at 1024")
+    assert rows[len(quick) :][:6] == [
+        "attention int4, 64 at 8192",
+        "profile of W4A8KV4 decode, as many as fit at 8192",
+        "profile of BF16 decode, 64 at 1024",
+        "profile of BF16 decode, 1 at 1024",
+        "BF16 batch-invariant decode, 64 at 1024",
+        "BF16 decode, 64 at 1024, one joins every 4 steps",
+    ]
 
 
 def test_four_bits_with_sixteen_bit_activations(gpu: Any) -> None:
@@ -212,7 +221,11 @@ def test_what_another_device_measured_is_not_gone_on_with(gpu: Any, tmp_path: Pa
 
 def test_a_changed_commit_goes_on_with_what_there_is(gpu: Any, tmp_path: Path) -> None:
     """Rows of other commits, of other plans and of no interest now stay; those that failed have another try."""
-    sizes, out, names = importlib.import_module("gpu_model").REAL, tmp_path / "out.json", ["copy", "one", "two", "three"]
+    sizes, out, names = (
+        importlib.import_module("gpu_model").REAL,
+        tmp_path / "out.json",
+        ["copy", "one", "two", "three"],
+    )
     found = results(gpu, out, [*names, "gone"], sizes)
     found.add("gone", {"rate": 4.0})
     found.add("copy", {"rate": 3.0})
@@ -234,7 +247,12 @@ def test_a_changed_commit_goes_on_with_what_there_is(gpu: Any, tmp_path: Path) -
     gpu._measure(bench, dict.fromkeys(names, measure), found, ["two"], time.monotonic() + 60)
     content = json.loads(out.read_text())
     assert seen == [{"copy": 3.0}] and content["missing"] == ["three"]
-    assert {row["name"]: row.get("rate") for row in content["rows"]} == {"gone": 4.0, "copy": 3.0, "one": None, "two": 5.0}
+    assert {row["name"]: row.get("rate") for row in content["rows"]} == {
+        "gone": 4.0,
+        "copy": 3.0,
+        "one": None,
+        "two": 5.0,
+    }
     assert [row["commit"][0] for row in content["rows"]] == ["1", "1", "1", "2"]
 
 
@@ -275,3 +293,56 @@ def test_what_does_not_fit_names_what_would(gpu: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(bench.gpu, "memory", lambda: (2 * slots * plain.token_bytes, 10**9))
     with pytest.raises(model.DoesNotFit, match="2 sequences would fit"):
         rows.decode_row(bench, "BF16", 4, 20)
+
+
+def test_a_profile_says_where_the_time_went(gpu: Any) -> None:
+    bench, rows = open_bench(), importlib.import_module("gpu_rows")
+    row = rows.profile_row(bench, "W4A8KV4", None, 20)
+    assert (row["batch"], row["steps"]) == (2, 4)
+    assert (
+        gpu._words(row) == "0.000 ms in kernels, 0.000 ms between them"
+    )  # the lane's threads have no device's kernels
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        torch.ones(300, 300) @ torch.ones(300, 300)
+    ((start, end, _),) = [one for one in rows.spans_of(seen, rows.DeviceType.CPU) if one[2] == "aten::mm"]
+    assert 1e-6 < end - start < 10
+    spans = [(0.0, 1.0, "a"), (1.5, 2.0, "b"), (1.6, 1.8, "a"), (5.0, 6.0, "a")]
+    found = rows.account(reversed(spans))
+    assert found["busy_seconds"] == pytest.approx(2.7) and found["gap_seconds"] == pytest.approx(3.5)
+    assert [(one["name"], one["calls"]) for one in found["kernels"]] == [("a", 3), ("b", 1)]
+    assert found["longest_gaps"][0] == {"seconds": 3.0, "after": "b", "before": "a"}
+    assert rows.account([])["gap_seconds"] == 0.0
+
+
+def test_decode_with_newcomers_and_with_products_of_its_own(gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, rows = open_bench(), importlib.import_module("gpu_rows")
+    plans: list[Any] = []
+    answer = rows.answer
+    monkeypatch.setattr(rows, "answer", lambda device, plan: (plans.append(plan), answer(device, plan))[1])
+    row = rows.joining_row(bench, "BF16", 3, 20)
+    assert row["newcomer"] == 5 and row["seconds"]["median"] > 0
+    for number, plan in enumerate(plans):
+        lengths = [len(piece.tokens) for piece in plan.slices]
+        assert sorted(lengths) == ([1, 1, 5] if number % 4 == 0 else [1, 1, 1])
+        assert all(piece.start == 0 for piece in plan.slices if len(piece.tokens) == 5)
+    joined = sum(number % 4 == 0 for number in range(len(plans)))  # the first of them before any step
+    assert len({piece.sequence for plan in plans for piece in plan.slices}) == 3 - 1 + joined
+    row = rows.decode_row(bench, "BF16 batch-invariant", 2, 20)
+    assert row["seconds"]["median"] > 0 and "transformers" not in row and "times_transformers" not in row
+    assert bench.model("BF16 batch-invariant").weights is bench.model("BF16").weights
+
+
+def test_what_the_device_says_of_its_clocks(gpu: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    state = importlib.import_module("gpu_state")
+    assert state.gpu_state(torch.device("cpu")) == {}
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _device: SimpleNamespace(uuid="12-34"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found = state.gpu_state(torch.device("cuda", 0))
+    assert len(found) == 2 and set(found.values()) == {"FileNotFoundError"}
+    tool = tmp_path / "nvidia-smi"
+    answer = "580.1, P0, 1980, 3201, 1980, 512.30, 700.00, 51"
+    tool.write_text(f'#!/bin/sh\ncase "$*" in *GPU-12-34*driver*) echo "{answer}";; *) exit 2; esac\n')
+    tool.chmod(0o755)
+    found = state.gpu_state(torch.device("cuda", 0))
+    assert (found["driver_version"], found["clocks.sm"], found["temperature.gpu"]) == ("580.1", "1980", "51")
+    assert found["no clocks_event_reasons.active"] == "CalledProcessError"
