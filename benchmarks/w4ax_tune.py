@@ -1,6 +1,7 @@
 """Which tiles the products with 4-bit weights should have on this GPU: those in use, beside others.
 
     python benchmarks/w4ax_tune.py [--quick] [--json FILE] [--plot FILE] [--minutes 8]
+                                   [--shapes 28672x4096 ...] [--rows 16 64 ...]
 
 The tiles in use are data (W4A8 and W4A16 in src/weft/kernels/triton_tiles.py), chosen by architecture, rows and
 outputs; nothing is tuned when weft starts. This measures every candidate on the shapes of the 8B model of gpu.py, from
@@ -17,7 +18,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from typing import Any
 import common
 import torch
 
+from weft.comet.packing import BLOCK
 from weft.devices.cuda_streams import Gpu, Interpreted, open_gpu
 from weft.errors import DeviceError
 from weft.kernels import triton_w4ax
@@ -57,6 +59,8 @@ TINY = Sizes(((96, 128),), (1, 70), 0, 1)
 def main() -> None:
     parser = common.parser(__doc__.splitlines()[0])
     parser.add_argument("--minutes", type=float, default=8.0, help="stop with what there is after so long")
+    parser.add_argument("--shapes", type=shape_of, nargs="+", metavar="OUTxIN", help="instead of the 8B model's")
+    parser.add_argument("--rows", type=int, nargs="+", help="of products, instead of many from 1 to 4096")
     arguments = parser.parse_args()
     end = time.monotonic() + 60 * arguments.minutes
     try:
@@ -64,6 +68,8 @@ def main() -> None:
     except DeviceError as error:
         raise SystemExit(f"w4ax_tune.py: nothing measured: {error}") from error
     sizes = TINY if isinstance(gpu, Interpreted) else QUICK if arguments.quick else REAL
+    given = {name: tuple(getattr(arguments, name)) for name in ("shapes", "rows") if getattr(arguments, name)}
+    sizes = replace(sizes, **given)
     gpu.adopt()
     rows: list[dict[str, Any]] = []
     notes = [gpu.name]
@@ -77,6 +83,14 @@ def main() -> None:
     if arguments.plot is not None:
         plot(arguments.plot, rows)
     common.report(arguments, claims(rows), rows, notes)
+
+
+def shape_of(word: str) -> tuple[int, int]:
+    """Raises ValueError."""
+    outputs, inputs = map(int, word.split("x"))
+    if outputs < 1 or inputs < 1 or inputs % BLOCK:
+        raise ValueError(word)
+    return outputs, inputs
 
 
 def measured(gpu: Gpu, sizes: Sizes, form: str, shape: tuple[int, int], count: int) -> dict[str, Any]:

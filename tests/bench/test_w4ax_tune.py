@@ -66,3 +66,19 @@ def test_a_time_is_that_of_one_product(tune: Any) -> None:
     gpu, done = tune.open_gpu(), []
     assert 0 < tune.seconds(gpu, (lambda: done.append(1), 4), 3) < 1.0
     assert len(done) == 4  # once before any counts
+
+
+def test_some_shapes_and_rows(tune: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tune, "measured", lambda gpu, sizes, form, shape, count: {"row": (form, shape, count)})
+    monkeypatch.setattr(tune, "claims", lambda rows: {})
+    monkeypatch.setattr(tune, "cells", lambda row: [""] * 7)
+    out = tmp_path / "tiles.json"
+    given = ["--quick", "--json", str(out), "--shapes", "96x128", "64x256", "--rows", "3"]
+    monkeypatch.setattr("sys.argv", ["w4ax_tune.py", *given])
+    tune.main()
+    shapes = [[96, 128], [64, 256]]
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["row"] for row in rows] == [[form, shape, 3] for form in tune.FORMS for shape in shapes]
+    monkeypatch.setattr("sys.argv", ["w4ax_tune.py", "--shapes", "96x100"])
+    with pytest.raises(SystemExit):
+        tune.main()
