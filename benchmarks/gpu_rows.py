@@ -190,8 +190,7 @@ def profile_row(bench: Bench, name: str, batch: int | None, context: int) -> Row
     """What the device does in some decode steps, by the profiler, which slows the host: seconds and calls of each
     kernel, and the time between kernels. batch: None for as many as fit."""
     model = bench.model(name)
-    if batch is None:
-        batch = largest_batch(bench, model, context)
+    batch = _at_most(bench, model, context) if batch is None else batch
     on_gpu = bench.gpu.device.type == "cuda"
     activities = [ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU]
     with profile(activities=activities):
@@ -244,10 +243,15 @@ def account(spans: Iterable[tuple[float, float, str]]) -> Row:
 def largest_row(bench: Bench, name: str, context: int) -> Row:
     """Decode of as many sequences as the device holds."""
     model = bench.model(name)
+    return decode_row(bench, name, _at_most(bench, model, context), context, peer=False)
+
+
+def _at_most(bench: Bench, model: Model, context: int) -> int:
+    """As many as fit. Raises DoesNotFit."""
     batch = largest_batch(bench, model, context)
     if batch < 1:
         raise DoesNotFit("not one sequence fits")
-    return decode_row(bench, name, batch, context, peer=False)
+    return batch
 
 
 def largest_batch(bench: Bench, model: Model, context: int) -> int:
