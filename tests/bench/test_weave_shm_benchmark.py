@@ -38,8 +38,9 @@ def test_a_choice_is_compared_with_fused_and_with_the_best(weave_shm: Any) -> No
 
 def test_its_ranks_take_steps_as_they_are_served(weave_shm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks are threads here. A choice by costs is among what is timed."""
+    from weft.ipc.ranks import new_name
     from weft.kernels.cpu import CpuKernels
-    from weft.weave.shm import ShmCollective, new_name
+    from weft.weave.shm import ShmCollective
 
     monkeypatch.setattr(weave_shm, "SHAPE", weave_shm.SHAPE | TINY)
     monkeypatch.setattr(weave_shm, "MOST", 96)

@@ -418,7 +418,7 @@ def test_a_share_that_cannot_be_had_costs_no_step_and_is_told_of_once(caplog: py
         assert found.error is None and found.sampled and lane.cores == lane.adopted[-1] == cores
         assert found.moved > 0 or share in (1, 3)
         assert one(device, piece(1, [1]), lane=Lane.DECODE, step=next(steps)).error is None
-    wanted = "lane prefill keeps the share that it has, not (4, 5, 13): DeviceError: core 13 is not for us"
+    wanted = "lane prefill keeps the share that it has, not cores 4, 5, 13: DeviceError: core 13 is not for us"
     assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", wanted)]
     device.close()
 

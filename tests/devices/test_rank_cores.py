@@ -47,7 +47,7 @@ def test_lanes_share_cores_where_they_overlap() -> None:
 @pytest.fixture
 def open_one() -> Iterator[Open]:
     """A device that is the only rank of its group, on two cores."""
-    from weft.weave.shm import new_name
+    from weft.ipc.ranks import new_name
 
     opened: list[CpuDevice] = []
 
@@ -176,10 +176,11 @@ def test_the_thread_of_the_seams_goes_with_its_lane(open_one: Open) -> None:
 
 
 def test_a_thread_of_seams_cannot_be_put_on_any_core() -> None:
+    from weft.weave.local import Alone
+
     from weft import _native
     from weft.kernels.cpu import CpuKernels
     from weft.weave.background import Background
-    from weft.weave.local import Alone
     from weft.weave.native import NativeBackground, NativeCollective
     from weft.weave.rows import plain
 

@@ -36,8 +36,8 @@ def test_rows_travel_quantised_when_measured_and_when_served(
     tmp_path: Path, write_fmpq: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And small fused steps are programs, also for the costs; measured is where the lane's thread will be."""
+    from weft.ipc.ranks import new_name
     from weft.weave.native import NativeCollective
-    from weft.weave.shm import new_name
 
     write_fmpq(tmp_path, 8)
     seams: list[tuple[bool, set[int]]] = []

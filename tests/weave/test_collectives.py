@@ -341,25 +341,6 @@ def test_a_thread_that_does_not_come_is_named(kernels: Any, rank_processes: Any)
         first.gather(torch.zeros(1))
 
 
-@pytest.mark.parametrize(
-    ("ranks", "words", "said"),
-    [
-        (2, "Operation timed out!", "rank 1 did not come within 1 s"),
-        (3, "Operation timed out!", "another rank did not come within 1 s"),
-        (2, "Connection closed by peer", "rank 1 has ended or left"),
-    ],
-)
-def test_who_does_not_come_to_an_all_reduce_is_named(ranks: int, words: str, said: str) -> None:
-    from weft.weave.messages import Message, Messages
-
-    class Work:
-        def wait(self, _timeout: Any) -> None:
-            raise RuntimeError(words)
-
-    with pytest.raises(RankLost, match=said):
-        Messages(None, 0, ranks, 1.0).wait(Message(None, torch.ones(1), Work()))
-
-
 def test_one_rank_is_add_rms_norm(rank_processes: Any, kernels: Any) -> None:
     case = {**SMALL, "bounds": [0, 9]}
     join = rank_processes.script["make_join"](case, 0, (0, 9), kernels)

@@ -39,6 +39,9 @@ class LanePlace:
     cores: tuple[int, ...]
     shared: bool = False
 
+    def __str__(self) -> str:
+        return f"core{'s' if len(self.cores) > 1 else ''} {', '.join(map(str, self.cores))}"
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
