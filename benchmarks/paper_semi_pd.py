@@ -375,7 +375,8 @@ def show_e2e(rows: Sequence[dict[str, Any]]) -> str:
     known = _groups(rows, "setup", "rate", "policy")
     made = []
     for (name, rate), found in gains.items():
-        here = [_beside([one["e2e_mean"] for one in known[name, rate, way.name]], 2) for way in E2E_WAYS]
+        each = [known.get((name, rate, way.name), []) for way in E2E_WAYS]  # the cluster has not all of them
+        here = [_beside([one["e2e_mean"] for one in those], 2) if those else "-" for those in each]
         made.append([name, f"{rate:g}", *here, _beside(found, 2)])
     ways = [way.name for way in E2E_WAYS]
     return markdown(["set-up", "requests/s", *ways, f"{WHOLE.name} over {CODE.name}"], made)

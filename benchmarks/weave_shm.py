@@ -46,7 +46,7 @@ from weft.ipc.ranks import new_name
 from weft.kernels import resolve
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows
-from weft.models.ranked import Place, Ranked
+from weft.models.ranked import LanePlace, Ranked
 from weft.weave.collective import Collective, Join
 from weft.weave.distributed import DistributedCollective, connect
 from weft.weave.messages import Messages
@@ -281,7 +281,7 @@ def _take_steps(
 
 def _open(weave: str, precision: str, group: Group, kernels: CpuKernels, core: int, model: Model) -> Ranked:
     config = EngineConfig(weave=weave, collective="shm", block_size=KV_BLOCK, max_num_batched_tokens=MOST)
-    own, place = replace(group, name=f"{group.name}-{weave}"), Place((core,))
+    own, place = replace(group, name=f"{group.name}-{weave}"), LanePlace((core,))
     return open_ranked(config, own, None, precision, model.decoder, kernels, place, model.kv, MOST // KV_BLOCK)
 
 

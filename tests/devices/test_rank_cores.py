@@ -176,7 +176,7 @@ def test_the_thread_of_the_seams_goes_with_its_lane(open_one: Open) -> None:
 
 
 def test_a_thread_of_seams_cannot_be_put_on_any_core() -> None:
-    from weft.weave.local import Alone
+    from tests.weave.local import Alone
 
     from weft import _native
     from weft.kernels.cpu import CpuKernels
