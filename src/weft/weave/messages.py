@@ -97,8 +97,8 @@ class Messages:
         return self._group.allreduce([tensor])
 
     def wait_sum(self, work: Any, plan: tuple[Any, ...], rows: int) -> None:
-        """A library's sum does not say who is missing, so that those who wait for it in vain send one another their
-        plans: who does not is it, or has done so long before, with another plan."""
+        """A sum does not say who is missing. So those who wait for it in vain send one another their plans: who sends
+        none is missing, and who waits with another plan has sent that before."""
         error = _error(work, self.timeout)
         if error is None:
             return
