@@ -418,6 +418,9 @@ class ServerConfig:
     sse_keep_alive: float = setting(15.0, help="seconds of silence after which a stream sends a comment line; 0: never")
     allowed_origins: tuple[str, ...] = setting((), help="origins that browsers may call from (CORS); default: none")
     enable_metrics: bool = setting(True, help="serve /metrics")
+    engine_restarts: int = setting(
+        0, help="times that an engine which dies while it serves is started again; after that the server ends"
+    )
     log_level: str = setting("info", help="how much is logged", choices=("debug", "info", "warning", "error"))
 
     def problems(self) -> list[str]:
@@ -433,6 +436,8 @@ class ServerConfig:
                 found.append(f"--allowed-origins is {origin!r}; an origin is like https://app.example:8443, or *")
         if self.max_body_bytes < 1024:
             found.append(f"--max-body-bytes is {self.max_body_bytes}; it must be at least 1024")
+        if self.engine_restarts < 0:
+            found.append(f"--engine-restarts is {self.engine_restarts}; it must be 0 or more")
         for name in ("shutdown_timeout", "write_timeout", "sse_keep_alive"):
             value = getattr(self, name)
             if not 0 <= value < 86400:

@@ -107,6 +107,20 @@ def life(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
     made.http.close()
 
 
+@pytest.fixture
+def engines(life: Run, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What is launched."""
+    launched: list[Any] = []
+    inner = run.launch
+
+    def noted(*arguments: Any, **named: Any) -> Any:
+        launched.append(inner(*arguments, **named))
+        return launched[-1]
+
+    monkeypatch.setattr(run, "launch", noted)
+    return launched
+
+
 def test_a_server_that_nobody_asks_starts_and_ends_well(life: Run, capsys: pytest.CaptureFixture[str]) -> None:
     def script(life: Run) -> str:
         life.until(200)
@@ -257,26 +271,54 @@ def test_when_the_engine_dies_every_client_is_told_and_serve_raises_its_words(li
     assert other.status_code == 503 and "the stub fell over" in other.json()["error"]["message"]
 
 
+def test_an_engine_that_died_is_started_again_as_often_as_was_allowed(
+    life: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who is served when it dies is told; who comes after it is served by the next one, at the same port."""
+
+    def script(life: Run) -> list[int]:
+        found = []
+        for _ in range(3):
+            life.until(200)
+            events = [life.complete(stub.ECHO, 7).status_code, life.complete(stub.CRASH).status_code]
+            found += events
+        return found
+
+    with caplog.at_level(logging.WARNING, run.__name__):
+        error, found = life(script, engine_restarts=2)
+    assert isinstance(error, WeftError) and error.message == "RuntimeError: the stub fell over"
+    assert found == [200, 503] * 3
+    words = [record.getMessage() for record in caplog.records if "started again" in record.getMessage()]
+    assert [line.rpartition("allows ")[2] for line in words] == ["1 more", "0 more"]
+
+
+def test_a_server_that_was_told_to_end_starts_nothing_again(life: Run, engines: list[Any]) -> None:
+    def script(life: Run) -> None:
+        life.until(200)
+        stream = life.stream(stub.FOREVER)
+        next(stream)
+        life.stop()
+        life.until(503)
+        engines[0].process.kill()
+        assert any("killed by SIGKILL" in event for event in stream)
+
+    error, _ = life(script, engine_restarts=5)
+    assert isinstance(error, WeftError) and "killed by SIGKILL" in error.message
+    assert len(engines) == 1
+
+
 def test_what_the_engine_died_of_at_start_up_is_raised(life: Run) -> None:
-    error, _ = life(lambda life: None, "broken")
+    error, _ = life(lambda life: None, "broken", engine_restarts=3)
     assert isinstance(error, CheckpointError) and error.message.startswith("model.safetensors is missing")
 
 
 def test_what_the_front_end_cannot_use_ends_the_engine_too(
-    life: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    life: Run, engines: list[Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(run, "resolve_model", lambda model, revision: tmp_path)
-    launched: list[Any] = []
-    inner = run.launch
-
-    def noted(*arguments: Any, **named: Any) -> Any:
-        launched.append(inner(*arguments, **named))
-        return launched[-1]
-
-    monkeypatch.setattr(run, "launch", noted)
     error, _ = life(lambda life: None, "slow")
     assert isinstance(error, CheckpointError) and "tokenizer.json" in error.message
-    assert launched[0].process.returncode is not None and not launched[0].folder.exists()
+    assert engines[0].process.returncode is not None and not engines[0].folder.exists()
 
 
 def test_settings_that_cannot_be_are_refused_before_anything_starts(life: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,6 +328,8 @@ def test_settings_that_cannot_be_are_refused_before_anything_starts(life: Run, m
     monkeypatch.setattr(run, "launch", never)
     with pytest.raises(ConfigError, match="--max-num-seqs"):
         run.serve(EngineConfig(max_num_seqs=0), ServerConfig())
+    with pytest.raises(ConfigError, match="--engine-restarts is -1"):
+        run.serve(EngineConfig(), ServerConfig(engine_restarts=-1))
     with pytest.raises(ConfigError, match="--port"):
         run.serve(EngineConfig(), ServerConfig(port=99999))
     with pytest.raises(ConfigError, match="--api-key-file"):

@@ -1,7 +1,8 @@
 """`weft serve`: one front end, one engine process, and their lives from the first import to the last answer.
 
     loading ──engine ready──▶ ready ──signal──▶ draining ──nothing runs, or time is up──▶ end
-       └─────────── engine dies ──▶ dead ──what can be said is said──▶ end, with the engine's own words
+       └─────────── engine dies ──▶ dead ──what can be said is said──▶ end, with the engine's own words,
+                                                     or loading again (--engine-restarts)
 
 The port is listened on first, so that a port in use is said at once. The engine process is started before anything
 slow is imported here, so that both load at the same time.
@@ -48,7 +49,7 @@ HURRY_SECONDS = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """What is known before anything runs. folder: the model's."""
+    """What is known before anything runs. folder: the model's. begun: when its start began; None: with the process."""
 
     engine: EngineConfig
     server: ServerConfig
@@ -56,6 +57,15 @@ class Setup:
     listener: socket.socket
     folder: Path
     launched: Launched
+    begun: float | None
+
+
+class EngineDied(Exception):
+    """While it served. error: what of, in its own words."""
+
+    def __init__(self, error: WeftError) -> None:
+        super().__init__(error.message)
+        self.error = error
 
 
 def serve(engine: EngineConfig, server: ServerConfig) -> int:
@@ -71,11 +81,21 @@ def serve(engine: EngineConfig, server: ServerConfig) -> int:
         if not keys and not is_local(listener):
             log.warning("%s is open to every machine that reaches it; --api-key KEY would close it", url(listener))
         folder = resolve_model(engine.model, engine.revision)
-        launched = launch(engine, log_level=server.log_level)
-        try:
-            return asyncio.run(_run(Setup(engine, server, keys, listener, folder, launched)))
-        finally:
-            launched.end()
+        left, begun = server.engine_restarts, None
+        while True:
+            launched = launch(engine, log_level=server.log_level)
+            # The HTTP server closes its socket at its end; who calls before the next one is there waits in the line.
+            own = listener.dup() if left else listener
+            try:
+                return asyncio.run(_run(Setup(engine, server, keys, own, folder, launched, begun)))
+            except EngineDied as died:
+                if not left:
+                    raise died.error from None
+                left, begun = left - 1, time.monotonic()
+                log.error("%s", died.error.message)
+                log.warning("the engine is started again; --engine-restarts allows %d more", left)
+            finally:
+                launched.end()
 
 
 async def _run(setup: Setup) -> int:
@@ -146,7 +166,8 @@ def _make_app(setup: Setup, client: EngineClient, health: Health) -> tuple[ASGIA
 def _announce(setup: Setup, client: EngineClient, phases: list[Phase]) -> None:
     from weft.server.startup import exec_time, show
 
-    begun, launched, ready = exec_time(), setup.launched.started, client.ready
+    begun = exec_time() if setup.begun is None else setup.begun
+    launched, ready = setup.launched.started, client.ready
     front_end = [Phase("python, flags, model folder", launched - begun), *phases]
     engine = [Phase("python", (client.first_word or launched) - launched), *ready.phases]
     show(sys.stdout, ready, engine, front_end, time.monotonic() - begun, url(setup.listener))
@@ -165,7 +186,8 @@ async def _drain(setup: Setup, client: EngineClient, health: Health, gate: Gate,
 
 
 async def _end(client: EngineClient, health: Health, gate: Gate, signals: Signals) -> int:
-    """The exit code of a server that has drained. Raises what the engine died of, once its clients know."""
+    """The exit code of a server that has drained. Raises what the engine died of, once its clients know: EngineDied
+    where nobody had told the server to end."""
     death = client.death.result() if client.death.done() else None
     left = gate.running
     if death is not None or not signals.first.done():
@@ -178,7 +200,7 @@ async def _end(client: EngineClient, health: Health, gate: Gate, signals: Signal
     except TimeoutError:
         log.warning("%d answers could not be sent to their end: their clients do not take them", gate.running)
     if death is not None:
-        raise death
+        raise death if signals.first.done() else EngineDied(death)
     if not signals.first.done():
         raise WeftError("the HTTP server has ended by itself")
     return 1 if left else 0
