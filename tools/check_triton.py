@@ -31,7 +31,7 @@ from weft.kernels.triton_matmul import w4a8_kernel, w4a16_kernel
 from weft.kernels.triton_norm import gate_kernel, norm_kernel
 from weft.kernels.triton_quantise import rows_kernel
 from weft.kernels.triton_rotary import rotary_kernel
-from weft.kernels.triton_sample import draw_kernel, edit_kernel, score_kernel
+from weft.kernels.triton_sample import draw_kernel, edit_kernel, peak_kernel, race_kernel, score_kernel
 from weft.kernels.triton_tiles import (
     ACTIVATION,
     ANY,
@@ -40,6 +40,7 @@ from weft.kernels.triton_tiles import (
     QUANTISE,
     ROTARY,
     SAMPLE,
+    SAMPLE_PARTS,
     W4A8,
     W4A16,
     ProductTile,
@@ -276,9 +277,17 @@ def _sample_cases(key: int) -> list[Case]:
     types |= dict.fromkeys(("repetition", "frequency", "presence"), "*fp32") | {"top_ps": "*fp64"}
     types |= dict.fromkeys(("seeds", "positions", "tokens"), "*i64") | {"vocabulary": "i32", "k": "i32"}
     types |= dict.fromkeys(("top_ks", "starts", "ids", "counts", "ranks", "top_tokens"), "*i32")
-    shape, options = {"CHUNK": chunk, "DIGITS": digits}, {"num_warps": warps}
+    types |= {"part_peaks": "*fp32", "part_speeds": "*fp32", "part_tokens": "*i32", "part_winners": "*i32"}
+    part, part_warps = SAMPLE_PARTS[key]
+    parts, few = {"PART": part, "PARTS": 64}, {"num_warps": part_warps}
+    shape, options = {"CHUNK": chunk, "DIGITS": digits, **parts}, {"num_warps": warps}
+    greedy = types | dict.fromkeys(("seeds", "positions", "temperatures", "top_ks", "top_ps", "min_ps"))
+    greedy |= dict.fromkeys(("part_speeds", "part_winners"))
     return [
+        Case("peaks of parts", peak_kernel, types, parts, None, few),
+        Case("draw in parts", race_kernel, types, parts, None, few),
         Case("draw", draw_kernel, types, shape, None, options),
+        Case("draw, all greedy", draw_kernel, greedy, shape, None, options),
         Case("penalties", edit_kernel, types, {"EDITS": 256}, None, {"num_warps": 4}),
         Case("scores", score_kernel, types, {"CHUNK": chunk}, None, options, exact=False),
     ]

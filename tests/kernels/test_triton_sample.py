@@ -68,13 +68,15 @@ def rows_of(seed: int, count: int, *, levels: int | None) -> torch.Tensor:
     seed=st.integers(0, 2**31),
     levels=st.sampled_from([None, 1, 2]),
     chunk=st.sampled_from([(256, 5), (1024, 2), (1024, 5)]),
+    part=st.sampled_from([128, 512, 4096]),
 )
 def test_a_seed_gives_the_token_that_the_cpu_draws(
-    given: list[Sampling], seed: int, levels: int | None, chunk: tuple[int, int]
+    given: list[Sampling], seed: int, levels: int | None, chunk: tuple[int, int], part: int
 ) -> None:
     logits = rows_of(seed, len(given), levels=levels)
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(triton_tiles.SAMPLE, 0, (*chunk, 1))
+        patch.setitem(triton_tiles.SAMPLE_PARTS, 0, (part, 1))
         found = sample(logits.to(DEVICE), parameters_of(given, VOCABULARY).to(DEVICE))
     expected = sampler.sample(logits, given)
     for row, outcome in enumerate(expected):
@@ -133,6 +135,15 @@ def test_a_draw_depends_on_its_own_row_only() -> None:
     for row, one in enumerate(given):
         alone = sample(logits[row : row + 1].to(DEVICE), parameters_of([one], VOCABULARY).to(DEVICE))
         assert alone.tokens.tolist() == [together[row]]
+
+
+def test_among_equal_logits_the_lowest_id_is_taken_in_whatever_part_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(triton_tiles.SAMPLE_PARTS, 0, (64, 1))
+    logits = torch.full((4, VOCABULARY), -2.0)
+    logits[0, [130, 64, 999]], logits[1, [3, 700]], logits[2, 999] = 1.0, 1.0, 1.0
+    given = [Sampling(SamplingParams(temperature=0.0), 1, 1)] * 4
+    found = sample(logits.to(DEVICE), parameters_of(given, VOCABULARY).to(DEVICE))
+    assert found.tokens.tolist() == [64, 3, 999, 0]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

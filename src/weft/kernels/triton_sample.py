@@ -4,6 +4,9 @@ Weights are compared by their bits (they are not negative, so bits order them), 
 sum depends on no order. A filter leaves the weights above a threshold and so many of those that equal it, lowest ids
 first; thresholds are searched some bits at a time, with one pass over the row each. Two devices differ only where the
 last bits of exp or log1p, or 2**-40 of the weights' sum, decide between two tokens. Nothing waits for the device.
+
+The most probable token, and the draw of a row without top-k and top-p, are found by part of the vocabulary, so that a
+single row keeps a whole GPU busy; a filter's passes depend on one another, and are one program's.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import triton.language as tl
 
 from weft.kernels.sample_parameters import Parameters
 from weft.kernels.triton_numbers import helper
-from weft.kernels.triton_tiles import SAMPLE, architecture
+from weft.kernels.triton_tiles import SAMPLE, SAMPLE_PARTS, architecture
 
 _UNIT = tl.constexpr(2.0**40)
 _ALL = tl.constexpr(0x7FFFFFFF)
@@ -181,32 +184,105 @@ def edit_kernel(logits, starts, ids, biases, counts, repetition, frequency, pres
 
 
 @triton.jit
+def peak_kernel(logits, part_peaks, part_tokens, vocabulary, PART: tl.constexpr):
+    """Of a part of a row: the largest logit, NaN where there is one, and its token, the lowest id among equals."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    at = part * PART + tl.arange(0, PART)
+    found = tl.load(logits + row.to(tl.int64) * vocabulary + at, mask=at < vocabulary, other=float("-inf"))
+    some = found > float("-inf")
+    peak = tl.max(tl.where(some, found, float("-inf")), axis=0)
+    token = tl.min(tl.where(some & (found == peak), at, _ALL), axis=0)
+    broken = tl.max((found != found).to(tl.int32), axis=0) > 0
+    place = row * tl.num_programs(1) + part
+    tl.store(part_peaks + place, tl.where(broken, float("nan"), peak))
+    tl.store(part_tokens + place, token)
+
+
+@helper
+def _joined(part_peaks, part_tokens, row, vocabulary, PART: tl.constexpr, PARTS: tl.constexpr):
+    """(token, logit) of a row's largest, as `_most_probable`, from its parts."""
+    count = (vocabulary + PART - 1) // PART
+    part = tl.arange(0, PARTS)
+    found = tl.load(part_peaks + row * count + part, mask=part < count, other=float("-inf"))
+    peaks = tl.where(found > float("-inf"), found, float("-inf"))
+    peak = tl.max(peaks, axis=0)
+    best = tl.load(part_tokens + row * count + part, mask=part < count, other=_ALL)
+    token = tl.minimum(tl.min(tl.where(peaks == peak, best, _ALL), axis=0), vocabulary - 1)
+    return token, tl.where(tl.max((found != found).to(tl.int32), axis=0) > 0, float("nan"), peak)
+
+
+@helper
+def _keys(seeds, positions, row):
+    """The two uint32 keys of a row's draw."""
+    seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
+    position = tl.load(positions + row).to(tl.uint64, bitcast=True)
+    key = _mix64(_mix64(seed + _WEYL) + position * _WEYL)
+    return (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
+
+
+@triton.jit
+def race_kernel(
+    logits, seeds, positions, temperatures, top_ks, top_ps, min_ps,  # as draw_kernel
+    part_peaks, part_tokens,  # of peak_kernel
+    part_speeds,  # float32 [R, parts]
+    part_winners,  # int32 [R, parts]
+    vocabulary,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,
+):  # fmt: skip
+    """Of a part of a row that is drawn from without top-k and top-p: the largest weight / E, and its token, the lowest
+    id among equals."""
+    row, part = tl.program_id(0), tl.program_id(1)
+    temperature = tl.load(temperatures + row)
+    filtered = (tl.load(top_ks + row) > 0) | (tl.load(top_ps + row) < 1.0)
+    _, peak = _joined(part_peaks, part_tokens, row, vocabulary, PART, PARTS)
+    if (temperature > 0.0) & (tl.abs(peak) < float("inf")) & (not filtered):
+        low, high = _keys(seeds, positions, row)
+        at = part * PART + tl.arange(0, PART)
+        weights = _weights(logits + row.to(tl.int64) * vocabulary, at, vocabulary, peak, temperature)
+        kept = (weights >= tl.load(min_ps + row)) & (at < vocabulary)
+        speed = tl.where(kept, tl.div_rn(weights, _exponentials(at, low, high)), -1.0)
+        fastest = tl.max(speed, axis=0)
+        place = row * tl.num_programs(1) + part
+        tl.store(part_speeds + place, fastest)
+        tl.store(part_winners + place, tl.min(tl.where(speed == fastest, at, _ALL), axis=0))
+
+
+@triton.jit
 def draw_kernel(
     logits,  # float32 [R, V], after bias and penalties
     seeds, positions,  # int64 [R]
     temperatures, top_ks, top_ps, min_ps,  # float32, int32, float64, float32 [R]; None: all rows are greedy
+    part_peaks, part_tokens,  # of peak_kernel
+    part_speeds, part_winners,  # of race_kernel; None: all rows are greedy
     tokens,  # int64 [R]
     peaks,  # float32 [R]
     vocabulary,
+    PART: tl.constexpr,
+    PARTS: tl.constexpr,  # of a row, or more
     CHUNK: tl.constexpr,
     DIGITS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     logits += row.to(tl.int64) * vocabulary
-    token, peak = _most_probable(logits, vocabulary, CHUNK)
+    token, peak = _joined(part_peaks, part_tokens, row, vocabulary, PART, PARTS)
     tl.store(peaks + row, peak)
     if temperatures is not None:
         temperature = tl.load(temperatures + row)
         if (temperature > 0.0) & (tl.abs(peak) < float("inf")):
-            bits, equals = _filtered(
-                logits, vocabulary, peak, temperature, tl.load(min_ps + row), tl.load(top_ks + row),
-                tl.load(top_ps + row), CHUNK, DIGITS,
-            )  # fmt: skip
-            seed = tl.load(seeds + row).to(tl.uint64, bitcast=True)
-            position = tl.load(positions + row).to(tl.uint64, bitcast=True)
-            key = _mix64(_mix64(seed + _WEYL) + position * _WEYL)
-            low, high = (key & 0xFFFFFFFF).to(tl.uint32), (key >> 32).to(tl.uint32)
-            token = _race(logits, vocabulary, peak, temperature, bits, equals, low, high, CHUNK)
+            top_k, top_p = tl.load(top_ks + row), tl.load(top_ps + row)
+            if (top_k > 0) | (top_p < 1.0):
+                bits, equals = _filtered(
+                    logits, vocabulary, peak, temperature, tl.load(min_ps + row), top_k, top_p, CHUNK, DIGITS
+                )
+                low, high = _keys(seeds, positions, row)
+                token = _race(logits, vocabulary, peak, temperature, bits, equals, low, high, CHUNK)
+            else:
+                count = (vocabulary + PART - 1) // PART
+                part = tl.arange(0, PARTS)
+                speeds = tl.load(part_speeds + row * count + part, mask=part < count, other=-1.0)
+                winners = tl.load(part_winners + row * count + part, mask=part < count, other=_ALL)
+                token = tl.min(tl.where(speeds == tl.max(speeds, axis=0), winners, _ALL), axis=0)
     tl.store(tokens + row, token.to(tl.int64))
 
 
@@ -280,12 +356,30 @@ def sample(logits: torch.Tensor, parameters: Parameters) -> Drawn:
         edit_kernel[(rows,)](source, *edits.tensors, vocabulary, EDITS=256, num_warps=4, enable_fp_fusion=False)
     if rows:
         drawing = (parameters.temperatures, parameters.top_ks, parameters.top_ps, parameters.min_ps)
+        drawing = (parameters.seeds, parameters.positions, *drawing)
+        size, part_warps = SAMPLE_PARTS[architecture(logits.device)]
+        size = min(size, triton.next_power_of_2(vocabulary))
+        parts = triton.cdiv(vocabulary, size)
+        shape = {"PART": size, "enable_fp_fusion": False}
+        tops = _partial(rows, parts, logits.device)
+        peak_kernel[(rows, parts)](source, *tops, vocabulary, num_warps=part_warps, **shape)
+        shape |= {"PARTS": triton.next_power_of_2(parts)}
+        race: tuple[torch.Tensor | None, ...] = (None, None)
+        if parameters.temperatures is not None:
+            race = _partial(rows, parts, logits.device)
+            race_kernel[(rows, parts)](source, *drawing, *tops, *race, vocabulary, num_warps=part_warps, **shape)
         draw_kernel[(rows,)](
-            source, parameters.seeds, parameters.positions, *drawing, tokens, peaks, vocabulary, CHUNK=chunk,
-            DIGITS=digits, num_warps=warps, enable_fp_fusion=False,
+            source, *drawing, *tops, *race, tokens, peaks, vocabulary, CHUNK=chunk, DIGITS=digits, num_warps=warps,
+            **shape,
         )  # fmt: skip
     scores = None if parameters.scores is None else score(logits, tokens, parameters.scores)
     return Drawn(tokens, peaks, None, scores) if edits is None else Drawn(tokens, logits.amax(-1), peaks, scores)
+
+
+def _partial(rows: int, parts: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """For a number and a token of each part of each row."""
+    shape = (rows, parts)
+    return torch.empty(shape, device=device), torch.empty(shape, dtype=torch.int32, device=device)
 
 
 def score(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> Scores:

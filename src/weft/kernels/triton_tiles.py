@@ -127,6 +127,8 @@ ACTIVATION = {INTERPRETER: (64, 1024, 1), 80: (1, 2048, 8), 90: (1, 2048, 8), 10
 QUANTISE = {INTERPRETER: (8, 1), 80: (8, 4), 90: (8, 4), 100: (8, 4)}
 # (logits of a row that a program reads at once, bits of a threshold that a pass finds, warps): sampling.
 SAMPLE = {INTERPRETER: (4096, 5, 1), 80: (2048, 2, 16), 90: (2048, 2, 16), 100: (2048, 2, 16)}
+# (logits of a row that a program has, warps): what sampling does by part of the vocabulary, of 128256 tokens in 63.
+SAMPLE_PARTS = {INTERPRETER: (4096, 1), 80: (2048, 4), 90: (2048, 4), 100: (2048, 4)}
 
 
 @cache
