@@ -104,13 +104,18 @@ class ProductTile:
 
 
 ANY = 2**31
-# Products with 4-bit weights: of a table the first tile holds that is for as many rows and outputs. Few rows take
-# narrow tiles, so that all of the GPU reads weights. benchmarks/w4ax_tune.py measures what else would do; these numbers
+# Products with 4-bit weights: of a table the first tile holds that is for as many rows and outputs. Few rows and few
+# outputs take narrow tiles, so that more of the GPU reads weights: 4096 outputs have 128 programs up to 64 rows, 6144
+# have 192, 96 and 96. Each reads all of its rows, too, which are most of what 64 rows of a narrow tile load; so 6144
+# outputs take 64 columns there, and not 32 twice. benchmarks/w4ax_tune.py measures what else would do; these numbers
 # are from before any GPU was there.
 _FEW_ROWS = (
     ProductTile((16, 8192), (16, 32), 4, 4),
     ProductTile((16, ANY), (16, 64), 4, 4),
+    ProductTile((32, 4096), (32, 32), 4, 4),
     ProductTile((32, ANY), (32, 64), 4, 4),
+    ProductTile((64, 4096), (64, 32), 4, 4),
+    ProductTile((64, 8192), (64, 64), 4, 4),
     ProductTile((64, ANY), (64, 128), 8, 3),
 )
 _INTEGERS = (*_FEW_ROWS, ProductTile((ANY, ANY), (128, 128), 8, 3))
