@@ -35,6 +35,7 @@ from weft.kernels.triton_sample import draw_kernel, edit_kernel, peak_kernel, ra
 from weft.kernels.triton_tiles import (
     ACTIVATION,
     ANY,
+    ATTENTION_QUANTISED_HIGH,
     LINEAR,
     NORM,
     QUANTISE,
@@ -232,9 +233,13 @@ def _attention_cases(quick: bool, key: int) -> list[Case]:
     types |= {"scale": "fp32", "eps": "fp32"}
     made = []
     sorts = [(16, "BF16", 128), (4, "KV4", 128), (16, "BF16, 256", 256), (8, "KV8", 128), (4, "KV4, 256", 256)]
+    if key in ATTENTION_QUANTISED_HIGH:
+        sorts.append((4, "KV4, high", 128))
     for bits, name, channels in sorts[:3] if quick else sorts:
         given = types | _kv_types(bits)
         chosen = attention_tile(channels, quantised=bits < 16, key=key)
+        if name.endswith("high"):
+            chosen = ATTENTION_QUANTISED_HIGH[key]
         head = {"D": channels, "HALF": channels // 2, "LOG": channels.bit_length() - 1, "BITS": bits}
         shape = {**head, "GROUP": 4, "BLOCK_SIZE": 16, "KV_HEADS": 8, "SLICES": 64, "TOKENS": chosen.tokens}
         shape |= {"SPLIT": chosen.split, "KIND": tl.bfloat16, "WINDOWED": False}
@@ -254,6 +259,8 @@ def _attention_cases(quick: bool, key: int) -> list[Case]:
                     spills=SPILLS[channels],
                 )
             )
+        if name.endswith("high"):
+            continue
         combine = {**head, "HEADS": 4, "GROUP": 4, "SPLIT": chosen.split, "WINDOWED": False}
         made.append(Case(f"attention, combine, {name}", combine_kernel, given, combine, None, {"num_warps": 1}))
         high, warps = ROTARY[key]

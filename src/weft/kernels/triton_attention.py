@@ -266,7 +266,7 @@ def combine_kernel(
     lowest = 0
     if WINDOWED:
         lowest = tl.maximum(end - window, 0) // SPLIT
-    for split in range(lowest, (end + SPLIT - 1) // SPLIT):
+    for split in tl.range(lowest, (end + SPLIT - 1) // SPLIT, num_stages=4):  # splits are fetched ahead
         place = pair * splits + split
         at = sums + (place * GROUP + group)[:, None] * D + column
         made = (

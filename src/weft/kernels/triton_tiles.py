@@ -33,8 +33,9 @@ class AttentionTile:
 # Stages on 90: keys and values are found by the block table, which is loaded a stage before them. With three or four
 # stages the compiler fetches a tile when the one before it is done, and nothing is on its way while it computes; with
 # five the next one is. Two programs of decode still fit on a multiprocessor: 2 * (115200 + 1024) of 233472 bytes.
-# In decode most of the 64 rows are empty: the tensor cores wait for memory anyway, and with the instruction and the
-# layout of prefill a row's bits are the same there.
+# In decode most of the 64 rows are empty. In 16 bits that costs nothing: a token and head is 512 bytes, 25 cycles of a
+# multiprocessor's share of the memory, and 8 of its tensor cores. With the instruction and the layout of prefill a
+# row's bits are the same there.
 ATTENTION = {
     INTERPRETER: AttentionTile(256, 512, (64, 4, 1), (64, 4, 1), 1),
     80: AttentionTile(64, 512, (128, 8, 2), (64, 4, 3), 2),
@@ -42,12 +43,17 @@ ATTENTION = {
     100: AttentionTile(64, 512, (128, 8, 3), (128, 8, 3), 1),
 }
 # The same for 8 and 4 bits, whose scales and zeros want registers, too: on 80 prompts spill least with one stage.
+# A token and head in 4 bits is 136 bytes, 6.6 cycles of memory; empty rows would take more than that (docs/
+# kernels_gpu.md has the numbers). So decode has 16 rows, one warp and `mma.sync`, and prefill on 90 as well, for the
+# bits: `wgmma` has 64 rows at least. One warp takes a long split too long, hence 256.
 ATTENTION_QUANTISED = {
     INTERPRETER: ATTENTION[INTERPRETER],
-    80: AttentionTile(32, 512, (128, 8, 1), (64, 4, 3), 2),
-    90: AttentionTile(32, 512, (128, 8, 5), (64, 4, 5), 2),
+    80: AttentionTile(32, 256, (128, 8, 1), (16, 1, 3), 8),
+    90: AttentionTile(32, 256, (16, 1, 5), (16, 1, 5), 8),
     100: AttentionTile(32, 512, (128, 8, 3), (128, 8, 3), 1),
 }
+# By `wgmma`, which is better for long prompts; for a GPU to measure beside the others (`tile` of `attention`).
+ATTENTION_QUANTISED_HIGH = {90: AttentionTile(32, 256, (128, 8, 5), (64, 4, 5), 2)}
 # Heads of more than 128 channels. On 80 a tile must have as many rows as half a head has channels:
 # otherwise the compiler cuts rows between warps, in decode but not in prefill, and sums weights in another order. And
 # 86, 89 and 120 have 99 KiB for it.
