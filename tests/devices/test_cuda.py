@@ -660,7 +660,7 @@ def test_every_kernel_that_can_be_called_was_tried_out(folder: Path, monkeypatch
         return torch.zeros(len(rows), VOCABULARY)
 
     def key(rows: int, slices: int) -> tuple[Any, ...]:
-        few = [tile_of(table[90], rows, outputs) for table in (W4A8, W4A16) for outputs in (4096, 28672)]
+        few = [tile_of(table[90], rows, outputs) for table in (W4A8, W4A16) for outputs in (4096, 6144, 28672)]
         return (*few, LINEAR[90].of(rows)), (slices_of(slices), rows == slices)
 
     drawn: set[tuple[bool, ...]] = set()

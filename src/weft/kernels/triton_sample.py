@@ -355,8 +355,8 @@ def sample(logits: torch.Tensor, parameters: Parameters) -> Drawn:
         source = logits.clone()
         edit_kernel[(rows,)](source, *edits.tensors, vocabulary, EDITS=256, num_warps=4, enable_fp_fusion=False)
     if rows:
-        drawing = (parameters.temperatures, parameters.top_ks, parameters.top_ps, parameters.min_ps)
-        drawing = (parameters.seeds, parameters.positions, *drawing)
+        filters = (parameters.top_ks, parameters.top_ps, parameters.min_ps)
+        drawing = (parameters.seeds, parameters.positions, parameters.temperatures, *filters)
         size, part_warps = SAMPLE_PARTS[architecture(logits.device)]
         size = min(size, triton.next_power_of_2(vocabulary))
         parts = triton.cdiv(vocabulary, size)
