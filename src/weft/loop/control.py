@@ -118,11 +118,13 @@ class Control:
         return left if sequence.state is State.PREFILL else self._new * left
 
     def offered(self, request: Request, now: float) -> None:
-        """A request that was accepted, or found no place: both are what the device is asked to do."""
+        """A request that was accepted or found no place: both are what the device is asked to do."""
         self._controller.tell(Arrived(now, max(1, round(self._new * len(request.prompt)))))
 
-    def accepted(self, request: Request, now: float) -> None:
+    def arrived(self, request: Request, now: float) -> None:
+        """A request that was accepted."""
         self._first[request.id] = now
+        self.offered(request, now)
 
     def noted(self, events: list[Event], now: float) -> None:
         for event in events:

@@ -94,8 +94,7 @@ class Engine:
                 control.offered(request, now)
             raise
         if control is not None:
-            control.offered(request, now)
-            control.accepted(request, now)
+            control.arrived(request, now)
 
     def abort(self, request_id: str) -> None:
         """End a request; its events come out of the next `step`. An id that is not live is ignored: it just ended."""

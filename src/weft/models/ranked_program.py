@@ -11,7 +11,6 @@ import torch
 from weft.core.plan import Slice
 from weft.errors import RankLost
 from weft.kernels.base import Kernels
-from weft.kernels.record import Meet
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.weave.seam import Joined, Seam, run
@@ -46,6 +45,8 @@ class RankedProgram:
 
     def layers(self, slices: Sequence[Slice], rows: Sequence[int]) -> float:
         """A run, and the seconds of its layers and their seams: from the end of the embedding's seam to the last."""
+        from weft.kernels.record import Meet
+
         before = self._program.timings()
         self._program.timed = True
         try:
