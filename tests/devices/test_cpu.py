@@ -29,6 +29,7 @@ from weft.errors import CheckpointError, ConfigError, DeviceError
 from weft.kernels import available
 from weft.models.families import read_config
 from weft.models.loader import EMBEDDING, tensor_shapes
+from weft.models.ranked import LanePlace
 
 KERNELS = sorted({available()[0], "reference"})
 BLOCK = 16
@@ -438,7 +439,7 @@ def test_fewer_cores_between_two_steps_keep_the_outputs(open_tiny: Open, kernels
     whole = [one(device, piece(1, prompt)), one(device, piece(1, [8], start=38), step=2)]
     cores = usable_cores(None)
     moved = [one(device, piece(2, prompt, first_block=8), step=3)]
-    device._shares[Lane.MIXED] = cores[:1]  # type: ignore[attr-defined]
+    device._places[Lane.MIXED] = LanePlace(cores[:1])  # type: ignore[attr-defined]
     moved.append(one(device, piece(2, [8], start=38, first_block=8), step=4))
     for before, after in zip(whole, moved, strict=True):
         assert after.sampled[0].token == before.sampled[0].token

@@ -83,7 +83,7 @@ def open_cpu(config: EngineConfig, folder: Path, say: Callable[[str], None], gro
         kv = next(iter(decoders.values())).make_kv(pool.blocks, config.block_size, config.kv_cache_dtype)
         forwards: dict[Lane, Forward] = {
             lane: open_ranked(
-                config, group, store, lane.value, decoder, kernels[lane], _place_of(lane, shares), kv, pool.blocks
+                config, group, store, lane.value, decoder, kernels[lane], _places(shares)[lane], kv, pool.blocks
             )
             if group is not None
             else open_forward(
@@ -166,18 +166,19 @@ class CpuLane:
     def _move(self, place: LanePlace) -> float:
         begun, before = time.perf_counter(), self.cores
         try:
-            if place.cores != before:
-                self.kernels.set_cores(place.cores)
-                self.cores = place.cores
-            if isinstance(self.forward, Ranked):
-                self.forward.move(place)
-            self.pin()
-        except Exception:  # some threads may have moved
-            self.kernels.set_cores(before)
-            self.cores = before
-            self.pin()
+            self._go(place, others=place.cores != before)
+        except Exception:  # some threads may have moved; and these cores may have been given to another lane
+            self._go(LanePlace(before, shared=True), others=True)
             raise
         return time.perf_counter() - begun if place.cores != before else 0.0
+
+    def _go(self, place: LanePlace, others: bool) -> None:
+        if others:
+            self.kernels.set_cores(place.cores)
+            self.cores = place.cores
+        if isinstance(self.forward, Ranked):
+            self.forward.move(place)
+        self.pin()
 
     def pin(self) -> None:
         """Put the calling thread, which is the lane's, where the kernels expect it."""
@@ -227,7 +228,7 @@ class CpuDevice:
         self._cores = cores
         self._partition = partition
         self._names = tuple(lanes)
-        self._shares = {name: lane.cores for name, lane in lanes.items()}
+        self._places = _places({name: lane.cores for name, lane in lanes.items()})
         self._queues = Queues(lanes)
         self._lost: RankLost | None = None
         self._threads = [
@@ -269,7 +270,7 @@ class CpuDevice:
                 f"partition {partition.prefill}:{partition.decode}; each lane needs a core, "
                 f"and there are {len(self._cores)}"
             )
-        self._shares = _cores_of(partition, self._cores)
+        self._places = _places(_cores_of(partition, self._cores))
         self._partition = partition
 
     def memory(self) -> tuple[tuple[str, int], ...]:
@@ -292,7 +293,7 @@ class CpuDevice:
     def _step(self, name: Lane, lane: CpuLane, plan: Plan) -> Result:
         if self._queues.closing:
             return Result(Ticket(plan.step, plan.lane), error=CLOSED)
-        moved = lane.adopt(name, _place_of(name, self._shares))
+        moved = lane.adopt(name, self._places[name])
         try:
             result = lane.run(plan)
         except RankLost as error:  # the device has failed, and `poll` says so
@@ -351,9 +352,12 @@ def _cores_of(partition: Partition, cores: Cores) -> dict[Lane, Cores]:
     return {Lane.PREFILL: cores[: partition.prefill], Lane.DECODE: cores[len(cores) - partition.decode :]}
 
 
-def _place_of(lane: Lane, shares: Mapping[Lane, Cores]) -> LanePlace:
-    others = (cores for other, cores in shares.items() if other is not lane)
-    return LanePlace(shares[lane], share_cores(shares[lane], others))
+def _places(shares: Mapping[Lane, Cores]) -> dict[Lane, LanePlace]:
+    """Once for each partition, not for each step."""
+    return {
+        lane: LanePlace(own, share_cores(own, (cores for other, cores in shares.items() if other is not lane)))
+        for lane, own in shares.items()
+    }
 
 
 def _words(error: Exception) -> str:
