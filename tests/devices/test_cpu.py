@@ -25,11 +25,12 @@ from weft.devices.base import Description, Device
 from weft.devices.cores import usable_cores
 from weft.devices.cpu import CpuDevice, CpuLane, open_cpu, share_out
 from weft.devices.memory import Pool, free_memory, size_pool
+from weft.devices.pinning import pinned
 from weft.errors import CheckpointError, ConfigError, DeviceError
-from weft.kernels import available
+from weft.kernels import REFERENCE, available
 from weft.models.families import read_config
 from weft.models.loader import EMBEDDING, tensor_shapes
-from weft.models.ranked import LanePlace
+from weft.models.ranked import LanePlace, Ranked
 
 KERNELS = sorted({available()[0], "reference"})
 BLOCK = 16
@@ -422,6 +423,30 @@ def test_a_share_that_cannot_be_had_costs_no_step_and_is_told_of_once(caplog: py
     wanted = "lane prefill keeps the share that it has, not cores 4, 5, 13: DeviceError: core 13 is not for us"
     assert [(record.levelname, record.message) for record in caplog.records] == [("WARNING", wanted)]
     device.close()
+
+
+def test_a_move_that_fails_half_way_is_taken_back() -> None:
+    """By the kernels, of whose threads some have moved, and by the thread of the seams."""
+    cores, absent = usable_cores(None), (4000,)
+    asked: list[tuple[int, ...]] = []
+    places: list[LanePlace] = []
+
+    class Kernels:
+        name = REFERENCE
+
+        def set_cores(self, wanted: tuple[int, ...]) -> None:
+            asked.append(wanted)
+            if wanted == absent:
+                raise DeviceError("core 4000 is not for us")
+
+    forward: Any = object.__new__(Ranked)
+    forward.head, forward.move = None, places.append
+    kernels: Any = Kernels()
+    lane = CpuLane(kernels, forward, forward, cores)
+    with pinned(REFERENCE, cores):
+        assert lane.adopt(Lane.MIXED, LanePlace(absent)) == 0.0
+    assert asked == [absent, cores] and lane.cores == cores
+    assert places == [LanePlace(cores, shared=True)]
 
 
 def test_a_mixed_lane_has_no_shares(open_tiny: Open) -> None:
