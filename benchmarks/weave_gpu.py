@@ -123,11 +123,13 @@ class Layer:
     """A rank's layer of random weights, and what is measured of it."""
 
     def __init__(self, gpu: Any, shape: Shape, units: str, rounds: int) -> None:
-        from weft.devices.cuda_ranks import WAVE
+        from weft.devices.cuda_ranks import waves_of
         from weft.kernels.triton import TritonKernels
+        from weft.weave.split import Waves
 
         self.gpu, self.shape, self.rounds = gpu, shape, rounds
-        self.wave = WAVE if gpu.device.type == "cuda" else 4
+        real = gpu.device.type == "cuda"
+        self.waves = waves_of([*shape.attend, *shape.feed], gpu.sms) if real else Waves(4)
         self.kernels = TritonKernels(gpu.device)
         self.stream = gpu.stream()
         self.attend = [self._packed(units, *size) for size in shape.attend]
@@ -137,7 +139,7 @@ class Layer:
     def split(self, tokens: int) -> Row:
         from weft.weave.split import choose_cut
 
-        cut, beside = choose_cut([tokens], self.wave), tokens // 2 + min(BESIDE, tokens // 4)
+        cut, beside = choose_cut([tokens], self.waves), tokens // 2 + min(BESIDE, tokens // 4)
 
         def parts(at: int) -> Callable[[], None]:
             halves = [self._rows(count) for count in (at, tokens - at) if count]
@@ -180,7 +182,7 @@ class Layer:
         from weft.weave.streams import SideStream
         from weft.weave.weaver import Weaver
 
-        cut, collective = choose_cut([tokens], self.wave), self._collective(tokens)
+        cut, collective = choose_cut([tokens], self.waves), self._collective(tokens)
         side = SideStream(collective, self.gpu.device)
 
         def work(counts: list[int], by: Any) -> Callable[[], None]:

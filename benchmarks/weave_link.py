@@ -1,6 +1,6 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    sudo python benchmarks/weave_link.py [--quick | --short | --cells CELL ...] [--rounds N] [--layers N]
+    sudo python benchmarks/weave_link.py [--quick | --short | --cells CELL ...] [--rounds N] [--layers N] [--gloo]
                                          [--json FILE] [--plot FILE]
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
@@ -19,6 +19,7 @@ first.
     no communication          every rank goes on with its own sums: wrong results, and the time that cannot be beaten
                               but by not normalising all rows on every rank
     split, no communication   the same in three strands: what splitting costs
+    fused, woven over gloo    with --gloo: the same seams, whose messages the gloo library carries
 
 What weft would choose is measured once for a link and a model, for the sizes that a rank measures when it starts.
 
@@ -29,6 +30,9 @@ What weft would choose is measured once for a link and a model, for the sizes th
   interface's counter; of the W4A4 model one block of channels in 16 has 8-bit activations.
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
 * choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
+* gloo_vs_links_fused, gloo_vs_links_woven: with --gloo, a step over gloo over one whose seams weft carries itself
+  (csrc/links.h), the median of all cells; gloo_vs_links_cpu: what the seams of a woven step take of rank 0's CPU, that
+  is its CPU seconds less those without communication, one over the other. So whether gloo is the limit.
 """
 
 from __future__ import annotations
@@ -62,7 +66,9 @@ PLAIN, ONE_SHOT, FUSED, TWO, WOVEN = "plain", "one-shot", "fused", "woven, two s
 QUANTISED = "woven, quantised gather"
 FUSED_QUANTISED, TWO_QUANTISED = "fused, quantised gather", "woven, two strands, quantised gather"
 NOTHING, SPLIT = "no communication", "split, no communication"
+FUSED_GLOO, WOVEN_GLOO = "fused over gloo", "woven over gloo"
 MODES = (PLAIN, ONE_SHOT, FUSED, TWO, WOVEN, FUSED_QUANTISED, TWO_QUANTISED, QUANTISED, NOTHING, SPLIT)
+ALL_MODES = (*MODES, FUSED_GLOO, WOVEN_GLOO)
 MBIT = (2000, 1000, 500, 250)
 LATENCIES = (0.0, 1e-4, 1e-3)
 TOKENS = (256, 512, 1024, 2048)
@@ -106,12 +112,14 @@ def main() -> None:
     with _namespaces() as link:
         for some, layers in groups:
             precisions = [*dict.fromkeys(cell.precision for cell in some)]
-            with closing(Ranks(link, layers, precisions, max(cell.tokens for cell in some))) as ranks:
+            most = max(cell.tokens for cell in some)
+            with closing(Ranks(link, layers, precisions, most, gloo=arguments.gloo)) as ranks:
                 for cell in some:
                     link.shape(cell.mbit)
                     rows.append(row(cell, ranks.job(cell, arguments.rounds if cell.mbit else 1)))
-                    common.say(f"{cell}: {', '.join(f'{name} {rows[-1][name]}' for name in MODES if name in rows[-1])}")
-    print(common.table(HEAD, [_cells(one) for one in rows]), "\n")
+                    common.say(f"{cell}: {', '.join(f'{name} {rows[-1][name]}' for name in _timed(rows[-1:]))}")
+    timed = _timed(rows)
+    print(common.table(_head(timed), [_cells(one, timed) for one in rows]), "\n")
     if arguments.plot is not None:
         _plot(arguments.plot, rows)
     note = common.load_note(watch)
@@ -138,7 +146,8 @@ def served(*, quantised: bool) -> dict[tuple[str, int], str]:
 
 
 def merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The answers of all ranks in one: the seconds of the slower rank in each step, and of_rank_0, its own."""
+    """The answers of all ranks in one: the seconds of the slower rank in each step, and of_rank_0, its own. CPU and
+    bytes are those of rank 0."""
     own = answers[0]["seconds"]
     slower = {name: list(map(max, *(answer["seconds"][name] for answer in answers))) for name in own}
     return answers[0] | {"seconds": slower, "of_rank_0": own}
@@ -158,7 +167,7 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         "latency": cell.latency,
         "precision": cell.precision,
         "tokens": cell.tokens,
-        **{name: common.Figure.of([1000 * one for one in seconds[name]]) for name in MODES if name in seconds},
+        **{name: common.Figure.of([1000 * one for one in seconds[name]]) for name in ALL_MODES if name in seconds},
         "communication": 1 - 1 / ratio(PLAIN, NOTHING).median,
         "link_load": ratio(FUSED, NOTHING).median - 1,
         "gain": ratio(PLAIN, WOVEN),
@@ -169,6 +178,11 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         "best": best,
         "regret": ratio(answer["chosen"], best).median - 1,
     }
+    if WOVEN_GLOO in seconds:
+        cpu = {name: statistics.median(answer["cpu"][name]) for name in (WOVEN, WOVEN_GLOO, NOTHING)}
+        found["gloo_vs_links_fused"] = ratio(FUSED_GLOO, FUSED)
+        found["gloo_vs_links_woven"] = ratio(WOVEN_GLOO, WOVEN)
+        found["seams_cpu_ms"] = {name: 1000 * (cpu[name] - cpu[NOTHING]) for name in (WOVEN, WOVEN_GLOO)}
     if QUANTISED in seconds:
         found["quantised_gain"] = ratio(PLAIN, QUANTISED)
         found["bytes_saved"] = 1 - answer["sent"][QUANTISED] / answer["sent"][WOVEN]
@@ -193,8 +207,19 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "gather_bytes_saved_int4": sent.get("w4a4"),
         "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in timed), default=None),
         "choice_regret_percent": max((100 * one["regret"] for one in timed), default=None),
+        **_transports([one for one in timed if "seams_cpu_ms" in one]),
     }
     return {name: value for name, value in found.items() if value is not None}
+
+
+def _transports(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
+    """gloo beside weft's own connections."""
+    ratios = ("gloo_vs_links_fused", "gloo_vs_links_woven")
+    cpu = [one["seams_cpu_ms"] for one in rows]
+    return {
+        **{name: _median([one[name].median for one in rows]) for name in ratios},
+        "gloo_vs_links_cpu": _median([one[WOVEN_GLOO] / one[WOVEN] for one in cpu if one[WOVEN] > 0]),
+    }
 
 
 def _median(values: Sequence[float]) -> float | None:
@@ -252,7 +277,7 @@ def _namespaces() -> Iterator[Link]:
 class Ranks:
     """The two processes (weave_ranks.py)."""
 
-    def __init__(self, link: Any, layers: int, precisions: Sequence[str], tokens: int) -> None:
+    def __init__(self, link: Any, layers: int, precisions: Sequence[str], tokens: int, *, gloo: bool = False) -> None:
         from weft.kernels import resolve
 
         cores = sorted(os.sched_getaffinity(0))
@@ -271,6 +296,7 @@ class Ranks:
                 "shape": SHAPE | {"num_hidden_layers": layers},
                 "tokens": tokens,
                 "precisions": list(precisions),
+                "gloo": gloo,
                 "address": link.addresses[0],
                 "port": PORT,
                 "bind": link.addresses[rank],
@@ -325,6 +351,7 @@ def _arguments() -> argparse.Namespace:
         "--cells", type=_cell, nargs="+", metavar="CELL", help="these only: MBIT:PRECISION:TOKENS[:MILLISECONDS]"
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="of each cell (7; 5 with --short, 3 with --quick)")
+    parser.add_argument("--gloo", action="store_true", help="also carry fused and woven seams by the gloo library")
     parser.add_argument("--short", action="store_true", help="a part of the grid: all claims in ten minutes")
     arguments = parser.parse_args()
     arguments.layers = arguments.layers or (4 if arguments.quick else 6)
@@ -358,15 +385,21 @@ def _run(*command: str) -> None:
     subprocess.run(command, check=True)
 
 
-HEAD = ["link", "model", "tokens", *(f"{name}, ms" for name in MODES)]
-HEAD += ["comm", "woven gain", "chosen", "vs plain", "best", "regret"]
+def _timed(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The modes that there are."""
+    return [name for name in ALL_MODES if any(name in one for one in rows)]
 
 
-def _cells(one: dict[str, Any]) -> list[object]:
+def _head(timed: Sequence[str]) -> list[str]:
+    times = [f"{name}, ms" for name in timed]
+    return ["link", "model", "tokens", *times, "comm", "woven gain", "chosen", "vs plain", "best", "regret"]
+
+
+def _cells(one: dict[str, Any], timed: Sequence[str]) -> list[object]:
     link = "not shaped" if one["mbit"] is None else f"{one['mbit']} Mbit/s"
     if one["latency"]:
         link += f" + {1000 * one['latency']:g} ms"
-    times = [one.get(name, "-") for name in MODES]
+    times = [one.get(name, "-") for name in timed]
     shares = [f"{one['communication']:.0%}", one["gain"], one["chosen"], f"{one['chosen_vs_plain']:.2f}"]
     return [link, one["precision"], one["tokens"], *times, *shares, one["best"], f"{one['regret']:.1%}"]
 

@@ -18,6 +18,7 @@ import torch
 from torch.distributed.distributed_c10d import PrefixStore
 from weave_link import (
     FUSED,
+    FUSED_GLOO,
     FUSED_QUANTISED,
     NOTHING,
     ONE_SHOT,
@@ -27,12 +28,13 @@ from weave_link import (
     TWO,
     TWO_QUANTISED,
     WOVEN,
+    WOVEN_GLOO,
     served,
 )
 
 from weft import _native
 from weft.core.plan import Slice
-from weft.devices.group import STRANDS, WAVE, Chooser, measured_sizes
+from weft.devices.group import STRANDS, WAVES, Chooser, measured_sizes
 from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows, input_format
 from weft.models.batch import make_batch
@@ -43,6 +45,7 @@ from weft.models.measure import measure
 from weft.models.ranked import cut_step
 from weft.models.rope import Rotary
 from weft.models.shard import Part, shard_config
+from weft.weave.background import Background
 from weft.weave.choice import Costs, Mode
 from weft.weave.collective import Collective, Join, Joined
 from weft.weave.distributed import AllReduceCollective, DistributedCollective, connect, meet
@@ -167,12 +170,22 @@ class Rank:
 
         reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
         self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
-        size = raw["hidden_size"] * torch.float32.itemsize
-        messages, joined = connect(*group(ONE_SHOT), **reach), FusedRows(self.kernels)
-        self.one_shot = Delayed(DistributedCollective(messages, joined, capacity=most * size, one_round=True))
+        capacity = most * raw["hidden_size"] * torch.float32.itemsize
+
+        def over_gloo(name: str, kernels: CpuKernels, *, one_round: bool = False) -> Delayed:
+            messages = connect(*group(name), **reach)
+            return Delayed(
+                DistributedCollective(messages, FusedRows(kernels), capacity=capacity, one_round=one_round)
+            )
+
+        self.one_shot = over_gloo(ONE_SHOT, self.kernels, one_round=True)
+        self.over_gloo: dict[str, Delayed] = {}
+        if orders["gloo"]:
+            self.over_gloo = {FUSED_GLOO: over_gloo(FUSED_GLOO, self.kernels), WOVEN_GLOO: over_gloo(WOVEN_GLOO, own)}
         self.fused = Delayed(open_sockets(*group(FUSED), self.kernels, **reach))
         self.behind = _native.DistantSeams(open_sockets(*group(WOVEN), own, **reach).group)
         self.woven = NativeBackground(NativeCollective(self.behind, own), (core,))
+        self.gloo_woven = Background(self.over_gloo[WOVEN_GLOO], (core,)) if self.over_gloo else None
         self.silent = Silent(self.rank, FusedRows(self.kernels))
         self.costs: dict[tuple[Any, ...], Costs] = {}  # by link and model
 
@@ -188,6 +201,11 @@ class Rank:
             NOTHING: (self.silent, 1, False),
             SPLIT: (self.silent, most, False),
         }
+        if self.gloo_woven is not None:
+            found |= {
+                FUSED_GLOO: (self.over_gloo[FUSED_GLOO], 1, False),
+                WOVEN_GLOO: (self.gloo_woven, most, False),
+            }
         if model.quantised:
             found |= {FUSED_QUANTISED: (self.fused, 1, True), TWO_QUANTISED: (woven, 2, True)}
             found |= {QUANTISED: (woven, most, True)}
@@ -198,7 +216,7 @@ class Rank:
         """Of a prompt of so many tokens, the last row is kept. count: of strands."""
         strands = [
             model.decoder.strand(make_batch(own, KV_BLOCK, kept), model.kv)
-            for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVE, count))
+            for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVES, count))
         ]
         formats = self._format if quantised else no_format
         return torch.cat(Weaver(collective, formats).weave(strands))
@@ -207,23 +225,26 @@ class Rank:
         return input_format(self.kernels, packed)
 
     def job(self, job: dict[str, Any]) -> dict[str, Any]:
-        """Seconds and bytes by mode, and the mode that the cost model chooses."""
-        for delayed in (self.plain, self.fused, self.behind):
+        """Seconds, CPU seconds and bytes by mode, and the mode that the cost model chooses."""
+        for delayed in (self.plain, self.fused, self.behind, *self.over_gloo.values()):
             delayed.seconds = ROUNDS_OF_A_SEAM * job["latency"]
         self.one_shot.seconds = job["latency"]
         model, tokens = self.models[job["precision"]], job["tokens"]
         modes = self.modes(model)
         self._compare(model, tokens, modes)
         seconds: dict[str, list[float]] = {name: [] for name in modes}
+        cpu: dict[str, list[float]] = {name: [] for name in modes}
         sent: dict[str, int] = {}
         for _ in range(job["rounds"]):
             for name, mode in modes.items():
                 self.fused.gather(torch.zeros(1))
-                begun, before = time.perf_counter(), _sent(self.orders["interface"])
+                before, used = _sent(self.orders["interface"]), time.process_time()
+                begun = time.perf_counter()
                 self.step(model, tokens, *mode)
                 seconds[name].append(time.perf_counter() - begun)
+                cpu[name].append(time.process_time() - used)
                 sent[name] = _sent(self.orders["interface"]) - before
-        return {"seconds": seconds, "sent": sent, "chosen": self._chosen(model, job)}
+        return {"seconds": seconds, "cpu": cpu, "sent": sent, "chosen": self._chosen(model, job)}
 
     def _chosen(self, model: Model, job: dict[str, Any]) -> str:
         """By costs that are measured once for a link and a model, as they are when a rank starts."""

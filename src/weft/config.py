@@ -234,6 +234,9 @@ class EngineConfig:
         None, help="CPUs of the Ray cluster for each rank; default: as many as each can have"
     )
     rank_timeout: float = setting(30.0, help="seconds that a rank waits for another one before that counts as lost")
+    rank_load_timeout: float = setting(
+        600.0, help="seconds that ranks wait for one that still loads its part of the model, once another has its own"
+    )
     cores: str | None = setting(
         None, help="cores to use, such as 0-3,8; default: all this process may use", metavar="LIST", parse=parse_cores
     )
@@ -370,8 +373,9 @@ class EngineConfig:
                 f"--collective is {self.collective}, which is for ranks of one host; "
                 f"--collective {'nccl' if self.device == 'cuda' else 'gloo'} is for --nnodes {self.nnodes}"
             )
-        if not 0 < self.rank_timeout < 86400:
-            found.append(f"--rank-timeout is {self.rank_timeout}; it must be more than 0 and less than 86400 seconds")
+        for name, seconds in (("rank-timeout", self.rank_timeout), ("rank-load-timeout", self.rank_load_timeout)):
+            if not 0 < seconds < 86400:
+                found.append(f"--{name} is {seconds}; it must be more than 0 and less than 86400 seconds")
         return found + self._ray_problems()
 
     def _ray_problems(self) -> list[str]:

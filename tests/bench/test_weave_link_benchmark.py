@@ -33,10 +33,12 @@ def answer(chosen: str = "woven", **seconds: list[float]) -> dict[str, Any]:
         "quantised": "woven, quantised gather",
         "nothing": "no communication",
         "split": "split, no communication",
+        "fused_gloo": "fused over gloo",
+        "woven_gloo": "woven over gloo",
     }
     sent = {"woven": 4000, "woven, quantised gather": 3000}
     took = {names.get(name, name): rounds for name, rounds in seconds.items()}
-    return {"seconds": took, "of_rank_0": took, "sent": sent, "chosen": chosen}
+    return {"seconds": took, "of_rank_0": took, "cpu": took, "sent": sent, "chosen": chosen}
 
 
 def test_claims_follow_from_rows(weave_link: Any) -> None:
@@ -71,6 +73,18 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
     assert found["worst_case_vs_plain"] == 1.0
     assert found["choice_regret_percent"] == 100.0, "a choice that is no worse than plain may still be a bad one"
     assert weave_link.claims([]) == {}
+
+
+def test_what_carries_the_messages_is_compared_where_both_were_measured(weave_link: Any) -> None:
+    times = {"plain": [4.0], "fused": [4.0], "woven": [3.0], "nothing": [2.0]}
+    cell = weave_link.Cell(1000, 0.0, "bf16", 512)
+    alone = weave_link.row(cell, answer(**times))
+    both = weave_link.row(cell, answer(**times, fused_gloo=[5.0], woven_gloo=[4.5]))
+    found = weave_link.claims([alone, both])
+    assert found["gloo_vs_links_fused"] == 1.25 and found["gloo_vs_links_woven"] == 1.5
+    assert found["gloo_vs_links_cpu"] == 2.5, "of rank 0's CPU, less what no communication takes"
+    assert not [name for name in weave_link.claims([alone]) if "gloo" in name]
+    assert both["best"] == alone["best"] == "woven", "nobody is served over gloo where the extension is"
 
 
 def test_regret_is_against_what_could_have_been_chosen(weave_link: Any) -> None:
@@ -167,7 +181,7 @@ def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPat
     with socket.create_server(("127.0.0.1", 0)) as chosen:
         monkeypatch.setattr(weave_link, "PORT", chosen.getsockname()[1])
     monkeypatch.setattr(weave_link, "SHAPE", weave_link.SHAPE | TINY | {"vocab_size": 256})
-    ranks = weave_link.Ranks(Loopback(), 2, ["w4a8"], 96)
+    ranks = weave_link.Ranks(Loopback(), 2, ["w4a8"], 96, gloo=True)
     try:
         cell = weave_link.Cell(None, 1e-3, "w4a8", 96)
         found = weave_link.row(cell, ranks.job(cell, 2))
@@ -177,5 +191,5 @@ def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPat
     assert found["woven"].count == 2 and found["plain"].median > 2 * 4 * 1.0  # milliseconds: two for each seam
     assert found["no communication"].median < found["plain"].median
     assert 0.1 < found["bytes_saved"] < 0.4
-    assert without["seconds"].keys() == set(weave_link.MODES)
+    assert without["seconds"].keys() == set(weave_link.ALL_MODES)
     assert found["chosen"] in weave_link.served(quantised=True).values() and found["regret"] >= 0

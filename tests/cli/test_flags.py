@@ -37,7 +37,7 @@ def values_of(name: str) -> st.SearchStrategy[Any]:
         return st.just("off") | st.tuples(st.integers(1, 99), st.integers(1, 99)).map(
             lambda pair: f"{pair[0]}:{pair[1]}"
         )
-    if name == "rank_timeout":
+    if name in ("rank_timeout", "rank_load_timeout"):
         return st.floats(0.1, 1000)
     if name == "gpu_memory_utilization":
         return st.floats(0.01, 1)
@@ -397,6 +397,7 @@ RAY = {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"}
         ({"ray_address": "a:1"}, "--ray-address is a:1, which only --distributed-executor-backend ray has a use for"),
         ({"ray_cpus": 4}, "--ray-cpus is 4, which only --distributed-executor-backend ray"),
         ({"rank_timeout": 0.0}, "--rank-timeout is 0.0; it must be more than 0"),
+        ({"rank_load_timeout": 86400.0}, "--rank-load-timeout is 86400.0; it must be more than 0 and less than 86400"),
         (
             {"tensor_parallel_size": 2, "weave": "x"},
             "--weave is 'x'; it must be one of auto, plain, one-shot, fused, woven",

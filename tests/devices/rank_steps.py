@@ -38,7 +38,7 @@ LENGTHS, STEPS = (21, 3), 3
 ROOM = 2  # blocks of each sequence
 HOST = "127.0.0.1"
 
-cuda_ranks.WAVE = 8  # so that a short prompt can be cut
+cuda_ranks.TILE = 8, 128  # so that a short prompt can be cut
 
 
 class Chooser(cuda_ranks.Chooser):
@@ -51,7 +51,7 @@ class Chooser(cuda_ranks.Chooser):
         costs, lengths = self._costs, [len(piece.tokens) for piece in slices]
         if costs is not None:
             seconds = {other.value: costs.seconds(other, (sum(lengths),)) for other in costs.seams}
-            for cut in (choose_strands(lengths, self._wave, count) for count in STRANDS):
+            for cut in (choose_strands(lengths, self._waves, count) for count in STRANDS):
                 if len(cut) > 1:
                     least = seconds.get(Mode.WOVEN.value, math.inf)
                     seconds[Mode.WOVEN.value] = min(least, costs.seconds(Mode.WOVEN, cut))

@@ -66,6 +66,8 @@ def open_stub(orders: RankOrders, say: Callable[[str], None], agree: Callable[[i
         meet(orders)
     if orders.rank == 1 and orders.model == "slow":
         time.sleep(1)
+    if orders.rank == 1 and orders.model == "stuck":
+        time.sleep(60)
     if orders.rank == 1 and orders.model == "other kernels":
         rank.kernels_of = lambda _config: "portable"
     blocks = agree(40 + 10 * orders.rank)

@@ -33,9 +33,13 @@ stub = SimpleNamespace(**runpy.run_path(str(SCRIPT)))
 
 @contextmanager
 def ranks(
-    model: str = "good", count: int = 2, timeout: float = 20.0, said: list[str] | None = None
+    model: str = "good",
+    count: int = 2,
+    timeout: float = 20.0,
+    said: list[str] | None = None,
+    load_timeout: float = 600.0,
 ) -> Iterator[RankedDevice]:
-    config = EngineConfig(tensor_parallel_size=count, rank_timeout=timeout)
+    config = EngineConfig(tensor_parallel_size=count, rank_timeout=timeout, rank_load_timeout=load_timeout)
     say = (lambda _phase: None) if said is None else said.append
     device = open_ranks(config, Path(model), say, (sys.executable, str(SCRIPT)))
     try:
@@ -213,6 +217,14 @@ def test_a_rank_that_has_ended_before_it_is_told_anything(monkeypatch: pytest.Mo
 def test_a_rank_that_others_wait_for_is_named(caplog: pytest.LogCaptureFixture) -> None:
     with ranks("slow", timeout=0.3):
         assert "rank 1 still loads its part of the model; the others have theirs" in caplog.text
+
+
+def test_a_rank_that_does_not_load_is_lost() -> None:
+    begun = time.monotonic()
+    words = "rank 1 did not load its part of the model within 0.4 s of another rank; --rank-load-timeout allows for more"
+    with pytest.raises(RankLost, match=words), ranks("stuck", load_timeout=0.4):
+        pass
+    assert time.monotonic() - begun < 30  # it would sleep for a minute
 
 
 def test_kernels_that_differ_are_named() -> None:

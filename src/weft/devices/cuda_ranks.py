@@ -35,11 +35,15 @@ from weft.weave.collective import Collective
 from weft.weave.device import DeviceCollective, open_group
 from weft.weave.handshake import compare
 from weft.weave.late import Late
+from weft.weave.split import Waves
 from weft.weave.streams import SideStream
 from weft.weave.symmetric import Layout, SymmetricCollective, gpu_region, host_region
 from weft.weave.weaver import Weaver
 
-WAVE = 128  # rows of the largest tile of a product, of our kernels and of cuBLAS mostly
+TILE = 128, 128  # rows and columns of the largest tile of a product, of our kernels and of cuBLAS mostly
+# Waves that parts may take more than the whole, as a part of these: products of four widths are seldom full ones all at
+# once, and what there is to hide is a fifth of a step (tokenweave.md §2).
+SLACK = 0.2
 MEET_SECONDS = 600.0  # that ranks may be apart when they have read their weights
 NO_GPU = "ranks are joined by gloo in NCCL's place: nothing is on a GPU here"
 
@@ -91,11 +95,28 @@ class Ranks:
             return self
         most = min(config.max_num_batched_tokens, decoder.max_model_len, blocks * config.block_size)
         costs = measure(decoder, kv, config.block_size, self.collectives, measured_sizes(most), _place(gpu))
-        return replace(self, choose=Chooser("auto", costs, WAVE))
+        return replace(self, choose=Chooser("auto", costs, waves_of(products_of(decoder.config), gpu.sms)))
 
     def close(self) -> None:
         for collective in self.collectives.values():
             collective.close()
+
+
+def products_of(model: ModelConfig) -> tuple[tuple[int, int], ...]:
+    """(outputs, inputs) of a layer's products. model: a rank's part."""
+    hidden, heads, keys = model.hidden_size, model.heads * model.head_dim, model.kv_heads * model.head_dim
+    return (
+        (heads + 2 * keys, hidden),
+        (hidden, heads),
+        (2 * model.intermediate_size, hidden),
+        (hidden, model.intermediate_size),
+    )
+
+
+def waves_of(products: Sequence[tuple[int, int]], sms: int) -> Waves:
+    """On a GPU of so many SMs. products: as of `products_of`."""
+    rows, columns = TILE
+    return Waves(rows, sms, tuple((-(-outputs // columns), inputs) for outputs, inputs in products), SLACK)
 
 
 def rank_gpu(group: Group, count: int) -> int:
@@ -112,7 +133,8 @@ def rank_gpu(group: Group, count: int) -> int:
 def join_ranks(config: EngineConfig, group: Group, gpu: Gpu, model: ModelConfig, dtype: torch.dtype) -> Ranks:
     """Meet the other ranks. model: this rank's part; dtype: of its activations. Raises DeviceError."""
     store = group.meet(MEET_SECONDS)
-    compare(store, group.rank, group.ranks, _common(config, model, dtype), timeout=MEET_SECONDS)
+    waves = waves_of(products_of(model), gpu.sms)
+    compare(store, group.rank, group.ranks, _common(config, model, dtype, waves), timeout=MEET_SECONDS)
     late = Late(store, group.rank, group.ranks, group.timeout)
     modes = _modes(config)
     failed = None
@@ -137,7 +159,7 @@ def join_ranks(config: EngineConfig, group: Group, gpu: Gpu, model: ModelConfig,
         collectives[Mode.WOVEN] = SideStream(collectives[Mode.WOVEN], gpu.device)
     first = modes[0] if config.weave == "auto" else Mode(config.weave)
     note = NO_GPU if gpu.device.type == "cpu" and failed is None else None
-    return Ranks(collectives, Chooser(first.value, None, WAVE), late, failed, note)
+    return Ranks(collectives, Chooser(first.value, None, waves), late, failed, note)
 
 
 def _symmetric(
@@ -151,11 +173,11 @@ def _symmetric(
     return SymmetricCollective(region, group.rank, layout, timeout=group.timeout)
 
 
-def _common(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> tuple[Any, ...]:
+def _common(config: EngineConfig, model: ModelConfig, dtype: torch.dtype, waves: Waves) -> tuple[Any, ...]:
     """What the seams that a rank launches follow from, beside the plans and the costs that all have agreed upon."""
     modes = [mode.value for mode in _modes(config)]
     shape = (model.layers, model.hidden_size, config.max_num_batched_tokens, str(dtype))
-    return (collective_of(config), config.weave, modes, STRANDS, WAVE, BLOCKS, shape)
+    return (collective_of(config), config.weave, modes, STRANDS, waves, BLOCKS, shape)
 
 
 def _modes(config: EngineConfig) -> list[Mode]:

@@ -76,12 +76,14 @@ class Stream(Protocol):
 
 class Gpu(Protocol):
     """device: where tensors go. shares: units that a partition divides. undivided: why lanes have all of the device
-    whatever their shares; None where they have no more than those. captures: whether graphs are worth their memory."""
+    whatever their shares; None where they have no more than those. sms: tiles that it computes at a time. captures:
+    whether graphs are worth their memory."""
 
     name: str
     device: torch.device
     shares: int
     undivided: str | None
+    sms: int
     captures: bool
 
     def adopt(self) -> None:
@@ -289,6 +291,7 @@ class TorchGpu:
     def __init__(self, index: int) -> None:
         properties = torch.cuda.get_device_properties(index)
         self.name = properties.name
+        self.sms = properties.multi_processor_count
         self.device = torch.device("cuda", index)
         torch.zeros(1, device=self.device)  # the primary context is there from now on
         self.undivided = None
@@ -297,7 +300,7 @@ class TorchGpu:
             self.shares = self._green.units
         except DeviceError as error:
             self.undivided = error.message
-            self.shares = properties.multi_processor_count
+            self.shares = self.sms
         self._capturing = threading.Lock()
 
     def adopt(self) -> None:
@@ -391,6 +394,7 @@ class Immediate:
 
 class Interpreted:
     captures = True  # the same path as on a GPU
+    sms = 1
     undivided: str | None = "nothing is divided where kernels are interpreted"
 
     def __init__(self) -> None:

@@ -27,10 +27,10 @@ from weft.weave.background import Background, Queue
 from weft.weave.choice import Costs, Mode, choose_mode
 from weft.weave.collective import Collective, Quantise, Spinning
 from weft.weave.rows import JoinRows, plain
-from weft.weave.split import choose_strands
+from weft.weave.split import Waves, choose_strands
 
-# Rows of a step that the C++ kernels compute at a time: 6 or 4, so that a multiple of both leaves no rest.
-WAVE = 12
+# The C++ kernels compute 6 or 4 rows at a time: a multiple of both leaves no rest.
+WAVES = Waves(12)
 STRANDS = (2, 3)  # that a step may be cut into
 SIZES = (1, 16, 64, 256)  # see `measured_sizes`
 
@@ -71,13 +71,13 @@ class Group:
 
 
 class Chooser:
-    """How to carry out a step: the mode of --weave, or the one that costs least. costs: None where it is given. wave:
-    rows that the kernels compute at a time."""
+    """How to carry out a step: the mode of --weave, or the one that costs least. costs: None where it is given. waves:
+    what parts of a step take."""
 
-    def __init__(self, weave: str, costs: Costs | None, wave: int = WAVE) -> None:
+    def __init__(self, weave: str, costs: Costs | None, waves: Waves = WAVES) -> None:
         self._weave = weave
         self._costs = costs
-        self._wave = wave
+        self._waves = waves
 
     def __call__(self, slices: Sequence[Slice]) -> tuple[Mode, tuple[int, ...]]:
         """The mode, and the tokens of each strand. Depends on nothing but what is the same on all ranks."""
@@ -85,7 +85,7 @@ class Chooser:
         tokens = sum(lengths)
         if self._costs is None and self._weave != Mode.WOVEN.value:
             return Mode(self._weave), (tokens,)
-        cuts = [choose_strands(lengths, self._wave, count) for count in STRANDS]
+        cuts = [choose_strands(lengths, self._waves, count) for count in STRANDS]
         return (Mode.WOVEN, cuts[-1]) if self._costs is None else choose_mode(self._costs, tokens, cuts)
 
 

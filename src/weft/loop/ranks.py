@@ -10,6 +10,7 @@ name the rank: what the ranks keep of a sequence exists only once.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -74,7 +75,7 @@ def open_ranks(
     """
     members = _gather(config, model, say, command)
     try:
-        opened = _start_up(members, say, config.rank_timeout)
+        opened = _start_up(members, say, config)
     except BaseException:
         members.close(0.0)
         raise
@@ -93,21 +94,23 @@ def _gather(config: EngineConfig, model: Path, say: Callable[[str], None], comma
     return start_ranks(config, model, range(config.tensor_parallel_size), meeting, LOOPBACK, command)
 
 
-def _start_up(ranks: Members, say: Callable[[str], None], timeout: float) -> list[Opened]:
-    """Until all ranks take plans. timeout: seconds without a word after which those are named that others wait for."""
+def _start_up(ranks: Members, say: Callable[[str], None], config: EngineConfig) -> list[Opened]:
+    """Until all ranks take plans. Those that others wait for are named, each time that nothing is heard for
+    --rank-timeout; --rank-load-timeout after the first has loaded its part, they count as lost."""
     fits: dict[int, Fits] = {}
     opened: dict[int, Opened] = {}
+    end = math.inf  # of the wait for who still loads
     while len(opened) < len(ranks):
-        heard = ranks.listen(timeout)
-        if fits and not heard and (late := [str(rank) for rank in range(len(ranks)) if rank not in fits]):
-            log.warning("rank %s still loads its part of the model; the others have theirs", " and ".join(late))
+        heard = ranks.listen(max(0.0, min(config.rank_timeout, end - time.monotonic())))
         for message in heard:
             match message:
                 case Begun(0, phase):
                     say(phase)
                 case Fits(rank):
                     fits[rank] = message
+                    end = min(end, time.monotonic() + config.rank_load_timeout)
                     if len(fits) == len(ranks):
+                        end = math.inf
                         ranks.send(_agreed(fits))
                 case Opened(rank):
                     opened[rank] = message
@@ -115,6 +118,14 @@ def _start_up(ranks: Members, say: Callable[[str], None], timeout: float) -> lis
                     raise loss(message, ranks.where)
                 case Gone():
                     raise loss(message, f" before it served{ranks.where}")
+        late = " and ".join(str(rank) for rank in range(len(ranks)) if rank not in fits)
+        if time.monotonic() >= end:
+            raise RankLost(
+                f"rank {late} did not load its part of the model within {config.rank_load_timeout:g} s of another rank; "
+                f"--rank-load-timeout allows for more{ranks.where}"
+            )
+        if fits and late and not heard:
+            log.warning("rank %s still loads its part of the model; the others have theirs", late)
     return [opened[rank] for rank in range(len(ranks))]
 
 

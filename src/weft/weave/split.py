@@ -1,35 +1,56 @@
 """Where a step is cut into strands, and who owns which rows: pure functions of what every rank knows alike.
 
-Kernels work in waves: rows up to a full wave cost as much as the full one, so that two halves may take a wave more than
+Kernels work in waves: tiles up to a full wave cost as much as the full one, so that two halves may take a wave more than
 the whole (tokenweave.md §3). A cut is allowed where they do not:
 
-    waves(prefix) + waves(suffix) <= waves(whole)        waves(n) = ceil(n / wave)
+    waves(prefix) + waves(suffix) <= waves(whole)
 
-With T = Q * wave + s, 0 < s <= wave, these are the cuts from q * wave + s to q * wave + wave for every q: all of them
-where a wave is one row, only multiples of the wave where it divides T, and none within a step of a single wave.
+A core computes one tile of rows at a time, so that waves(n) = ceil(n / rows): with n = q * rows + s, 0 < s <= rows, these
+are the cuts from p * rows + s to p * rows + rows for every p. A GPU has a tile for each SM at a time, of as many as the
+product has rows and columns, and no cut may suit all four products of a layer. There a few waves more are allowed, and
+the fewest are taken that can be had near an even cut; the cost model knows what parts cost, and decides whether to cut.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from weft.core.plan import Slice
 
-TOLERANCE = 0.1  # of a step's tokens: how far from the middle a cut between two slices is worth more than even strands
+TOLERANCE = 0.1  # of a step's tokens: how far from an even cut it is worth looking for another
 
 
-def waves(tokens: int, wave: int) -> int:
-    return -(-tokens // wave)
+@dataclass(frozen=True, slots=True)
+class Waves:
+    """What the products of a layer take for a step, in the time that one tile takes for each unit of its depth.
+
+    rows: of a tile. units: tiles that are computed at a time. products: how many tiles lie side by side in a product,
+    and its depth. slack: what two parts may take more than the whole, as a part of that. Raises ValueError for none.
+    """
+
+    rows: int
+    units: int = 1
+    products: tuple[tuple[int, int], ...] = ((1, 1),)
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        if min(self.rows, self.units, *(min(one) for one in self.products)) < 1 or not 0 <= self.slack < 1:
+            raise ValueError(f"{self}: a wave has rows, units and products, and the slack is from 0 to less than 1")
+
+    def __call__(self, tokens: int) -> int:
+        tiles = -(-tokens // self.rows)
+        return sum(-(-tiles * beside // self.units) * depth for beside, depth in self.products)
 
 
-def choose_strands(lengths: Sequence[int], wave: int, count: int, tolerance: float = TOLERANCE) -> tuple[int, ...]:
+def choose_strands(lengths: Sequence[int], waves: Waves, count: int, tolerance: float = TOLERANCE) -> tuple[int, ...]:
     """How many of the tokens of slices with these lengths each strand gets: `count` strands, or fewer where no cut is
     allowed. Raises ValueError as `choose_cut`."""
     left, strands = list(lengths), []
     for parts in range(count, 1, -1):
-        cut = choose_cut(left, wave, tolerance, parts)
+        cut = choose_cut(left, waves, tolerance, parts)
         if cut == sum(left):
             break
         strands.append(cut)
@@ -37,25 +58,29 @@ def choose_strands(lengths: Sequence[int], wave: int, count: int, tolerance: flo
     return (*strands, sum(left))
 
 
-def choose_cut(lengths: Sequence[int], wave: int, tolerance: float = TOLERANCE, parts: int = 2) -> int:
+def choose_cut(lengths: Sequence[int], waves: Waves, tolerance: float = TOLERANCE, parts: int = 2) -> int:
     """How many of the tokens of slices with these lengths the first strand of so many parts gets; all of them where no
     cut is allowed.
 
-    The cut between two slices that is nearest to an even part, if one is allowed within the tolerance (so that no
-    prompt is divided, whose second part would read the KV of the first again); else the allowed one nearest to it.
-    wave: rows that the kernels compute at a time. Raises ValueError for impossible arguments.
+    Of those that take the fewest waves: the cut between two slices that is nearest to an even part, if there is one
+    within the tolerance (so that no prompt is divided, whose second part would read the KV of the first again); else
+    the one nearest to it. Raises ValueError for impossible arguments.
     """
     total = sum(lengths)
-    if wave < 1 or parts < 2 or not 0 <= tolerance <= 1 or min(lengths, default=0) < 1:
+    if parts < 2 or not 0 <= tolerance <= 1 or min(lengths, default=0) < 1:
         raise ValueError(
-            f"{lengths = }, {wave = }, {parts = } and {tolerance = }: slices have tokens, a wave has rows, there are "
-            "two parts or more, and a tolerance is from 0 to 1"
+            f"{lengths = }, {parts = } and {tolerance = }: slices have tokens, there are two parts or more, and a "
+            "tolerance is from 0 to 1"
         )
-    between = [end for end in accumulate(lengths) if end < total and _allowed(end, total, wave)]
-    nearest = min(between, key=lambda end: (_off(end, total, parts), end), default=0)
-    if nearest and _off(nearest, total, parts) <= parts * tolerance * total:
-        return nearest
-    return _nearest_allowed(total, wave, parts)
+    whole = waves(total)
+    best, least = total, int(whole * waves.slack) + 1  # waves more than the whole
+    for cut in _candidates(lengths, total, waves.rows, tolerance, parts):
+        more = max(0, waves(cut) + waves(total - cut) - whole)
+        if more < least:
+            best, least = cut, more
+        if more == 0:
+            break
+    return best
 
 
 def divide(slices: Sequence[Slice], at: int) -> tuple[tuple[Slice, ...], tuple[Slice, ...]]:
@@ -100,24 +125,21 @@ def kept_bounds(bounds: Sequence[int], kept: Sequence[int]) -> tuple[int, ...]:
     return tuple(bisect_left(kept, bound) for bound in bounds)
 
 
-def _allowed(cut: int, total: int, wave: int) -> bool:
-    return waves(cut, wave) + waves(total - cut, wave) <= waves(total, wave)
+def _candidates(lengths: Sequence[int], total: int, rows: int, tolerance: float, parts: int) -> Iterator[int]:
+    """Cuts that may be the best, the better first where they take as many waves: between slices within the tolerance;
+    then an even one, and around it those that leave one side whole tiles. (Rows beyond a whole tile cost a tile, so
+    that no cut between these takes fewer waves.) Two tiles further than the tolerance: a short step has few."""
 
+    def off(cut: int) -> tuple[int, int]:
+        return abs(parts * cut - total), cut  # the distance from an even part, times their number
 
-def _off(cut: int, total: int, parts: int) -> int:
-    """The distance from an even part, times their number."""
-    return abs(parts * cut - total)
-
-
-def _nearest_allowed(total: int, wave: int, parts: int) -> int:
-    rest = total - (waves(total, wave) - 1) * wave
+    between = [end for end in accumulate(lengths) if end < total and off(end)[0] <= parts * tolerance * total]
+    yield from sorted(between, key=off)
     even = (2 * total + parts - 1) // (2 * parts)  # to the nearest, halves down
-    begin = (even - 1) // wave * wave  # of the wave that row `even - 1` is in
-    candidates = [
-        min(max(even, start + rest), start + wave) for start in (begin - wave, begin, begin + wave) if start >= 0
-    ]
-    inside = [cut for cut in candidates if 0 < cut < total and _allowed(cut, total, wave)]
-    return min(inside, key=lambda cut: (_off(cut, total, parts), cut), default=total)
+    reach = 2 + int(tolerance * total / rows)
+    tile, rest = even // rows, total % rows
+    edges = [(tile + away) * rows + ahead for away in range(-reach, reach + 1) for ahead in {0, rest}]
+    yield from sorted((cut for cut in {even, *edges} if 0 < cut < total), key=off)
 
 
 def _without(lengths: Sequence[int], cut: int) -> list[int]:
