@@ -174,9 +174,7 @@ class Rank:
 
         def over_gloo(name: str, kernels: CpuKernels, *, one_round: bool = False) -> Delayed:
             messages = connect(*group(name), **reach)
-            return Delayed(
-                DistributedCollective(messages, FusedRows(kernels), capacity=capacity, one_round=one_round)
-            )
+            return Delayed(DistributedCollective(messages, FusedRows(kernels), capacity=capacity, one_round=one_round))
 
         self.one_shot = over_gloo(ONE_SHOT, self.kernels, one_round=True)
         self.over_gloo: dict[str, Delayed] = {}

@@ -80,7 +80,7 @@ def test_ranks_that_would_launch_other_work_do_not_start() -> None:
     from weft.loop.nodes import free_port
 
     host, port, model = "127.0.0.1", free_port("127.0.0.1"), read_config(BUILTIN)
-    gpu: Any = SimpleNamespace(device=torch.device("cpu"))
+    gpu: Any = SimpleNamespace(device=torch.device("cpu"), sms=1)
     held = []  # with what was raised, rank 0's store, which rank 1 may still read
 
     def one(rank: int) -> str:

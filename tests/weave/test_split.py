@@ -61,7 +61,9 @@ def test_a_step_of_one_wave_is_left_whole(total: int, more: int) -> None:
     assert choose_cut([total], Waves(total + more - 1)) == total
 
 
-@pytest.mark.parametrize(("lengths", "tolerance", "parts"), [([], 0.1, 2), ([3, 0], 0.1, 2), ([3], 2, 2), ([3], 0.1, 1)])
+@pytest.mark.parametrize(
+    ("lengths", "tolerance", "parts"), [([], 0.1, 2), ([3, 0], 0.1, 2), ([3], 2, 2), ([3], 0.1, 1)]
+)
 def test_impossible_arguments(lengths: list[int], tolerance: float, parts: int) -> None:
     with pytest.raises(ValueError, match="slices have tokens"):
         choose_cut(lengths, Waves(1), tolerance, parts)

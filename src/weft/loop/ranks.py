@@ -121,8 +121,8 @@ def _start_up(ranks: Members, say: Callable[[str], None], config: EngineConfig) 
         late = " and ".join(str(rank) for rank in range(len(ranks)) if rank not in fits)
         if time.monotonic() >= end:
             raise RankLost(
-                f"rank {late} did not load its part of the model within {config.rank_load_timeout:g} s of another rank; "
-                f"--rank-load-timeout allows for more{ranks.where}"
+                f"rank {late} did not load its part of the model within {config.rank_load_timeout:g} s of another "
+                f"rank; --rank-load-timeout allows for more{ranks.where}"
             )
         if fits and late and not heard:
             log.warning("rank %s still loads its part of the model; the others have theirs", late)

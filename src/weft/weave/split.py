@@ -1,14 +1,15 @@
 """Where a step is cut into strands, and who owns which rows: pure functions of what every rank knows alike.
 
-Kernels work in waves: tiles up to a full wave cost as much as the full one, so that two halves may take a wave more than
-the whole (tokenweave.md §3). A cut is allowed where they do not:
+Kernels work in waves: tiles up to a full wave cost as much as the full one, so that two halves may take a wave more
+than the whole (tokenweave.md §3). A cut is allowed where they do not:
 
     waves(prefix) + waves(suffix) <= waves(whole)
 
-A core computes one tile of rows at a time, so that waves(n) = ceil(n / rows): with n = q * rows + s, 0 < s <= rows, these
-are the cuts from p * rows + s to p * rows + rows for every p. A GPU has a tile for each SM at a time, of as many as the
-product has rows and columns, and no cut may suit all four products of a layer. There a few waves more are allowed, and
-the fewest are taken that can be had near an even cut; the cost model knows what parts cost, and decides whether to cut.
+A core computes one tile of rows at a time, so that waves(n) = ceil(n / rows): with n = q * rows + s, 0 < s <= rows,
+these are the cuts from p * rows + s to p * rows + rows for every p. A GPU has a tile for each SM at a time, of as many
+as the product has rows and columns, and no cut may suit all four products of a layer. There a few waves more are
+allowed, and the fewest are taken that can be had near an even cut; the cost model knows what parts cost, and decides
+whether to cut.
 """
 
 from __future__ import annotations
