@@ -31,8 +31,8 @@ What weft would choose is measured once for a link and a model, for the sizes th
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
 * choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
 * gloo_vs_links_fused, gloo_vs_links_woven: with --gloo, a step over gloo over one whose seams weft carries itself
-  (csrc/links.h), the median of all cells; gloo_vs_links_cpu: what the seams of a woven step take of rank 0's CPU, that
-  is its CPU seconds less those without communication, one over the other. So whether gloo is the limit.
+  (csrc/links.h), the median of all cells; gloo_vs_links_cpu: the same of the CPU seconds that a woven step takes of
+  rank 0, products included. So whether gloo is the limit.
 """
 
 from __future__ import annotations
@@ -179,10 +179,9 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         "regret": ratio(answer["chosen"], best).median - 1,
     }
     if WOVEN_GLOO in seconds:
-        cpu = {name: statistics.median(answer["cpu"][name]) for name in (WOVEN, WOVEN_GLOO, NOTHING)}
         found["gloo_vs_links_fused"] = ratio(FUSED_GLOO, FUSED)
         found["gloo_vs_links_woven"] = ratio(WOVEN_GLOO, WOVEN)
-        found["seams_cpu_ms"] = {name: 1000 * (cpu[name] - cpu[NOTHING]) for name in (WOVEN, WOVEN_GLOO)}
+        found["gloo_vs_links_cpu"] = ratio(WOVEN_GLOO, WOVEN, "cpu")
     if QUANTISED in seconds:
         found["quantised_gain"] = ratio(PLAIN, QUANTISED)
         found["bytes_saved"] = 1 - answer["sent"][QUANTISED] / answer["sent"][WOVEN]
@@ -207,19 +206,15 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         "gather_bytes_saved_int4": sent.get("w4a4"),
         "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in timed), default=None),
         "choice_regret_percent": max((100 * one["regret"] for one in timed), default=None),
-        **_transports([one for one in timed if "seams_cpu_ms" in one]),
+        **_transports([one for one in timed if "gloo_vs_links_cpu" in one]),
     }
     return {name: value for name, value in found.items() if value is not None}
 
 
 def _transports(rows: Sequence[dict[str, Any]]) -> dict[str, float | None]:
     """gloo beside weft's own connections."""
-    ratios = ("gloo_vs_links_fused", "gloo_vs_links_woven")
-    cpu = [one["seams_cpu_ms"] for one in rows]
-    return {
-        **{name: _median([one[name].median for one in rows]) for name in ratios},
-        "gloo_vs_links_cpu": _median([one[WOVEN_GLOO] / one[WOVEN] for one in cpu if one[WOVEN] > 0]),
-    }
+    names = ("gloo_vs_links_fused", "gloo_vs_links_woven", "gloo_vs_links_cpu")
+    return {name: _median([one[name].median for one in rows]) for name in names}
 
 
 def _median(values: Sequence[float]) -> float | None:
