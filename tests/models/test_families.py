@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from weft.errors import CheckpointError
 from weft.models.families import ModelConfig, Rope, parse_config, read_config
+from weft.models.mixtures import Experts
 
 LLAMA2 = {
     "architectures": ["LlamaForCausalLM"],
@@ -86,6 +87,45 @@ QWEN3 = QWEN2 | {
     "max_window_layers": 28,
     "sliding_window": None,
 }
+MIXTRAL = LLAMA31 | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "max_position_embeddings": 32768,
+    "num_experts_per_tok": 2,
+    "num_local_experts": 8,
+    "rope_scaling": None,
+    "rope_theta": 1000000.0,
+    "router_aux_loss_coef": 0.02,
+    "sliding_window": None,
+}
+QWEN2_MOE = QWEN2 | {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "model_type": "qwen2_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "moe_intermediate_size": 1408,
+    "norm_topk_prob": False,
+    "num_attention_heads": 16,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 16,
+    "shared_expert_intermediate_size": 5632,
+}
+QWEN3_MOE = QWEN3 | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "model_type": "qwen3_moe",
+    "decoder_sparse_step": 1,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "mlp_only_layers": [],
+    "moe_intermediate_size": 768,
+    "norm_topk_prob": True,
+    "num_attention_heads": 32,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "num_key_value_heads": 4,
+}
 
 
 def without(raw: dict[str, Any], *keys: str) -> dict[str, Any]:
@@ -156,7 +196,46 @@ def test_yarn_stretches_the_context() -> None:
     assert (config.rope.kind, config.rope.original_context, config.context) == ("yarn", 32768, 131072)
 
 
-@pytest.mark.parametrize("raw", [LLAMA2, LLAMA31, MISTRAL, QWEN2, QWEN3])
+def test_mixtral_says_the_channels_of_each_expert_and_has_defaults_of_its_own() -> None:
+    config = parse_config(MIXTRAL)
+    assert (config.experts, config.intermediate_size) == (Experts(8, 2, 14336, 0, True), 14336)
+    assert (config.qkv_bias, config.qk_norm, config.head_dim) == (False, False, 128)
+    bare = parse_config(without(MIXTRAL, "sliding_window", "rope_theta", "rms_norm_eps"))
+    assert (bare.windows, bare.rope.theta, bare.eps) == ((None,) * 32, 1e6, 1e-5)
+    assert parse_config(MIXTRAL | {"sliding_window": 4096}).windows == (4096,) * 32
+
+
+def test_qwen2_moe_has_a_shared_expert() -> None:
+    config = parse_config(QWEN2_MOE)
+    assert (config.experts, config.intermediate_size) == (Experts(60, 4, 1408, 5632, False), 1408)
+    assert (config.qkv_bias, config.output_bias, config.head_dim) == (True, False, 128)
+    assert not parse_config(QWEN2_MOE | {"qkv_bias": False}).qkv_bias
+    switched = QWEN2_MOE | {"use_sliding_window": True, "layer_types": ["full_attention", "sliding_attention"] * 12}
+    assert parse_config(switched).windows == (None, 32768) * 12
+
+
+def test_qwen3_moe_has_norms_on_q_and_k_and_one_window_for_all_layers() -> None:
+    config = parse_config(QWEN3_MOE)
+    assert (config.experts, config.intermediate_size) == (Experts(128, 8, 768, 0, True), 768)
+    assert (config.qk_norm, config.qkv_bias, config.head_dim) == (True, False, 128)
+    assert parse_config(without(QWEN3_MOE, "head_dim")).head_dim == 64  # 2048 / 32, and not Qwen3's 128
+    assert parse_config(without(QWEN3_MOE, "norm_topk_prob")).experts == Experts(128, 8, 768, 0, False)
+    windowed = QWEN3_MOE | {"use_sliding_window": True, "sliding_window": 100}
+    assert parse_config(windowed).windows == (100,) * 28
+
+
+@pytest.mark.parametrize("raw", [MIXTRAL, QWEN2_MOE, QWEN3_MOE])
+def test_either_key_says_how_many_experts_there_are(raw: dict[str, Any]) -> None:
+    keys = {"num_experts", "num_local_experts"}
+    (own,) = keys & set(raw)
+    (other,) = keys - {own}
+    renamed = without(raw, own) | {other: raw[own]}
+    assert parse_config(renamed) == parse_config(raw | {other: raw[own]}) == parse_config(raw)
+    with pytest.raises(CheckpointError, match=f"{own} is {raw[own]}; {other}, which means the same, is 7"):
+        parse_config(raw | {other: 7})
+
+
+@pytest.mark.parametrize("raw", [LLAMA2, LLAMA31, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE])
 def test_both_spellings_say_the_same(raw: dict[str, Any]) -> None:
     scaling = {"rope_theta": raw.get("rope_theta", 10000.0)} | (raw.get("rope_scaling") or {"rope_type": "default"})
     new = without(raw, "rope_theta", "rope_scaling", "torch_dtype")
@@ -241,6 +320,36 @@ def test_the_windows_of_mistral_and_qwen_are_checked() -> None:
         parse_config(without(QWEN2, "num_key_value_heads"))
 
 
+EXPERTS_BROKEN: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    (MIXTRAL, {"num_local_experts": None}, "lacks num_local_experts"),
+    (MIXTRAL, {"num_local_experts": 0}, "num_local_experts is 0; it must be a whole number from 1 to 1024"),
+    (MIXTRAL, {"num_experts_per_tok": None}, "lacks num_experts_per_tok"),
+    (MIXTRAL, {"num_experts_per_tok": 9}, "num_experts_per_tok is 9; it must be at most num_local_experts, which is 8"),
+    (MIXTRAL, {"intermediate_size": 0}, "intermediate_size is 0"),
+    (MIXTRAL, {"layer_types": ["sliding_attention"] * 32}, "layer_types .*no sliding_window is in force"),
+    (MIXTRAL, {"model_type": "mistral"}, "model_type is 'mistral'; .*it must be 'mixtral'"),
+    (QWEN2_MOE, {"num_experts": "60"}, "num_experts is '60'; it must be a whole number"),
+    (QWEN2_MOE, {"num_experts_per_tok": 61}, "num_experts_per_tok is 61; it must be at most num_experts, which is 60"),
+    (QWEN2_MOE, {"moe_intermediate_size": None}, "lacks moe_intermediate_size"),
+    (QWEN2_MOE, {"moe_intermediate_size": 2**21}, "moe_intermediate_size is 2097152"),
+    (QWEN2_MOE, {"shared_expert_intermediate_size": None}, "lacks shared_expert_intermediate_size"),
+    (QWEN2_MOE, {"shared_expert_intermediate_size": 0}, "shared_expert_intermediate_size is 0"),
+    (QWEN2_MOE, {"norm_topk_prob": 1}, "norm_topk_prob is 1; it must be true or false"),
+    (QWEN2_MOE, {"qkv_bias": "yes"}, "qkv_bias is 'yes'; it must be true or false"),
+    (QWEN2_MOE, {"decoder_sparse_step": 2}, "decoder_sparse_step is 2; weft has experts in all layers of a model or"),
+    (QWEN2_MOE, {"use_sliding_window": True}, "use_sliding_window is True; layer_types must say which layers"),
+    (QWEN3_MOE, {"mlp_only_layers": [0, 3]}, r"mlp_only_layers is \[0, 3\]; weft has experts in all layers"),
+    (QWEN3_MOE, {"mlp_only_layers": 3}, "mlp_only_layers is 3"),
+    (QWEN3_MOE, {"quantization_config": {"quant_method": "gptq"}}, "quantization_config .*'gptq'.*unquantised only"),
+]
+
+
+@pytest.mark.parametrize(("raw", "change", "words"), EXPERTS_BROKEN, ids=lambda value: str(value)[-60:])
+def test_what_cannot_be_of_experts_is_named(raw: dict[str, Any], change: dict[str, Any], words: str) -> None:
+    with pytest.raises(CheckpointError, match=words):
+        parse_config(raw | change)
+
+
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
@@ -252,7 +361,7 @@ NESTED = ("factor", "rope_type", "type", "low_freq_factor", "original_max_positi
 @settings(max_examples=300, deadline=None)
 @given(st.data())
 def test_any_value_anywhere_is_read_or_refused(data: st.DataObject) -> None:
-    raw = dict(data.draw(st.sampled_from([LLAMA31, MISTRAL, QWEN2, QWEN3])))
+    raw = dict(data.draw(st.sampled_from([LLAMA31, MISTRAL, QWEN2, QWEN3, MIXTRAL, QWEN2_MOE, QWEN3_MOE])))
     keys = [*raw, "layer_types", "rope_parameters", "dtype", "auto_map", "use_sliding_window"]
     raw |= data.draw(st.dictionaries(st.sampled_from(keys), JSON, max_size=3))
     if data.draw(st.booleans()):
@@ -265,6 +374,7 @@ def test_any_value_anywhere_is_read_or_refused(data: st.DataObject) -> None:
         assert "config.json" in error.message
     else:
         assert len(config.windows) == config.layers and config.heads % config.kv_heads == 0
+        assert config.experts is None or config.experts.active <= config.experts.count
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,12 @@ pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is
 
 
 BLOCK = 16
+EXPERTS: dict[str, Any] = {
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 33,
+    "shared_expert_intermediate_size": 50,
+}
 Pause = Callable[[int, int, str], None]
 Format = Callable[[Any], Quantise | None]
 Step = tuple[Sequence[Slice], Sequence[int], Mode, Sequence[int]]  # the last: tokens of each strand
@@ -294,8 +300,14 @@ def test_a_woven_prompt_goes_on_in_other_ways(small: Callable[..., Path], mode: 
             "sliding_window": 5,
             "layer_types": ["sliding_attention", "full_attention"],
         },
+        EXPERTS | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 33},
+        EXPERTS | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
+        EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True},
     ],
-    ids=["tied, grouped heads", "biases", "mistral", "qwen2", "windows, norms of q and k"],
+    ids=[
+        *("tied, grouped heads", "biases", "mistral", "qwen2", "windows, norms of q and k"),
+        *("mixtral", "qwen2_moe", "qwen3_moe"),
+    ],
 )
 @pytest.mark.parametrize(
     ("kernels", "dtype", "backend"),

@@ -324,14 +324,23 @@ def memory_rows(
     """(what, bytes) for the start-up table."""
     tokens = capacity.blocks * capacity.block_size
     attention = (2 * model.heads + 2 * model.kv_heads) * model.head_dim
-    widest = max(attention, 3 * model.intermediate_size) + 3 * model.hidden_size
-    activations = capacity.max_tokens * widest * dtype.itemsize
+    inner = max(model.intermediate_size, 0 if model.experts is None else model.experts.shared)
+    widest = max(attention, 3 * inner) + 3 * model.hidden_size
+    activations = capacity.max_tokens * (widest * dtype.itemsize + _mixture_bytes(model, dtype))
     logits = capacity.max_slices * model.vocabulary * torch.float32.itemsize
     return (
         ("weights", weights),
         ("KV pool", tokens * token_bytes),
         ("activations, at most about", activations + logits),
     )
+
+
+def _mixture_bytes(model: ModelConfig, dtype: torch.dtype) -> int:
+    """What a token has beside in a layer with experts, where all tokens take the same one: its hidden row again, two
+    float32 sums, and what it gives each expert."""
+    if model.experts is None:
+        return 0
+    return model.hidden_size * dtype.itemsize + 2 * (model.hidden_size + model.experts.count) * torch.float32.itemsize
 
 
 def kv_bytes(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> int:

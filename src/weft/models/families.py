@@ -1,8 +1,8 @@
 """What a checkpoint's config.json says, as one flat dataclass that steers the one decoder.
 
-Llama 2 / 3 / 3.1, Mistral, Qwen2 / 2.5 and Qwen3 differ in five things only: biases, norms on q and k, sliding windows,
-rotary scaling, and whether head_dim is written down. A config that asks for anything else is refused by name: a model
-that runs with a setting left out gives plausible nonsense.
+Llama 2 / 3 / 3.1, Mistral, Mixtral, Qwen2 / 2.5, Qwen2-MoE, Qwen3 and Qwen3-MoE differ in six things only: biases,
+norms on q and k, sliding windows, rotary scaling, whether head_dim is written down, and experts (mixtures.py). A config
+that asks for anything else is refused by name: a model that runs with a setting left out gives plausible nonsense.
 
 Both spellings are read: `rope_parameters` and `dtype` (transformers 5), `rope_theta`, `rope_scaling` and `torch_dtype`.
 """
@@ -17,12 +17,16 @@ from typing import Any
 
 from weft.errors import CheckpointError
 from weft.models.keys import CONFIG_FILE, LARGEST, Keys, read_object
+from weft.models.mixtures import Experts, read_experts
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Qwen2ForCausalLM": "qwen2",
+    "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
 }
 DTYPES = ("float32", "bfloat16", "float16")
 GPTQ_FILE = "quantize_config.json"  # what AutoGPTQ wrote before config.json had a place for it
@@ -54,11 +58,13 @@ class Rope:
 class ModelConfig:
     """The shapes and switches of one decoder.
 
+    intermediate_size: channels between gate, up and down; with experts, of each of them.
     context: the longest sequence, in tokens, that the checkpoint says it can do.
     windows: for each layer, how many positions a token attends to (its own included), or None for all.
     qkv_bias, output_bias, mlp_bias: which linear layers have one. qk_norm: RMSNorm on each head of q and k.
     tied: the output layer is the embedding. dtype: what the weights are stored in, None where the file does not say.
     quantization: the file's `quantization_config`; None for plain weights.
+    experts: what each layer has in the place of one MLP; None where it has one.
     """
 
     family: str
@@ -80,6 +86,7 @@ class ModelConfig:
     tied: bool
     dtype: str | None
     quantization: Mapping[str, Any] | None = None
+    experts: Experts | None = None
 
 
 def read_config(folder: Path) -> ModelConfig:
@@ -105,28 +112,31 @@ def parse_config(raw: Mapping[str, Any]) -> ModelConfig:
     )
     if heads % kv_heads:
         raise keys.error("num_key_value_heads", f"it must divide num_attention_heads, which is {heads}")
-    rope, context = _rope(keys, keys.count("max_position_embeddings"))
-    attention_bias = family in ("llama", "qwen3") and keys.flag("attention_bias")
+    rope, context = _rope(keys, family, keys.count("max_position_embeddings"))
+    attention_bias = family in ("llama", "qwen3", "qwen3_moe") and keys.flag("attention_bias")
+    experts = read_experts(keys, family, LARGEST_WIDTH)
     return ModelConfig(
         family=family,
         vocabulary=keys.count("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=keys.count("intermediate_size", most=LARGEST_WIDTH),
+        # That of a Qwen with experts is of dense layers, which there are none of.
+        intermediate_size=keys.count("intermediate_size", most=LARGEST_WIDTH) if experts is None else experts.inner,
         layers=layers,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=_head_dim(keys, family, hidden_size, heads),
-        eps=keys.number("rms_norm_eps", default=1e-6),
+        eps=keys.number("rms_norm_eps", default=1e-5 if family == "mixtral" else 1e-6),
         context=context,
         rope=rope,
         windows=_windows(keys, family, layers),
-        qkv_bias=family == "qwen2" or attention_bias,
+        qkv_bias=family == "qwen2" or attention_bias or (family == "qwen2_moe" and keys.flag("qkv_bias", True)),
         output_bias=attention_bias,
         mlp_bias=family == "llama" and keys.flag("mlp_bias"),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         tied=keys.flag("tie_word_embeddings"),
         dtype=_dtype(keys),
         quantization=raw.get("quantization_config"),
+        experts=experts,
     )
 
 
@@ -189,18 +199,20 @@ def _dtype(keys: Keys) -> str | None:
 
 
 def _windows(keys: Keys, family: str, layers: int) -> tuple[int | None, ...]:
-    """Mistral: every layer, when there is a window. Qwen: the layers named by layer_types, or from max_window_layers
-    on, and only with use_sliding_window. Llama has none."""
-    qwen = family in ("qwen2", "qwen3")
+    """Mistral and Mixtral: every layer, when there is a window. Qwen: only with use_sliding_window; the layers named by
+    layer_types, or from max_window_layers on. Qwen3-MoE: every layer then. Llama has none."""
+    switched = family.startswith("qwen") and keys.flag("use_sliding_window")
     window: int | None = None
-    if family == "mistral" or (qwen and keys.flag("use_sliding_window")):  # null: no window; absent: their default
+    if family == "mistral" or switched or (family == "mixtral" and "sliding_window" in keys.raw):
         null = "sliding_window" in keys.raw and keys.raw["sliding_window"] is None
-        window = None if null else keys.count("sliding_window", default=4096)
-    first = keys.count("max_window_layers", default=28, least=0) if qwen else 0
+        window = None if null else keys.count("sliding_window", default=4096)  # null: no window; absent: their default
+    first = keys.count("max_window_layers", default=28, least=0) if family in ("qwen2", "qwen3") else 0
     plain = tuple(window if index >= first else None for index in range(layers))
 
     kinds = keys.raw.get("layer_types")
     if kinds is None:
+        if family == "qwen2_moe" and window is not None:
+            raise keys.error("use_sliding_window", "layer_types must say which layers of a qwen2_moe model it is for")
         return plain
     if not isinstance(kinds, list) or len(kinds) != layers:
         raise keys.error("layer_types", f"it must be a list of num_hidden_layers = {layers} names")
@@ -210,12 +222,12 @@ def _windows(keys: Keys, family: str, layers: int) -> tuple[int | None, ...]:
     if "sliding_attention" in kinds and window is None:
         raise keys.error("layer_types", "it names sliding_attention, and no sliding_window is in force for this model")
     named = tuple(window if kind == "sliding_attention" else None for kind in kinds)
-    if not qwen and named != plain:
+    if family not in ("qwen2", "qwen2_moe", "qwen3") and named != plain:
         raise keys.error("layer_types", f"the layers of a {family} model are all alike")
     return named
 
 
-def _rope(keys: Keys, context: int) -> tuple[Rope, int]:
+def _rope(keys: Keys, family: str, context: int) -> tuple[Rope, int]:
     """The rotary parameters and the context that they allow; `context` is max_position_embeddings.
 
     In either spelling one object holds the kind and its numbers. yarn is often added to a config afterwards, with
@@ -225,7 +237,7 @@ def _rope(keys: Keys, context: int) -> tuple[Rope, int]:
     for key, value in scaling.raw.items():
         if isinstance(value, dict):
             raise scaling.error(key, "weft has one set of rotary parameters for all layers")
-    theta = scaling.number("rope_theta", keys.number("rope_theta", 10_000.0))
+    theta = scaling.number("rope_theta", keys.number("rope_theta", 1e6 if family == "mixtral" else 1e4))
     kind = scaling.text("rope_type", scaling.text("type", "default"))
     if scaling.number("partial_rotary_factor", 1.0) != 1.0:
         raise scaling.error("partial_rotary_factor", "weft rotates whole heads only (1.0)")

@@ -114,9 +114,13 @@ class Recorded:
 def open_forward(
     decoder: Decoder, kernels: Kernels, kv: list[Any], block_size: int, *, max_tokens: int, max_slices: int
 ) -> Forward:
-    """kernels: the decoder's own; block_size: of the KV. max_tokens, max_slices: of a step."""
+    """kernels: the decoder's own; block_size: of the KV. max_tokens, max_slices: of a step.
+
+    A model with experts is computed call by call: a program has the same operations in each step, and which experts
+    compute depends on what the rows are.
+    """
     plain = Plain(decoder, kv, block_size)
-    if kernels.name not in LEVELS:
+    if kernels.name not in LEVELS or decoder.config.experts is not None:
         return plain
     from weft.kernels.cpu import CpuKernels
     from weft.kernels.program import Program

@@ -1,7 +1,7 @@
 """One decoder layer, cut at its two seams: attend, then feed.
 
     hidden ─▶ qkv ─▶ (norm) rotate, write KV ─▶ attention ─▶ output ─▶ partial      attend
-    hidden ─▶ gate_up ─▶ silu · mul ─▶ down ─▶ partial                              feed
+    hidden ─▶ gate_up ─▶ silu · mul ─▶ down ─▶ partial                              feed (with experts: experts.py)
 
 A partial is this rank's part of the stage's output; who drives the strand adds it to the residual and normalises. What
 `hidden` is, only the linear that reads it needs to know (`reader` in kernels/base.py).
@@ -15,12 +15,16 @@ import torch
 from torch.nn.functional import pad
 
 from weft.kernels.base import Batch, Kernels
+from weft.models.experts import mix
 from weft.models.families import ModelConfig
 from weft.models.loader import LayerWeights
 
 
 class Layer:
-    """One layer's weights bound to one lane's kernels. Everything constant is looked up here, once."""
+    """One layer's weights bound to one lane's kernels. Everything constant is looked up here, once.
+
+    mlp_reader: the linear that alone reads what `feed` is given; None with experts, since several do.
+    """
 
     __slots__ = (
         "_cos",
@@ -54,6 +58,11 @@ class Layer:
         self._scale = config.head_dim**-0.5
         self._eps = config.eps
 
+    @property
+    def mixed(self) -> bool:
+        """Whether the layer has experts: which linears compute on a row depends on what is in the row."""
+        return self._weights.mixture is not None
+
     def attend(self, hidden: Any, kv: Any, batch: Batch, *, last: bool = False) -> torch.Tensor:
         """[T, hidden] -> partial [T, hidden]; writes the rows' keys and values to their slots.
 
@@ -75,5 +84,7 @@ class Layer:
     def feed(self, hidden: Any) -> torch.Tensor:
         """[T, hidden] -> partial [T, hidden]."""
         kernels, weights = self._kernels, self._weights
+        if weights.mixture is not None:
+            return mix(hidden, weights.mixture, kernels)
         activated = kernels.silu_mul(kernels.linear(hidden, weights.gate_up), weights.down)
         return kernels.linear(activated, weights.down)

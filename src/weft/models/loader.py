@@ -1,7 +1,8 @@
 """From a checkpoint to packed weights, layer by layer.
 
-A layer is mapped, converted, packed by the kernels and dropped again (its mapping too), so that loading takes one
-layer more memory than serving. Names and shapes are checked against the config before the first tensor is touched.
+A layer is mapped, converted, packed by the kernels and dropped again (its mapping too), its experts one by one, so that
+loading takes one layer more memory than serving. Names and shapes are checked against the config before the first
+tensor is touched.
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from weft.errors import CheckpointError
 from weft.kernels.base import Kernels
 from weft.models import quantised
 from weft.models.checkpoint import Checkpoint, Shape
+from weft.models.experts import Mixture, take_mixture
 from weft.models.families import ModelConfig
 from weft.models.foreign import ForeignCheckpoint
+from weft.models.mixtures import mixture_linears
 from weft.models.rope import Rotary
 from weft.models.shard import FLAG, WHOLE, Cut, Cuts, Part, Readable, Shard, float_cuts, head_cut, shard_config
 
@@ -42,6 +45,7 @@ class LayerWeights:
     """One layer: four packed linears (q, k and v joined, gate and up joined) and its norms.
 
     output_zeros: how many zeros the input of `output` ends in, after what the heads give (see shard.py).
+    mixture: of a layer with experts, which has it in the place of gate_up and down; these are None then.
     """
 
     input_norm: torch.Tensor
@@ -53,6 +57,7 @@ class LayerWeights:
     gate_up: Any
     down: Any
     output_zeros: int = 0
+    mixture: Mixture | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -237,8 +242,8 @@ def _assemble(
 
 
 def _layer(source: Source, config: ModelConfig, index: int, kernels: Kernels, dtype: torch.dtype) -> LayerWeights:
-    prefix = f"model.layers.{index}."
-    tensors = source.take(list(layer_shapes(config, index)))
+    prefix, experts = f"model.layers.{index}.", config.experts
+    tensors = source.take(list(_shapes_beside_experts(config, prefix)))
 
     def pack(*names: str) -> Any:
         """The linears of these names as one, their outputs one after the other."""
@@ -257,8 +262,9 @@ def _layer(source: Source, config: ModelConfig, index: int, kernels: Kernels, dt
         k_norm=norm("self_attn.k_norm") if config.qk_norm else None,
         qkv=pack(*QKV),
         output=pack(OUTPUT),
-        gate_up=pack(*GATE_UP),
-        down=pack(DOWN),
+        gate_up=pack(*GATE_UP) if experts is None else None,
+        down=pack(DOWN) if experts is None else None,
+        mixture=None if experts is None else take_mixture(source.take, prefix, config.family, experts, kernels, dtype),
     )
 
 
@@ -277,20 +283,31 @@ def _plain(source: Source, name: str, dtype: torch.dtype) -> torch.Tensor:
 
 def layer_shapes(config: ModelConfig, index: int) -> dict[str, Shape]:
     """The tensors of layer `index`, as Hugging Face names them, and their shapes."""
+    prefix = f"model.layers.{index}."
+    shapes = _shapes_beside_experts(config, prefix)
+    if config.experts is not None:
+        for name, rows, columns in mixture_linears(config.family, config.experts, config.hidden_size):
+            shapes[f"{prefix}{name}.weight"] = (rows, columns)
+    return shapes
+
+
+def _shapes_beside_experts(config: ModelConfig, prefix: str) -> dict[str, Shape]:
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
     q, k, v = QKV
     gate, up = GATE_UP
-    linears = (
+    linears = [
         (q, queries, hidden, config.qkv_bias),
         (k, keys, hidden, config.qkv_bias),
         (v, keys, hidden, config.qkv_bias),
         (OUTPUT, hidden, queries, config.output_bias),
-        (gate, inner, hidden, config.mlp_bias),
-        (up, inner, hidden, config.mlp_bias),
-        (DOWN, hidden, inner, config.mlp_bias),
-    )
-    prefix = f"model.layers.{index}."
+    ]
+    if config.experts is None:
+        linears += [
+            (gate, inner, hidden, config.mlp_bias),
+            (up, inner, hidden, config.mlp_bias),
+            (DOWN, hidden, inner, config.mlp_bias),
+        ]
     shapes: dict[str, Shape] = {}
     for name, rows, columns, bias in linears:
         shapes[f"{prefix}{name}.weight"] = (rows, columns)

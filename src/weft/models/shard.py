@@ -2,7 +2,8 @@
 
     q, k, v            by rows: whole heads, each query head with its key-value head
     output             by columns: those of the rank's heads
-    gate, up, down     by rows, rows, columns: the same channels of the intermediate size
+    gate, up, down     by rows, rows, columns: the same channels of the intermediate size; of each expert, too
+    router             whole: every rank has the same rows, and so takes the same experts for them
     output layer       by rows: a part of the vocabulary, filled up with zeros to the same number on every rank
     embedding, norms   whole
 
@@ -27,6 +28,7 @@ from weft.comet.packing import BLOCK, PER_WORD
 from weft.errors import ConfigError
 from weft.models.checkpoint import Checkpoint, Entry, Shape
 from weft.models.families import ModelConfig
+from weft.models.mixtures import Experts, sharded_names
 
 Ranges = tuple[tuple[int, int], ...]
 FLAG = "--tensor-parallel-size"
@@ -122,11 +124,13 @@ class Shard:
 def shard_config(config: ModelConfig, part: Part) -> ModelConfig:
     """The decoder that this rank has: fewer heads and channels. `vocabulary` stays that of the whole model.
 
-    Raises ConfigError naming the flag for a number of ranks that the model's heads cannot be divided by.
+    Raises ConfigError naming the flag for a number of ranks that the model's heads, or the channels of its experts,
+    cannot be divided by.
     """
     ranks = part.ranks
     if ranks == 1:
         return config
+    experts = None if config.experts is None else _shard_experts(config.experts, part)
     if config.kv_heads % ranks or config.intermediate_size < ranks * (1 if config.quantization is None else BLOCK):
         fitting = [str(count) for count in range(1, config.kv_heads + 1) if config.kv_heads % count == 0]
         raise ConfigError(
@@ -139,7 +143,19 @@ def shard_config(config: ModelConfig, part: Part) -> ModelConfig:
         heads=config.heads // ranks,
         kv_heads=config.kv_heads // ranks,
         intermediate_size=sum(end - first for first, end in inner_channels(config, part)),
+        experts=experts,
     )
+
+
+def _shard_experts(experts: Experts, part: Part) -> Experts:
+    for whose, channels in (("each expert", experts.inner), ("the shared expert", experts.shared)):
+        if 0 < channels < part.ranks:
+            raise ConfigError(
+                f"{FLAG} is {part.ranks}, and {whose} of the model has {channels} channel"
+                f"{'s' if channels > 1 else ''}: each rank needs one at least, so {channels} would be the most"
+            )
+    inner, shared = (end - first for first, end in (part.span(experts.inner), part.span(experts.shared)))
+    return replace(experts, inner=inner, shared=shared)
 
 
 def head_rows(vocabulary: int, ranks: int) -> int:
@@ -148,7 +164,7 @@ def head_rows(vocabulary: int, ranks: int) -> int:
 
 
 def inner_channels(config: ModelConfig, part: Part) -> Ranges:
-    """The channels between gate, up and down that this rank has."""
+    """The channels between gate, up and down that this rank has; with experts, of each but the shared one."""
     if config.quantization is None:
         return (part.span(config.intermediate_size),)
     return tuple((block * BLOCK, (block + 1) * BLOCK) for block in part.dealt(config.intermediate_size // BLOCK))
@@ -167,8 +183,19 @@ def float_cuts(config: ModelConfig, part: Part, prefix: str) -> dict[str, Cut]:
         for end in ("weight", "bias"):
             cuts[f"{prefix}{name}.{end}"] = _cut(0, ranges)
     cuts[f"{prefix}self_attn.o_proj.weight"] = _cut(1, _heads(config, part, config.heads))
-    cuts[f"{prefix}mlp.down_proj.weight"] = _cut(1, inner_channels(config, part))
+    if config.experts is None:
+        cuts[f"{prefix}mlp.down_proj.weight"] = _cut(1, inner_channels(config, part))
+    else:
+        cuts |= _expert_cuts(config.family, config.experts, part, prefix)
     return cuts | _summed_biases(config, part, prefix)
+
+
+def _expert_cuts(family: str, experts: Experts, part: Part, prefix: str) -> dict[str, Cut]:
+    cuts: dict[str, Cut] = {}
+    for (gate, up, down), channels in sharded_names(family, experts):
+        own = (part.span(channels),)
+        cuts |= {f"{prefix}{name}.weight": _cut(dim, own) for name, dim in ((gate, 0), (up, 0), (down, 1))}
+    return cuts
 
 
 def shard_fmpq(fmpq: FmpqConfig, config: ModelConfig, part: Part, orders: Sequence[torch.Tensor]) -> FmpqConfig:
@@ -233,13 +260,12 @@ def _owned(channels: torch.Tensor, config: ModelConfig, part: Part) -> torch.Ten
 def _row_ranges(config: ModelConfig, part: Part) -> dict[str, Ranges]:
     """Of the linears that are cut by rows."""
     inner, keys = inner_channels(config, part), _heads(config, part, config.kv_heads)
-    return {
+    ranges = {
         "self_attn.q_proj": _heads(config, part, config.heads),
         "self_attn.k_proj": keys,
         "self_attn.v_proj": keys,
-        "mlp.gate_proj": inner,
-        "mlp.up_proj": inner,
     }
+    return ranges if config.experts is not None else ranges | {"mlp.gate_proj": inner, "mlp.up_proj": inner}
 
 
 def _heads(config: ModelConfig, part: Part, count: int) -> Ranges:
