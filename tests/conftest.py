@@ -7,6 +7,7 @@ import json
 import os
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,13 @@ TINY = {
     "rope_theta": 10000.0,
     "rms_norm_eps": 1e-5,
     "torch_dtype": "float32",
+}
+
+EXPERTS = TINY | {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "num_local_experts": 5,
+    "num_experts_per_tok": 2,
 }
 
 if not Path("/dev/nvidiactl").exists():
@@ -44,14 +52,23 @@ if find_spec("hypothesis") is not None:  # a bare GPU image has none
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A checkpoint with random weights that is small enough for interpreted kernels. Its vocabulary is the built-in
     model's."""
+    return _write(tmp_path_factory.mktemp("tiny"), TINY)
+
+
+@pytest.fixture(scope="session")
+def tiny_experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, as a Mixtral."""
+    return _write(tmp_path_factory.mktemp("experts"), EXPERTS)
+
+
+def _write(made: Path, config: dict[str, Any]) -> Path:
     import torch
     from safetensors.torch import save_file
 
     from weft.models.families import read_config
     from weft.models.loader import tensor_shapes
 
-    made = tmp_path_factory.mktemp("tiny")
-    (made / "config.json").write_text(json.dumps(TINY))
+    (made / "config.json").write_text(json.dumps(config))
     generator = torch.Generator().manual_seed(3)
     tensors = {
         name: torch.ones(shape) if name.endswith("norm.weight") else torch.randn(shape, generator=generator) * 0.2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from weft.cli import main
 from weft.devices.kernel_times import Case, CpuMachine, cases_of, measure, prepare
 from weft.kernels.reference import ReferenceKernels
 from weft.models.families import ModelConfig, read_config
+from weft.models.mixtures import Experts
 from weft.text.hub import resolve_model
 
 
@@ -61,6 +63,15 @@ def test_the_layers_are_those_of_the_model(model: ModelConfig) -> None:
         ("decode", 2, 1, 16),
         ("prefill", 1, 8, 8),
     ]
+
+
+def test_a_layer_with_experts_has_the_products_of_one_of_them_and_the_shared_ones(model: ModelConfig) -> None:
+    mixed = replace(model, intermediate_size=96, experts=Experts(6, 2, 96, 160, normalised=True))
+    cases = cases_of(mixed, "bf16", tokens=(1,), sequences=(1,), contexts=(16,))
+    width = model.hidden_size
+    shapes = {case.name: (case.n, case.k) for case in cases if case.operation == "gemm"}
+    assert (shapes["gate_up"], shapes["down"], shapes["router"]) == ((192, width), (width, 96), (6, width))
+    assert (shapes["shared_gate_up"], shapes["shared_down"]) == ((320, width), (width, 160))
 
 
 def test_each_share_is_measured_and_the_whole_device_comes_back(model: ModelConfig) -> None:

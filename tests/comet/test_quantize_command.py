@@ -216,6 +216,12 @@ def test_missing_output_and_folders_in_the_way_are_named(
     assert "is in the way" in capsys.readouterr().err
 
 
+def test_experts_are_refused_by_name(tiny_experts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["quantize", str(tiny_experts), "-o", str(tmp_path / "out"), *FEW]) == 1
+    assert "is a mixtral with 5 experts in each layer, which `weft quantize` cannot" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_broken_models_are_refused_by_file_and_tensor(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,6 +9,7 @@ import json
 import math
 import os
 import re
+import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -755,6 +756,12 @@ def test_a_setting_that_cannot_be_names_itself_and_what_works(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         opened(folder, **given)
+
+
+def test_experts_are_refused_before_weights_are_read(opened: Open, tiny_experts: Path, tmp_path: Path) -> None:
+    shutil.copy(tiny_experts / "config.json", tmp_path)  # and nothing else
+    with pytest.raises(ConfigError, match=r"--device is cuda, and .* is a mixtral with 5 experts .*--device cpu"):
+        opened(tmp_path)
 
 
 def test_w4a16_needs_bfloat16(opened: Open, fmpq: Path) -> None:

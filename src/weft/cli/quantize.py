@@ -179,6 +179,11 @@ def _open_model(folder: Path, length: int | None) -> Model:
     config = read_config(folder)
     if config.quantization is not None:
         raise CheckpointError(f"{folder} is quantised already; give the checkpoint that it was made from")
+    if config.experts is not None:
+        raise CheckpointError(
+            f"{folder} is a {config.family} with {config.experts.count} experts in each layer, which `weft quantize` "
+            "cannot quantise; `weft serve` serves it as it is"
+        )
     if length is not None and length > config.context:
         raise ConfigError(f"--length is {length}; the model's context is {config.context} tokens")
     length = min(USUAL_LENGTH, config.context) if length is None else length

@@ -56,6 +56,7 @@ def open_cuda(config: EngineConfig, folder: Path, say: Callable[[str], None], gr
         gpu.adopt()  # this thread works for it, too
     partition = share_out(config.partition, gpu.shares)
     model = read_config(folder)
+    _check_experts(config, model)
     check_exact_a4(config, model)
     dummy = config.load_format == "dummy"
     dtype, dtype_note = compute_dtype(config.dtype, model.dtype or (None if dummy else stored_dtype(folder)))
@@ -139,6 +140,15 @@ def _check(config: EngineConfig) -> None:
     for flag, value, unset in (("--cores", config.cores, None), ("--kernels", config.kernels, "auto")):
         if value != unset:
             raise ConfigError(f"{flag} is {value}, and it is for --device cpu; leave it out")
+
+
+def _check_experts(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for a mixture of experts, which the host would have to route at every layer of a step."""
+    if model.experts is not None:
+        raise ConfigError(
+            f"--device is cuda, and {config.model} is a {model.family} with {model.experts.count} experts in each "
+            "layer, which weft serves with --device cpu only"
+        )
 
 
 def _check_w4a16(config: EngineConfig, model: ModelConfig, dtype: torch.dtype) -> None:

@@ -143,7 +143,8 @@ def cases_of(
     contexts: Sequence[int],
     kv: str = "auto",
 ) -> list[Case]:
-    """The calls of a step of this model. tokens: rows of a step; sequences, contexts: of attention.
+    """The calls of a step of this model. tokens: rows of a step; sequences, contexts: of attention. Of a layer with
+    experts gate_up and down are those of one, with so many rows of its own.
 
     Raises ConfigError for widths that the precision cannot have.
     """
@@ -156,6 +157,10 @@ def cases_of(
         "down": (width, inner),
         "head": (model.vocabulary, width),
     }
+    if model.experts is not None:
+        layers["router"] = (model.experts.count, width)
+        if shared := model.experts.shared:
+            layers |= {"shared_gate_up": (2 * shared, width), "shared_down": (width, shared), "shared_gate": (1, width)}
     for name, (_, k) in layers.items():
         if precision == "w4a8" and k % GROUP:
             raise ConfigError(f"--precision w4a8 needs inputs that are multiples of {GROUP}; {name} has {k}")
