@@ -37,6 +37,7 @@ TWO_CORES = len(os.sched_getaffinity(0)) >= 2
 LENGTH = 20
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
 GREEDY = SamplingParams(temperature=0.0, max_tokens=LENGTH, ignore_eos=True, logprobs=2)
+LONG = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=0)
 TEXTS = (
     "import os\nimport sys\n\n\ndef main(argv):\n    ",
     "class Node:\n    def __init__(self, value, next=None):\n        self.value = value\n",
@@ -131,12 +132,14 @@ class Case:
 
 
 CASES = [(kernels, dtype) for kernels in KERNELS for dtype in DTYPES if (kernels, dtype) != ("reference", "bfloat16")]
-CASES += [("cuda", "float32")] * (find_spec("triton") is not None)
+CASES += [("experts", "bfloat16"), *[("cuda", "float32")] * (find_spec("triton") is not None)]
 
 
 @pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(case))
-def case(request: pytest.FixtureRequest, tiny_model: Path) -> Case:
+def case(request: pytest.FixtureRequest, tiny_model: Path, tiny_experts: Path) -> Case:
     name, dtype = request.param
+    if name == "experts":
+        return Case({"model": str(tiny_experts), "kernels": KERNELS[0], "dtype": dtype}, KERNELS[0] != "reference")
     if name == "cuda":
         # Without scores, which take the interpreter long.
         brief = replace(GREEDY, max_tokens=6, logprobs=None)
@@ -246,7 +249,11 @@ class Truth:
 
 @pytest.fixture(scope="module")
 def truths(prompts: list[tuple[int, ...]]) -> list[Truth]:
-    model = AutoModelForCausalLM.from_pretrained(BUILTIN, dtype=torch.float32).eval()
+    return _truths(BUILTIN, prompts)
+
+
+def _truths(folder: Path, prompts: Sequence[tuple[int, ...]]) -> list[Truth]:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # two of them wait for each other when another process wants a core
     found = [_truth(model, prompt) for prompt in prompts]
@@ -271,9 +278,24 @@ def _truth(model: Any, prompt: tuple[int, ...]) -> Truth:
 
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_greedy_is_that_of_transformers(kernels: str, prompts: list[tuple[int, ...]], truths: list[Truth]) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=48, ignore_eos=True, logprobs=0)
     with opened(kernels=kernels, dtype="float32") as engine:
-        ours = together(engine, prompts, params)
+        _compare(together(engine, prompts, LONG), truths)
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_greedy_of_experts_is_that_of_transformers_in_chunks_and_after_prefix_hits(
+    kernels: str, prompts: list[tuple[int, ...]], tiny_experts: Path
+) -> None:
+    truths = _truths(tiny_experts, prompts)
+    settings = {"model": str(tiny_experts), "kernels": kernels, "dtype": "float32", "max_num_batched_tokens": 11}
+    with opened(**settings) as engine:
+        _compare(together(engine, prompts, LONG), truths)
+        assert engine.stats().prefix_hits == 0
+        _compare(together(engine, prompts, LONG), truths)
+        assert engine.stats().prefix_hits > 0
+
+
+def _compare(ours: Sequence[Answer], truths: Sequence[Truth]) -> None:
     for found, truth in zip(ours, truths, strict=True):
         assert found.tokens[0] == truth.tokens
         scores = [score for score in found.scores[0] if score is not None]
