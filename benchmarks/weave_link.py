@@ -1,7 +1,7 @@
 """Two ranks, one core each, joined by a shaped link: what weaving hides of it.
 
-    sudo python benchmarks/weave_link.py [--quick | --short | --cells CELL ...] [--rounds N] [--layers N] [--gloo]
-                                         [--json FILE] [--plot FILE]
+    sudo python benchmarks/weave_link.py [--quick | --short | --mixture | --cells CELL ...] [--rounds N]
+                                         [--layers N] [--gloo] [--json FILE] [--plot FILE]
 
 The ranks live in network namespaces that a veth pair joins; tbf shapes both directions. Latency is added in user space,
 once for each of the two rounds of a seam, since these kernels have no netem. A step is one prompt through the layers of
@@ -20,6 +20,11 @@ first.
                               but by not normalising all rows on every rank
     split, no communication   the same in three strands: what splitting costs
     fused, woven over gloo    with --gloo: the same seams, whose messages the gloo library carries
+    rejoined, two strands     with --mixture: woven, but experts are computed once for all strands
+    rejoined                  three strands
+
+--mixture is a model with experts in the place of the 1.1B one: 60 of them in a layer, of which a token takes 4, and one
+that it always takes; BF16, as Qwen1.5-MoE-A2.7B; 3 of its 24 layers if not told otherwise.
 
 What weft would choose is measured once for a link and a model, for the sizes that a rank measures when it starts.
 
@@ -30,6 +35,8 @@ What weft would choose is measured once for a link and a model, for the sizes th
   interface's counter; of the W4A4 model one block of channels in 16 has 8-bit activations.
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
 * choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
+* rejoined_vs_woven, rejoined_vs_plain: of the model with experts, woven (or plain) over rejoined, three strands each; the
+  median of its cells. worst_case_vs_plain and choice_regret_percent are of these cells, too.
 * gloo_vs_links_fused, gloo_vs_links_woven: with --gloo, a step over gloo over one whose seams weft carries itself
   (csrc/links.h), the median of all cells; gloo_vs_links_cpu: the same of the CPU seconds that a woven step takes of
   rank 0, products included. So whether gloo is the limit.
@@ -62,13 +69,27 @@ SHAPE: dict[str, Any] = {
     "num_key_value_heads": 4,
     "max_position_embeddings": 4096,
 }
+MIXTURE: dict[str, Any] = {
+    "architectures": ["Qwen2MoeForCausalLM"],
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "max_position_embeddings": 4096,
+    "num_experts": 60,
+    "num_experts_per_tok": 4,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
 PLAIN, ONE_SHOT, FUSED, TWO, WOVEN = "plain", "one-shot", "fused", "woven, two strands", "woven"
 QUANTISED = "woven, quantised gather"
 FUSED_QUANTISED, TWO_QUANTISED = "fused, quantised gather", "woven, two strands, quantised gather"
 NOTHING, SPLIT = "no communication", "split, no communication"
 FUSED_GLOO, WOVEN_GLOO = "fused over gloo", "woven over gloo"
+TWO_REJOINED, REJOINED = "rejoined, two strands", "rejoined"
 MODES = (PLAIN, ONE_SHOT, FUSED, TWO, WOVEN, FUSED_QUANTISED, TWO_QUANTISED, QUANTISED, NOTHING, SPLIT)
-ALL_MODES = (*MODES, FUSED_GLOO, WOVEN_GLOO)
+ALL_MODES = (*MODES, TWO_REJOINED, REJOINED, FUSED_GLOO, WOVEN_GLOO)
 MBIT = (2000, 1000, 500, 250)
 LATENCIES = (0.0, 1e-4, 1e-3)
 TOKENS = (256, 512, 1024, 2048)
@@ -99,6 +120,12 @@ SHORT = (
 )
 
 
+OF_EXPERTS = (
+    *(Cell(mbit, 0.0, "mixture", tokens) for mbit in MBIT for tokens in TOKENS[:3]),
+    *(Cell(1000, 1e-3, "mixture", tokens) for tokens in TOKENS[:3]),
+)
+
+
 def main() -> None:
     arguments = _arguments()
     if reason := _missing():
@@ -107,7 +134,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that no namespace stays
     watch = common.LoadWatch()
     cells = arguments.cells or list(grid(quick=arguments.quick, short=arguments.short))
-    groups = [(cells, arguments.layers)] if arguments.cells else [(BYTES, LAYERS), (cells, arguments.layers)]
+    groups: list[tuple[Sequence[Cell], int]] = [(BYTES, LAYERS), (cells, arguments.layers)]
+    if arguments.mixture:
+        groups = [(OF_EXPERTS, arguments.layers)]
+    elif arguments.cells:
+        groups = groups[1:]
     rows = []
     with _namespaces() as link:
         for some, layers in groups:
@@ -123,7 +154,10 @@ def main() -> None:
     if arguments.plot is not None:
         _plot(arguments.plot, rows)
     note = common.load_note(watch)
-    notes = [f"{arguments.layers} of {LAYERS} layers, {arguments.rounds} rounds", *([note] if note else [])]
+    notes = [
+        f"{arguments.layers} of {24 if arguments.mixture else LAYERS} layers, {arguments.rounds} rounds",
+        *([note] if note else []),
+    ]
     common.report(arguments, claims(rows), rows, notes)
 
 
@@ -142,7 +176,9 @@ def grid(*, quick: bool = False, short: bool = False) -> Iterator[Cell]:
 def served(*, quantised: bool) -> dict[tuple[str, int], str]:
     """What weft chooses from, by its mode and number of strands. quantised: rows travel so wherever they can."""
     fused, two, three = (FUSED_QUANTISED, TWO_QUANTISED, QUANTISED) if quantised else (FUSED, TWO, WOVEN)
-    return {("plain", 1): PLAIN, ("one-shot", 1): ONE_SHOT, ("fused", 1): fused, ("woven", 2): two, ("woven", 3): three}
+    rejoined = {("rejoined", 2): TWO_REJOINED, ("rejoined", 3): REJOINED}
+    woven = {("woven", 2): two, ("woven", 3): three} | rejoined
+    return {("plain", 1): PLAIN, ("one-shot", 1): ONE_SHOT, ("fused", 1): fused} | woven
 
 
 def merged(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -182,6 +218,8 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
         found["gloo_vs_links_fused"] = ratio(FUSED_GLOO, FUSED)
         found["gloo_vs_links_woven"] = ratio(WOVEN_GLOO, WOVEN)
         found["gloo_vs_links_cpu"] = ratio(WOVEN_GLOO, WOVEN, "cpu")
+    if REJOINED in seconds:
+        found["rejoined_vs_woven"], found["rejoined_vs_plain"] = ratio(WOVEN, REJOINED), ratio(PLAIN, REJOINED)
     if QUANTISED in seconds:
         found["quantised_gain"] = ratio(PLAIN, QUANTISED)
         found["bytes_saved"] = 1 - answer["sent"][QUANTISED] / answer["sent"][WOVEN]
@@ -190,7 +228,8 @@ def row(cell: Cell, answer: dict[str, Any]) -> dict[str, Any]:
 
 def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Those that the rows have cells for."""
-    timed = [one for one in rows if one["mbit"] is not None]
+    every = [one for one in rows if one["mbit"] is not None]
+    timed = [one for one in every if one["precision"] != "mixture"]
     sent = {one["precision"]: one["bytes_saved"] for one in rows if one["mbit"] is None}
     found = {
         "woven_gain_at_25_percent_comm": _median(
@@ -204,8 +243,12 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         ),
         "gather_bytes_saved_int8": sent.get("w4a8"),
         "gather_bytes_saved_int4": sent.get("w4a4"),
-        "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in timed), default=None),
-        "choice_regret_percent": max((100 * one["regret"] for one in timed), default=None),
+        "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in every), default=None),
+        "choice_regret_percent": max((100 * one["regret"] for one in every), default=None),
+        **{
+            name: _median([one[name].median for one in every if name in one])
+            for name in ("rejoined_vs_woven", "rejoined_vs_plain")
+        },
         **_transports([one for one in timed if "gloo_vs_links_cpu" in one]),
     }
     return {name: value for name, value in found.items() if value is not None}
@@ -288,9 +331,11 @@ class Ranks:
                 "rank": rank,
                 "core": cores[rank % len(cores)],
                 "level": resolve("auto")[0],
-                "shape": SHAPE | {"num_hidden_layers": layers},
+                "models": {
+                    name: (MIXTURE if name == "mixture" else SHAPE) | {"num_hidden_layers": layers}
+                    for name in precisions
+                },
                 "tokens": tokens,
-                "precisions": list(precisions),
                 "gloo": gloo,
                 "address": link.addresses[0],
                 "port": PORT,
@@ -341,15 +386,18 @@ class Ranks:
 
 def _arguments() -> argparse.Namespace:
     parser = common.parser(__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, metavar="N", help="layers of the model (default: 6, with --quick 4)")
+    parser.add_argument(
+        "--layers", type=int, metavar="N", help="layers of the model (6; 4 with --quick, 3 with --mixture)"
+    )
     parser.add_argument(
         "--cells", type=_cell, nargs="+", metavar="CELL", help="these only: MBIT:PRECISION:TOKENS[:MILLISECONDS]"
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="of each cell (7; 5 with --short, 3 with --quick)")
     parser.add_argument("--gloo", action="store_true", help="also carry fused and woven seams by the gloo library")
+    parser.add_argument("--mixture", action="store_true", help="a model with experts instead")
     parser.add_argument("--short", action="store_true", help="a part of the grid: all claims in ten minutes")
     arguments = parser.parse_args()
-    arguments.layers = arguments.layers or (4 if arguments.quick else 6)
+    arguments.layers = arguments.layers or (3 if arguments.mixture else 4 if arguments.quick else 6)
     arguments.rounds = arguments.rounds or (3 if arguments.quick else 5 if arguments.short else 7)
     return arguments
 
@@ -362,7 +410,7 @@ def _cell(text: str) -> Cell:
         latency = float(parts[3]) / 1000 if len(parts) > 3 else 0.0
     except (ValueError, IndexError):
         raise argparse.ArgumentTypeError(f"{text!r}; 500:bf16:1024 and 1000:w4a8:512:0.1 would work") from None
-    if len(parts) > 4 or parts[1] not in ("bf16", "w4a8") or min(mbit, tokens) < 1 or latency < 0:
+    if len(parts) > 4 or parts[1] not in ("bf16", "w4a8", "mixture") or min(mbit, tokens) < 1 or latency < 0:
         raise argparse.ArgumentTypeError(f"{text!r}; 500:bf16:1024 and 1000:w4a8:512:0.1 would work")
     return Cell(mbit, latency, parts[1], tokens)
 

@@ -24,9 +24,11 @@ from weave_link import (
     ONE_SHOT,
     PLAIN,
     QUANTISED,
+    REJOINED,
     SPLIT,
     TWO,
     TWO_QUANTISED,
+    TWO_REJOINED,
     WOVEN,
     WOVEN_GLOO,
     served,
@@ -39,6 +41,7 @@ from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows, input_format
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.experts import Mixture
 from weft.models.families import parse_config
 from weft.models.loader import Dummy, LayerWeights, Weights
 from weft.models.measure import measure
@@ -108,9 +111,9 @@ class Model:
 
 
 def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: str, tokens: int) -> Model:
-    """Random weights of this rank's shapes. precision: bf16, w4a8 or w4a4."""
+    """Random weights of this rank's shapes. precision: bf16, w4a8, w4a4, or mixture, which is bf16."""
     whole = parse_config(raw)
-    config, quantised = shard_config(whole, part), precision != "bf16"
+    config, quantised = shard_config(whole, part), precision in ("w4a8", "w4a4")
     draw = torch.Generator().manual_seed(part.rank)
 
     def linear(outputs: int, inputs: int) -> Any:
@@ -120,6 +123,23 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
             outliers = inputs // 128 // 16 if precision == "w4a4" else 0  # one block in 16
             return kernels.pack_w4ax(values, scales, outlier_blocks=outliers, exact_a4=precision == "w4a4")
         return kernels.pack_linear((torch.rand(outputs, inputs, generator=draw) * 0.07 - 0.035).bfloat16())
+
+    def feed() -> dict[str, Any]:
+        """The second stage of a layer."""
+        experts = config.experts
+        if experts is None:
+            return {"gate_up": linear(2 * inner, hidden), "down": linear(hidden, inner)}
+        alike = torch.Generator().manual_seed(0)  # ranks must take the same experts
+        router = (torch.rand(experts.count, hidden, generator=alike) * 0.07 - 0.035).bfloat16()
+        mixture = Mixture(
+            kernels.pack_linear(router),
+            tuple(linear(2 * experts.inner, hidden) for _ in range(experts.count)),
+            tuple(linear(hidden, experts.inner) for _ in range(experts.count)),
+            linear(1, hidden),
+            linear(2 * experts.shared, hidden),
+            linear(hidden, experts.shared),
+        )
+        return {"mixture": mixture}
 
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
@@ -132,8 +152,7 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
             k_norm=None,
             qkv=linear(queries + 2 * keys, hidden),
             output=linear(hidden, queries),
-            gate_up=linear(2 * inner, hidden),
-            down=linear(hidden, inner),
+            **feed(),
         )
         for _ in range(config.layers)
     )
@@ -144,6 +163,16 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
     weights = Weights(torch.bfloat16, embedding, layers, ones, head, rotary, 0)
     decoder = Decoder(config, weights, kernels, config.context)
     return Model(decoder, decoder.make_kv(-(-tokens // KV_BLOCK), KV_BLOCK), quantised)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a step is carried out. quantised: whether rows travel so."""
+
+    collective: Collective
+    strands: int = 1
+    quantised: bool = False
+    rejoin: bool = False
 
 
 def prompt(tokens: int) -> Slice:
@@ -160,9 +189,8 @@ class Rank:
         torch.set_num_threads(1)
         self.kernels = CpuKernels(orders["level"], (core,))
         own = CpuKernels(orders["level"], (core,))
-        raw, most = orders["shape"], orders["tokens"]
-        part = Part(self.rank, RANKS)
-        self.models = {name: make_model(raw, part, self.kernels, name, most) for name in orders["precisions"]}
+        most, part = orders["tokens"], Part(self.rank, RANKS)
+        self.models = {name: make_model(raw, part, self.kernels, name, most) for name, raw in orders["models"].items()}
         store = meet(orders["address"], orders["port"], self.rank, RANKS, timeout=TIMEOUT)
 
         def group(name: str) -> tuple[Any, int, int]:
@@ -170,7 +198,8 @@ class Rank:
 
         reach: dict[str, Any] = {"bind": orders["bind"], "timeout": TIMEOUT}
         self.plain = Delayed(AllReduceCollective(connect(*group(PLAIN), **reach), FusedRows(self.kernels)))
-        capacity = most * raw["hidden_size"] * torch.float32.itemsize
+        widest = max(model.decoder.config.hidden_size for model in self.models.values())
+        capacity = most * widest * torch.float32.itemsize
 
         def over_gloo(name: str, kernels: CpuKernels, *, one_round: bool = False) -> Delayed:
             messages = connect(*group(name), **reach)
@@ -187,37 +216,36 @@ class Rank:
         self.silent = Silent(self.rank, FusedRows(self.kernels))
         self.costs: dict[tuple[Any, ...], Costs] = {}  # by link and model
 
-    def modes(self, model: Model) -> dict[str, tuple[Collective, int, bool]]:
-        """(collective, strands, quantised gather) by name."""
+    def modes(self, model: Model) -> dict[str, Way]:
+        """By name."""
         most, woven = max(STRANDS), self.woven
-        found: dict[str, tuple[Collective, int, bool]] = {
-            PLAIN: (self.plain, 1, False),
-            ONE_SHOT: (self.one_shot, 1, False),
-            FUSED: (self.fused, 1, False),
-            TWO: (woven, 2, False),
-            WOVEN: (woven, most, False),
-            NOTHING: (self.silent, 1, False),
-            SPLIT: (self.silent, most, False),
+        found = {
+            PLAIN: Way(self.plain),
+            ONE_SHOT: Way(self.one_shot),
+            FUSED: Way(self.fused),
+            TWO: Way(woven, 2),
+            WOVEN: Way(woven, most),
+            NOTHING: Way(self.silent),
+            SPLIT: Way(self.silent, most),
         }
         if self.gloo_woven is not None:
-            found |= {
-                FUSED_GLOO: (self.over_gloo[FUSED_GLOO], 1, False),
-                WOVEN_GLOO: (self.gloo_woven, most, False),
-            }
+            found |= {FUSED_GLOO: Way(self.over_gloo[FUSED_GLOO]), WOVEN_GLOO: Way(self.gloo_woven, most)}
         if model.quantised:
-            found |= {FUSED_QUANTISED: (self.fused, 1, True), TWO_QUANTISED: (woven, 2, True)}
-            found |= {QUANTISED: (woven, most, True)}
+            found |= {FUSED_QUANTISED: Way(self.fused, quantised=True), TWO_QUANTISED: Way(woven, 2, quantised=True)}
+            found |= {QUANTISED: Way(woven, most, quantised=True)}
+        if model.decoder.config.experts is not None:
+            found |= {TWO_REJOINED: Way(woven, 2, rejoin=True), REJOINED: Way(woven, most, rejoin=True)}
         return found
 
     @torch.inference_mode()
-    def step(self, model: Model, tokens: int, collective: Collective, count: int, quantised: bool) -> torch.Tensor:
-        """Of a prompt of so many tokens, the last row is kept. count: of strands."""
+    def step(self, model: Model, tokens: int, way: Way) -> torch.Tensor:
+        """Of a prompt of so many tokens, the last row is kept."""
         strands = [
             model.decoder.strand(make_batch(own, KV_BLOCK, kept), model.kv)
-            for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVES, count))
+            for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVES, way.strands))
         ]
-        formats = self._format if quantised else no_format
-        return torch.cat(Weaver(collective, formats).weave(strands))
+        formats = self._format if way.quantised else no_format
+        return torch.cat(Weaver(way.collective, formats, rejoin=way.rejoin).weave(strands))
 
     def _format(self, packed: Any) -> Any:
         return input_format(self.kernels, packed)
@@ -238,7 +266,7 @@ class Rank:
                 self.fused.gather(torch.zeros(1))
                 before, used = _sent(self.orders["interface"]), time.process_time()
                 begun = time.perf_counter()
-                self.step(model, tokens, *mode)
+                self.step(model, tokens, mode)
                 seconds[name].append(time.perf_counter() - begun)
                 cpu[name].append(time.process_time() - used)
                 sent[name] = _sent(self.orders["interface"]) - before
@@ -259,10 +287,10 @@ class Rank:
         mode, strands = Chooser("auto", self.costs[key])([prompt(job["tokens"])])
         return served(quantised=model.quantised)[mode.value, len(strands)]
 
-    def _compare(self, model: Model, tokens: int, modes: dict[str, tuple[Collective, int, bool]]) -> None:
+    def _compare(self, model: Model, tokens: int, modes: dict[str, Way]) -> None:
         """Also warms up. Raises ArithmeticError where the modes that must have the same bits do not."""
         same = [name for name in modes if name not in (PLAIN, NOTHING, SPLIT)]
-        found = {name: self.step(model, tokens, *mode) for name, mode in modes.items()}
+        found = {name: self.step(model, tokens, mode) for name, mode in modes.items()}
         for name in same:
             if not torch.equal(found[name], found[FUSED]):
                 raise ArithmeticError(f"{name} and {FUSED} do not agree for {tokens} tokens")

@@ -198,9 +198,10 @@ class EngineConfig:
         "auto",
         help="how ranks are joined between two stages of a layer: plain (all-reduce, then every rank normalises "
         "everything), one-shot (likewise, with all partial sums sent to all), fused (each rank sums and normalises its "
-        "part), woven (fused, in two or three strands of which one computes while others are joined); auto: what was "
-        "fastest at start-up, step by step",
-        choices=("auto", "plain", "one-shot", "fused", "woven"),
+        "part), woven (fused, in two or three strands of which one computes while others are joined), rejoined (woven, "
+        "but for the experts of a mixture, which are computed once for all strands); auto: what was fastest at "
+        "start-up, step by step",
+        choices=("auto", "plain", "one-shot", "fused", "woven", "rejoined"),
     )
     collective: str = setting(
         "auto",
@@ -305,8 +306,9 @@ class EngineConfig:
             )
         if self.batch_invariant and self.tensor_parallel_size > 1 and self.weave in ("auto", "plain"):
             found.append(
-                f"--batch-invariant with several ranks needs --weave fused, woven or one-shot; it is {self.weave}, and "
-                "plain, which auto may choose, leaves the order of a sum to a library that goes by its size"
+                f"--batch-invariant with several ranks needs --weave fused, woven, rejoined or one-shot; it is "
+                f"{self.weave}, and plain, which auto may choose, leaves the order of a sum to a library that goes by "
+                "its size"
             )
         if self.attention_backend == "flashinfer" and self.tensor_parallel_size > 1:
             found.append(

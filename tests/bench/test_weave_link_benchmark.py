@@ -13,7 +13,7 @@ import pytest
 
 from weft.devices.group import measured_sizes
 from weft.kernels import LEVELS, available
-from weft.weave.choice import Costs, Curve, Mode
+from weft.weave.choice import COLLECTIVES, Costs, Curve, Mode
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 TINY = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -110,7 +110,7 @@ def test_what_is_chosen_follows_from_costs_as_they_are_measured_at_start_up(
     stage, seam = Curve(((1, 0.0), (1000, 1.0))), Curve(((1, 0.0), (1000, 0.5)))
 
     def measure(_decoder: Any, _kv: Any, _block: int, collectives: Any, sizes: list[int], *, formats: Any) -> Costs:
-        assert list(collectives) == list(Mode) and (formats("packed") == "its format") is (len(measured) > 1)
+        assert list(collectives) == list(COLLECTIVES) and (formats("packed") == "its format") is (len(measured) > 1)
         measured.append(sizes)
         return Costs(8, stage, stage, {Mode.PLAIN: seam, Mode.FUSED: seam}, 0.0)
 
@@ -144,6 +144,7 @@ def test_a_step_takes_as_long_as_the_slower_rank(weave_link: Any) -> None:
 def test_cells_can_be_named(weave_link: Any) -> None:
     assert weave_link._cell("500:bf16:1024") == weave_link.Cell(500, 0.0, "bf16", 1024)
     assert weave_link._cell("1000:w4a8:512:0.1") in weave_link.grid()
+    assert weave_link._cell("1000:mixture:512") in weave_link.OF_EXPERTS
     for wrong in ("500:bf16", "500:fp8:1024", "x:bf16:1024", "0:bf16:1", "500:bf16:1024:-1", "1:bf16:1:1:1"):
         with pytest.raises(argparse.ArgumentTypeError, match="would work"):
             weave_link._cell(wrong)
@@ -191,5 +192,26 @@ def test_its_ranks_carry_out_jobs(weave_link: Any, monkeypatch: pytest.MonkeyPat
     assert found["woven"].count == 2 and found["plain"].median > 2 * 4 * 1.0  # milliseconds: two for each seam
     assert found["no communication"].median < found["plain"].median
     assert 0.1 < found["bytes_saved"] < 0.4
-    assert without["seconds"].keys() == set(weave_link.ALL_MODES)
+    rejoined = {weave_link.REJOINED, weave_link.TWO_REJOINED}
+    assert without["seconds"].keys() == set(weave_link.ALL_MODES) - rejoined
     assert found["chosen"] in weave_link.served(quantised=True).values() and found["regret"] >= 0
+
+
+@pytest.mark.skipif(not set(LEVELS) & set(available()), reason="the C++ extension is not built")
+def test_its_ranks_rejoin_at_experts(weave_link: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They compare the bits of all modes themselves."""
+    with socket.create_server(("127.0.0.1", 0)) as chosen:
+        monkeypatch.setattr(weave_link, "PORT", chosen.getsockname()[1])
+    few = {"num_experts": 6, "moe_intermediate_size": 96, "shared_expert_intermediate_size": 128, "vocab_size": 256}
+    monkeypatch.setattr(weave_link, "MIXTURE", weave_link.MIXTURE | TINY | few)
+    ranks = weave_link.Ranks(Loopback(), 2, ["mixture"], 96)
+    try:
+        cell = weave_link.Cell(1000, 0.0, "mixture", 96)
+        found = weave_link.row(cell, ranks.job(cell, 2))
+    finally:
+        ranks.close()
+    claims = weave_link.claims([found])
+    assert claims["rejoined_vs_plain"] == found["rejoined_vs_plain"].median > 0
+    assert claims["rejoined_vs_woven"] == found["rejoined_vs_woven"].median > 0
+    assert not [name for name in claims if name.startswith("woven")], "these are of the model without experts"
+    assert found["chosen"] in weave_link.served(quantised=False).values()

@@ -38,6 +38,7 @@ def test_a_step_is_cut_only_where_it_is_woven() -> None:
     assert Chooser("fused", None)(slices(40, 40)) == (Mode.FUSED, (80,))
     assert Chooser("plain", None)(slices(40, 40)) == (Mode.PLAIN, (80,))
     assert Chooser("woven", None)(slices(48, 48, 48)) == (Mode.WOVEN, (48, 48, 48))
+    assert Chooser("rejoined", None)(slices(48, 48, 48)) == (Mode.REJOINED, (48, 48, 48))
     assert Chooser("woven", None)(slices(WAVES.rows - 1)) == (Mode.WOVEN, (WAVES.rows - 1,))  # one wave: one strand
     stage, seam = Curve(((1, 0.0), (1000, 1.0))), Curve(((1, 0.0), (1000, 0.5)))
     costs = Costs(8, stage, stage, {Mode.FUSED: seam}, 0.0)

@@ -13,7 +13,7 @@ from weft.models.measure import Place, measure
 from weft.weave.choice import Costs, Curve, Mode
 from weft.weave.collective import Join, Joined
 from weft.weave.seam import Joined as Sent
-from weft.weave.seam import Seam, Strand
+from weft.weave.seam import Seam, Shared, Strand
 
 SIZES = [1, 16, 50]
 ATTEND, FEED, NORM, LAYERS = 3.0, 5.0, 100.0, 7  # seconds of a token, of a token, and of a rank's own norm
@@ -32,19 +32,27 @@ class Clock:
 class FakeDecoder:
     """Its first runs are cold: they take twice as long."""
 
-    def __init__(self, clock: Clock) -> None:
-        self.config = SimpleNamespace(layers=LAYERS)
+    def __init__(self, clock: Clock, *, mixed: bool = False) -> None:
+        self.config = SimpleNamespace(layers=LAYERS, vocabulary=7, experts="some" if mixed else None)
         self._clock = clock
         self._runs = 0
+        self._mixed = mixed
+        self.kinds: set[int] = set()
 
     def strand(self, batch: Any, kv: list[Any]) -> Strand:
         cold = 2 if self._runs == 0 else 1
         self._runs += 1
+        self.kinds = set(batch.tokens.tolist())
         rows, weight = torch.zeros(len(batch.tokens), 4), torch.ones(4)
+
+        def feed(given: torch.Tensor) -> torch.Tensor:
+            self._clock.now += cold * FEED * len(given)
+            return given
+
         _, residual = yield Seam(rows, None, weight, 1e-5)
         self._clock.now += cold * ATTEND * len(rows)
         _, residual = yield Seam(rows, residual, weight, 1e-5)
-        self._clock.now += cold * FEED * len(rows)
+        rows = (yield Shared(rows, feed)) if self._mixed else feed(rows)
         yield Seam(rows, residual, weight, 1e-5, reader="the next layer's weight")
         return rows
 
@@ -102,26 +110,31 @@ class FakeProgram:
         return LAYERS * (40.0 + len(rows))
 
 
-def measured(drag: float | None = None, **more: Any) -> tuple[Costs, dict[Mode, FakeCollective]]:
+def measured(
+    drag: float | None = None, *, mixed: bool = False, **more: Any
+) -> tuple[Costs, dict[Mode, FakeCollective]]:
     clock = Clock()
     collectives = {mode: FakeCollective(clock, seconds) for mode, seconds in SEAMS.items()}
     if drag is not None:
         collectives[Mode.WOVEN] = FakeCollective(clock, SEAMS[Mode.FUSED], drag)
-    decoder: Any = FakeDecoder(clock)
+    decoder: Any = FakeDecoder(clock, mixed=mixed)
     place = Place(torch.device("cpu"), lambda batch: batch, clock)
-    return measure(decoder, [], 16, collectives, SIZES, place, **more), collectives
+    costs = measure(decoder, [], 16, collectives, SIZES, place, **more)
+    assert decoder.kinds == set(range(7)), "experts see tokens of every kind"
+    return costs, collectives
 
 
 def points(each: float, sizes: list[int] = SIZES, floor: float = 0.0) -> Curve:
     return Curve(tuple((tokens, floor + each * tokens) for tokens in sizes))
 
 
-def test_each_stage_and_the_seam_of_each_mode_have_their_own_times() -> None:
-    """Neither the rank's own norm nor the meeting before a seam is part of what it stands beside."""
-    costs, _ = measured()
-    assert costs == Costs(
-        LAYERS, points(ATTEND), points(FEED), {mode: points(seconds) for mode, seconds in SEAMS.items()}, None
-    )
+@pytest.mark.parametrize("mixed", [False, True])
+def test_each_stage_and_the_seam_of_each_mode_have_their_own_times(mixed: bool) -> None:
+    """Neither the rank's own norm nor the meeting before a seam is part of what it stands beside. Experts, which strands
+    could share, are a stage like any other."""
+    costs, _ = measured(mixed=mixed)
+    seams = {mode: points(seconds) for mode, seconds in SEAMS.items()}
+    assert costs == Costs(LAYERS, points(ATTEND), points(FEED), seams, None, mixed=mixed)
 
 
 @pytest.mark.parametrize("drag", [0.0, 0.25, 1.0])

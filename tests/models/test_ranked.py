@@ -28,7 +28,7 @@ from weft.models.forward import Plain
 from weft.models.loader import load_weights
 from weft.models.ranked import Ranked
 from weft.models.shard import Part, shard_config
-from weft.weave.choice import Mode
+from weft.weave.choice import COLLECTIVES, Mode
 from weft.weave.collective import Collective, Join, Joined, Quantise
 from weft.weave.rows import plain
 
@@ -46,6 +46,34 @@ EXPERTS: dict[str, Any] = {
 Pause = Callable[[int, int, str], None]
 Format = Callable[[Any], Quantise | None]
 Step = tuple[Sequence[Slice], Sequence[int], Mode, Sequence[int]]  # the last: tokens of each strand
+
+
+MIXTURES: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"],
+        "model_type": "mixtral",
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+    },
+    "qwen2 with a shared expert": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "model_type": "qwen2_moe",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 50,
+        "shared_expert_intermediate_size": 70,
+    },
+    "qwen3": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "model_type": "qwen3_moe",
+        "num_experts": 7,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 34,
+        "norm_topk_prob": True,
+    },
+}
 
 
 class AllRows:
@@ -148,7 +176,7 @@ def joined_as_served(backend: str, kernels: Sequence[Any]) -> list[dict[Mode, Co
     from weft.weave.shm import ShmCollective
     from weft.weave.sockets import open_sockets
 
-    ranks, names = len(kernels), {mode: new_name() for mode in Mode}
+    ranks, names = len(kernels), {mode: new_name() for mode in COLLECTIVES}
     met: Any = torch.distributed.HashStore()  # type: ignore[attr-defined]
 
     def store(mode: Mode) -> Any:
@@ -330,6 +358,41 @@ def test_models_of_every_kind(
             result = group.run(step)
             assert torch.equal(*result)
             torch.testing.assert_close(result[0], alone(step), atol=close, rtol=close)
+
+
+@pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES)
+@pytest.mark.parametrize(
+    ("kernels", "dtype", "backend"),
+    [
+        (BEST, torch.float32, "threads"),
+        ("reference", torch.float32, "threads"),
+        (BEST, torch.bfloat16, "shm"),
+        (BEST, torch.bfloat16, "sockets"),
+    ],
+)
+def test_strands_may_rejoin_at_experts(
+    small: Callable[..., Path], changes: dict[str, Any], kernels: str, dtype: torch.dtype, backend: str
+) -> None:
+    """Whether they do changes no bit; nor do ranks change which experts are taken."""
+    folder, found = small(**changes), []
+    with open_alone(folder, kernels, dtype, seed=5) as alone:
+        wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
+    ways = [
+        (Mode.FUSED, (14,)),
+        (Mode.WOVEN, (7, 7)),
+        *((Mode.REJOINED, cut) for cut in ((7, 7), (4, 5, 5), (1, 1, 12))),
+    ]
+    with open_group(folder, kernels, 2, dtype, seed=5, backend=backend, pause=late) as group:
+        for mode, strands in ways:
+            results = [group.run(step) for step in steps(mode, *strands)]
+            assert all(torch.equal(*result) for result in results), (mode, strands)
+            found.append([result[0] for result in results])
+    for results in found:
+        for result, first, want in zip(results, found[0], wanted, strict=True):
+            if kernels == BEST:  # whose rows do not depend on one another
+                assert torch.equal(result, first)
+            close = 1e-4 if dtype is torch.float32 else 0.03
+            torch.testing.assert_close(result, want, atol=close, rtol=close)
 
 
 def test_a_step_that_is_wanted_whole_and_one_of_which_nothing_is(small: Callable[..., Path]) -> None:

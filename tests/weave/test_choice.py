@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from weft.weave.choice import FEW, GAIN, Costs, Curve, Mode, choose_mode, slowest
+from weft.weave.choice import COLLECTIVES, FEW, GAIN, Costs, Curve, Mode, choose_mode, slowest
 
 SECONDS = st.floats(1e-6, 1.0)
 
@@ -98,6 +98,45 @@ def test_a_few_layers_tell_of_all(
     assert costs.seconds(Mode.WOVEN, [tokens] * strands) == pytest.approx(exact, rel=1e-6 if layers <= FEW else 0.1)
 
 
+def rejoining(costs: Costs, strands: list[int]) -> float:
+    """All layers, without drag: when the wire is free, and when each strand's rows have come."""
+    now = wire = 0.0
+    come = [0.0] * len(strands)
+
+    def send(strand: int) -> None:
+        nonlocal wire
+        wire = come[strand] = max(now, wire) + costs.seams[Mode.FUSED](strands[strand])
+
+    for _ in range(costs.layers):
+        for strand, own in enumerate(strands):
+            now = max(now, come[strand]) + costs.attend(own)
+            send(strand)
+        now = max(now, wire) + costs.feed(sum(strands))
+        for strand in range(len(strands)):
+            send(strand)
+    return max(now, wire)
+
+
+@given(SECONDS, SECONDS, SECONDS, st.integers(1, 40), st.lists(st.integers(1, 300), min_size=2, max_size=4))
+@settings(deadline=None)
+def test_the_time_of_a_step_whose_strands_rejoin(
+    attend: float, feed: float, seam: float, layers: int, strands: list[int]
+) -> None:
+    costs = Costs(layers, line(0.0, attend), line(0.01, feed), {Mode.FUSED: line(0.001, seam)}, 0.0, mixed=True)
+    assert costs.seconds(Mode.REJOINED, strands) == pytest.approx(rejoining(costs, strands), rel=1e-6)
+
+
+def test_experts_are_computed_once_where_a_part_of_the_rows_costs_as_much_as_all() -> None:
+    """And apart where it does not: then there is more beside a seam. Only where there are experts."""
+    seam, attend = {Mode.FUSED: line(0.0, 2e-6)}, line(0.0, 5e-6)
+    read, computed = Curve(((1, 2e-3), (900, 3e-3))), line(0.0, 4e-6)
+    cuts = [(450, 450), (300, 300, 300)]
+    assert choose_mode(Costs(20, attend, read, seam, 0.0, mixed=True), 900, cuts)[0] is Mode.REJOINED
+    assert choose_mode(Costs(20, attend, computed, seam, 0.0, mixed=True), 900, cuts)[0] is Mode.WOVEN
+    assert choose_mode(Costs(20, attend, read, seam, 0.0), 900, cuts)[0] is not Mode.REJOINED
+    assert Mode.REJOINED not in COLLECTIVES and Mode.REJOINED.seams is Mode.WOVEN
+
+
 def test_a_third_strand_evens_out_short_and_long_stages() -> None:
     costs = Costs(20, line(0.0, 2e-6), line(0.0, 8e-6), {Mode.FUSED: line(0.0, 3e-6)}, 0.0)
     alone = 20 * 10e-6 * 900
@@ -112,14 +151,15 @@ def test_a_third_strand_evens_out_short_and_long_stages() -> None:
     st.integers(1, 2000),
     st.integers(0, 2000),
     st.sets(st.sampled_from([Mode.PLAIN, Mode.ONE_SHOT])),
+    st.booleans(),
 )
 @settings(deadline=None)
 def test_the_chosen_mode_is_never_slower_than_a_simpler_one(
-    numbers: list[float], drag: float | None, tokens: int, prefix: int, others: set[Mode]
+    numbers: list[float], drag: float | None, tokens: int, prefix: int, others: set[Mode], mixed: bool
 ) -> None:
     a, b, c, d, e, f, g, h = numbers
     seams = {Mode.FUSED: line(c, d), Mode.PLAIN: line(e, f), Mode.ONE_SHOT: line(f, c)}
-    costs = Costs(4, line(a, b), line(g, h), {mode: seams[mode] for mode in (Mode.FUSED, *others)}, drag)
+    costs = Costs(4, line(a, b), line(g, h), {mode: seams[mode] for mode in (Mode.FUSED, *others)}, drag, mixed=mixed)
     cuts = [(prefix, tokens - prefix), (prefix, 1, tokens - prefix - 1)] if 0 < prefix < tokens - 1 else [(tokens,)]
     chosen, strands = choose_mode(costs, tokens, cuts)
     simpler = [mode for mode in list(Mode)[: list(Mode).index(chosen)] if mode in costs.seams]
@@ -128,10 +168,12 @@ def test_the_chosen_mode_is_never_slower_than_a_simpler_one(
     for mode in costs.seams:  # nothing that there is would save much more
         assert took <= costs.seconds(mode, (tokens,)) / (1 - GAIN)
     if drag is not None and len(cuts) > 1:
-        assert all(took <= costs.seconds(Mode.WOVEN, cut) / (1 - GAIN) for cut in cuts)
-    assert strands in cuts if chosen is Mode.WOVEN else strands == (tokens,)
+        woven = [Mode.WOVEN, Mode.REJOINED] if mixed else [Mode.WOVEN]
+        assert all(took <= costs.seconds(mode, cut) / (1 - GAIN) for mode in woven for cut in cuts)
+    assert strands in cuts if chosen.seams is Mode.WOVEN else strands == (tokens,)
     if drag is None or len(cuts) == 1:
-        assert chosen is not Mode.WOVEN
+        assert chosen.seams is not Mode.WOVEN
+    assert mixed or chosen is not Mode.REJOINED
 
 
 def test_weaving_loses_where_seams_are_latency_and_wins_where_they_are_bandwidth() -> None:

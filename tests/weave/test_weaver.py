@@ -11,7 +11,7 @@ from weft.errors import RankLost
 from weft.kernels.base import Batch
 from weft.weave.background import Background
 from weft.weave.collective import Collective, Join, Joined
-from weft.weave.seam import Seam, Strand
+from weft.weave.seam import Seam, Shared, Strand, onward
 from weft.weave.weaver import Weaver
 
 
@@ -179,3 +179,66 @@ def test_kept_rows_stay_with_their_owner_and_may_be_known(known: bool) -> None:
     last = group.joins[-1]
     assert last.bounds == (0, 1, 2) and last.residual is not None
     assert torch.equal(last.residual.as_subclass(torch.Tensor), torch.full((1, 4), 3.0))
+
+
+def mixing(name: str, rows: int, seen: list[str], group: Counting) -> Strand:
+    """Two layers: a stage of its own, then an operator that can be shared, which takes the number of its rows."""
+
+    def operator(all_rows: torch.Tensor) -> torch.Tensor:
+        seen.append(f"{len(all_rows)} rows, {group.flying} in flight")
+        return all_rows * 2
+
+    hidden, residual = yield Seam(torch.full((rows, 4), float(ord(name))), None, torch.ones(4), 0.0)
+    for layer in range(2):
+        seen.append(f"{name}{layer}")
+        hidden, residual = yield Seam(hidden + 1, residual, torch.ones(4), 0.0)
+        partial = yield Shared(hidden, operator)
+        hidden, residual = yield Seam(partial, residual, torch.ones(4), 0.0)
+    return hidden
+
+
+def test_strands_rejoin_where_an_operator_is_shared() -> None:
+    """It is computed once for all rows, when all seams before it have come, and each strand gets its own rows back."""
+    values = {}
+    for rejoin in (False, True):
+        group, seen = Counting(), list[str]()
+        strands = [mixing("a", 2, seen, group), mixing("b", 3, seen, group), mixing("c", 0, seen, group)]
+        values[rejoin] = Weaver(group, rejoin=rejoin).weave(strands)
+        if rejoin:
+            assert seen == ["a0", "b0", "c0", "5 rows, 0 in flight", "a1", "b1", "c1", "5 rows, 0 in flight"]
+        else:
+            assert [each.split(",")[0] for each in seen if "rows" in each] == ["2 rows", "3 rows", "0 rows"] * 2
+    assert [len(value) for value in values[True]] == [2, 3, 0]
+    assert all(torch.equal(*pair) for pair in zip(values[False], values[True], strict=True))
+    assert values[True][1][0, 0] == 2 * (2 * (ord("b") + 1) + 1)
+
+
+def test_a_strand_alone_computes_what_it_could_share() -> None:
+    seen: list[str] = []
+    strand = mixing("a", 2, seen, Counting())
+    seam = onward(strand)
+    with pytest.raises(StopIteration) as end:
+        while True:
+            seam = onward(strand, (seam.partial, seam.partial))
+    alone = Weaver(Counting(), rejoin=True).weave([mixing("a", 2, [], Counting())])
+    assert torch.equal(end.value.value, alone[0]) and seen[1] == "2 rows, 0 in flight"
+
+
+def test_an_operator_that_fails_leaves_no_seam_in_flight() -> None:
+    group = Counting()
+    background = Background(group)
+
+    def fails(_rows: torch.Tensor) -> torch.Tensor:
+        raise ZeroDivisionError("experts")
+
+    def strand_of_it() -> Strand:
+        hidden, _ = yield Seam(torch.ones(2, 4), None, torch.ones(4), 0.0)
+        return (yield Shared(hidden, fails))
+
+    try:
+        for rejoin in (False, True):
+            with pytest.raises(ZeroDivisionError, match="experts"):
+                Weaver(background, rejoin=rejoin).weave([strand_of_it(), strand_of_it()])
+            assert group.flying == 0
+    finally:
+        background.close()

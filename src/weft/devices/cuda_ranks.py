@@ -22,7 +22,7 @@ from weft.core.plan import Slice
 from weft.devices.cores import collective_of
 from weft.devices.cuda_inputs import fetch, layout_of, send
 from weft.devices.cuda_streams import Event, Gpu
-from weft.devices.group import STRANDS, Chooser, Group, measured_sizes
+from weft.devices.group import STRANDS, Chooser, Group, check_weave, measured_sizes
 from weft.errors import ConfigError
 from weft.kernels.base import Batch
 from weft.kernels.triton_seam import BLOCKS, join_parts
@@ -30,7 +30,7 @@ from weft.models.decoder import Decoder
 from weft.models.families import ModelConfig
 from weft.models.measure import Place, measure
 from weft.models.ranked import Choice
-from weft.weave.choice import Mode
+from weft.weave.choice import COLLECTIVES, Mode
 from weft.weave.collective import Collective
 from weft.weave.device import DeviceCollective, open_group
 from weft.weave.handshake import compare
@@ -131,7 +131,8 @@ def rank_gpu(group: Group, count: int) -> int:
 
 
 def join_ranks(config: EngineConfig, group: Group, gpu: Gpu, model: ModelConfig, dtype: torch.dtype) -> Ranks:
-    """Meet the other ranks. model: this rank's part; dtype: of its activations. Raises DeviceError."""
+    """Meet the other ranks. model: this rank's part; dtype: of its activations. Raises ConfigError or DeviceError."""
+    check_weave(config, model)
     store = group.meet(MEET_SECONDS)
     waves = waves_of(products_of(model), gpu.sms)
     compare(store, group.rank, group.ranks, _common(config, model, dtype, waves), timeout=MEET_SECONDS)
@@ -184,7 +185,7 @@ def _modes(config: EngineConfig) -> list[Mode]:
     """Those that steps may be carried out in, the simplest first."""
     if config.weave != "auto":
         return [Mode(config.weave)]
-    return [Mode.FUSED, Mode.WOVEN] if collective_of(config) == "symmetric" else list(Mode)
+    return [Mode.FUSED, Mode.WOVEN] if collective_of(config) == "symmetric" else list(COLLECTIVES)
 
 
 def _place(gpu: Gpu) -> Place:

@@ -19,12 +19,13 @@ from weft.errors import ConfigError
 from weft.kernels import LEVELS, open_kernels
 from weft.kernels.base import Kernels
 from weft.models.decoder import Decoder
+from weft.models.families import ModelConfig
 from weft.models.measure import measure
 from weft.models.ranked import LanePlace, Ranked
 from weft.models.ranked_program import RankedProgram, record_ranked
 from weft.models.shard import Part
 from weft.weave.background import Background, Queue
-from weft.weave.choice import Costs, Mode, choose_mode
+from weft.weave.choice import COLLECTIVES, Costs, Mode, choose_mode
 from weft.weave.collective import Collective, Quantise, Spinning
 from weft.weave.rows import JoinRows, plain
 from weft.weave.split import Waves, choose_strands
@@ -83,10 +84,11 @@ class Chooser:
         """The mode, and the tokens of each strand. Depends on nothing but what is the same on all ranks."""
         lengths = [len(piece.tokens) for piece in slices]
         tokens = sum(lengths)
-        if self._costs is None and self._weave != Mode.WOVEN.value:
-            return Mode(self._weave), (tokens,)
+        given = None if self._costs is not None else Mode(self._weave)
+        if given is not None and given.seams is not Mode.WOVEN:
+            return given, (tokens,)
         cuts = [choose_strands(lengths, self._waves, count) for count in STRANDS]
-        return (Mode.WOVEN, cuts[-1]) if self._costs is None else choose_mode(self._costs, tokens, cuts)
+        return choose_mode(self._costs, tokens, cuts) if given is None else (given, cuts[-1])
 
 
 def measured_sizes(most: int) -> list[int]:
@@ -107,8 +109,10 @@ def open_ranked(
 ) -> Ranked:
     """The forward pass of a lane with so many KV blocks; store: of `meet`. All ranks open lanes in the same order.
 
-    Raises ConfigError for kernels that these collectives cannot use, DeviceError or RankLost.
+    Raises ConfigError for kernels that these collectives cannot use or a --weave that the model has no use for,
+    DeviceError or RankLost.
     """
+    check_weave(config, decoder.config)
     with ExitStack() as stack:
         collectives: dict[Mode, Collective] = {}
         for mode in _modes(config, store):
@@ -141,6 +145,14 @@ def open_ranked(
         )
 
 
+def check_weave(config: EngineConfig, model: ModelConfig) -> None:
+    """Raises ConfigError for a --weave that this model has no use for."""
+    if config.weave == Mode.REJOINED.value and model.experts is None:
+        raise ConfigError(
+            "--weave is rejoined, and the model has no experts at which the strands of a step could rejoin; woven works"
+        )
+
+
 def may_spin(mode: Mode, *, crowded: bool, shared: bool) -> bool:
     """Whether who waits for another rank may keep a core busy. Not where others compute there: other ranks (crowded),
     another lane (shared), or the lane itself while its woven seams are on their way.
@@ -149,7 +161,7 @@ def may_spin(mode: Mode, *, crowded: bool, shared: bool) -> bool:
     100 us before it slept than where it slept at once, and 0.98 to 1.31 times as long (AVX2, two ranks of one core, in
     turns): a sleep costs less than what looking takes from the computation.
     """
-    return not (crowded or shared or mode is Mode.WOVEN)
+    return not (crowded or shared or mode.seams is Mode.WOVEN)
 
 
 def _beside(cores: Cores) -> Cores:
@@ -171,7 +183,7 @@ def _program(
     config: EngineConfig, decoder: Decoder, kernels: Kernels, collectives: Mapping[Mode, Collective], kv: list[Any]
 ) -> RankedProgram | None:
     """Fused steps of few tokens in C++, where the seams are."""
-    if kernels.name not in LEVELS or decoder.padded:
+    if kernels.name not in LEVELS or decoder.padded or decoder.config.experts is not None:
         return None
     from weft.kernels.cpu import CpuKernels
     from weft.weave.native import NativeCollective
@@ -183,10 +195,10 @@ def _program(
 
 
 def _modes(config: EngineConfig, store: Any) -> list[Mode]:
-    """Those that steps may be carried out in."""
+    """Those whose seams steps may have."""
     if config.weave != "auto":
-        return [Mode(config.weave)]
-    return list(Mode) if store is not None else [Mode.FUSED, Mode.WOVEN]
+        return [Mode(config.weave).seams]
+    return list(COLLECTIVES) if store is not None else [Mode.FUSED, Mode.WOVEN]
 
 
 def _connect(

@@ -11,7 +11,7 @@ from weft.kernels.base import Batch, Kernels
 from weft.models.families import ModelConfig
 from weft.models.layers import Layer
 from weft.models.loader import Weights
-from weft.weave.seam import Joined, Seam, Strand, run
+from weft.weave.seam import Joined, Seam, Shared, Strand, run
 
 
 class Decoder:
@@ -72,7 +72,7 @@ class Decoder:
             partial = layer.attend(hidden, storage, batch, last=last)
             kept = batch if last else None
             hidden, residual = yield Seam(partial, residual, layer.mlp_norm, eps, kept=kept, reader=layer.mlp_reader)
-            partial = layer.feed(hidden)
+            partial = (yield Shared(hidden, layer.feed)) if layer.mixed else layer.feed(hidden)
             hidden, residual = yield Seam(partial, residual, next_norm, eps, reader=reader)
         return hidden
 

@@ -19,7 +19,7 @@ from weft.models.decoder import Decoder
 from weft.models.ranked_program import RankedProgram
 from weft.weave.choice import Costs, Curve, Mode, slowest
 from weft.weave.collective import Collective, Join, Quantise
-from weft.weave.seam import Seam
+from weft.weave.seam import Seam, onward
 from weft.weave.split import even_bounds
 from weft.weave.weaver import no_format
 
@@ -92,6 +92,7 @@ def measure(
         seams=dict(zip(alone, seams, strict=True)),
         drag=agreed[-1] if drags else None,
         program=Curve(tuple(zip(sizes, programs, strict=False))) if programs else None,
+        mixed=decoder.config.experts is not None,
     )
 
 
@@ -119,11 +120,11 @@ class _Meter:
         clock, join = self._place.clock, self._decoder.join
         for _ in range(REPEATS):
             strand = self._decoder.strand(self._batch(tokens), self._kv)
-            seam = next(strand)
+            seam = onward(strand)
             for took in (attend, feed):
                 joined = join(seam)
                 begun = clock()
-                seam = strand.send(joined)
+                seam = onward(strand, joined)
                 took.append(clock() - begun)
             strand.close()
         return _Stages(min(attend), min(feed), seam)
@@ -146,12 +147,12 @@ class _Meter:
         took = []
         for _ in range(REPEATS):
             strand = self._decoder.strand(self._batch(-(-tokens // 2)), self._kv)
-            joined = self._decoder.join(next(strand))
+            joined = self._decoder.join(onward(strand))
             join = self._join(collective, stages.seam)
             self._meet(collective)
             begun = self._place.clock()
             pending = collective.start(join)
-            strand.send(joined)
+            onward(strand, joined)
             collective.finish(pending)
             took.append(self._place.clock() - begun)
             strand.close()
@@ -167,7 +168,10 @@ class _Meter:
         return min(took) / self._decoder.config.layers
 
     def _slice(self, tokens: int) -> Slice:
-        return Slice(0, 0, (0,) * tokens, tuple(range(-(-tokens // self._block_size))))
+        """Of all kinds of tokens: of one kind all rows would take the same experts."""
+        kinds = self._decoder.config.vocabulary
+        ids = tuple(position % kinds for position in range(tokens))
+        return Slice(0, 0, ids, tuple(range(-(-tokens // self._block_size))))
 
     def _batch(self, tokens: int) -> Batch:
         return self._place.move(make_batch([self._slice(tokens)], self._block_size))

@@ -54,9 +54,9 @@ class Head:
 class Ranked:
     """A `Forward` (see forward.py) of a rank. It computes call by call, but for the steps that a program takes.
 
-    collectives: the group, by mode; a mode that `choose` may give has one. The output layer's parts are gathered by
-    that of the step. program: of fused steps, by the collective of these. move: puts the collectives where the lane is
-    from now on. close: ends them.
+    collectives: the group, by mode; one for the seams of each mode that `choose` may give. The output layer's parts are
+    gathered by that of the step. program: of fused steps, by the collective of these. move: puts the collectives where
+    the lane is from now on. close: ends them.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Ranked:
         if (part, parts) != (0, 1):
             raise ValueError(f"part {part} of {parts}: a step of several ranks is not cut")
         mode, lengths = self.choose(slices)
-        collective = self._collectives[mode]
+        collective = self._collectives[mode.seams]
         self._gather = collective.gather
         program = self._program
         if mode is Mode.FUSED and not whole and program is not None and program.takes(sum(lengths), len(rows)):
@@ -102,7 +102,7 @@ class Ranked:
             self._decoder.strand(make_batch(own, self._block_size, None if whole else kept), self._kv)
             for own, kept in cut_step(slices, rows, lengths)
         ]
-        self._hidden = torch.cat(Weaver(collective, self._formats).weave(strands))
+        self._hidden = torch.cat(Weaver(collective, self._formats, rejoin=mode is Mode.REJOINED).weave(strands))
         wanted = self._hidden[list(rows)] if whole else self._hidden
         self._logits = self._all_logits(wanted).numpy()
         return best_of_rows(self._logits)

@@ -13,6 +13,12 @@ With two strands each seam must be over within the one stage beside it. Attentio
 quarter of a layer only, and as many bytes follow it as follow the rest: then a rank waits, though its link is idle half
 of the time. With three strands there are two stages in between, so that short stages and long ones even out, if seams
 may wait for one another: a communication thread is given the next one before the last has ended.
+
+Where strands rejoin, an operator that they share (the experts of a mixture) is computed once, for the rows of all: at
+twice the exposed seams, those of the last strand before it and of the first one after it.
+
+    compute   a₁      b₁              ab₂             a₃      b₃              ab₄
+    seams         a₁      b₁              a₂  b₂          a₃      b₃
 """
 
 from __future__ import annotations
@@ -26,7 +32,7 @@ import torch
 
 from weft.weave.background import Queue
 from weft.weave.collective import Collective, Join, Quantise
-from weft.weave.seam import Joined, Seam, Strand
+from weft.weave.seam import Joined, Seam, Shared, Strand
 from weft.weave.split import even_bounds, kept_bounds
 
 
@@ -36,19 +42,21 @@ def no_format(_packed: Any) -> Quantise | None:
 
 
 class _Thread:
-    """A strand: who owns its rows, what its last seam gave (None before the first stage), and its value at the end."""
+    """A strand: who owns its rows, what its last stop gave (None before the first stage), the operator that it waits for
+    together with the others, and its value at the end."""
 
     def __init__(self, strand: Strand, kept: Sequence[int] | None) -> None:
         self.kept = kept
         self.bounds: tuple[int, ...] = ()
-        self.joined: Joined | None = None
+        self.given: Joined | torch.Tensor | None = None
+        self.waits: Shared | None = None
         self.value: torch.Tensor | None = None
         self._strand = strand
 
-    def stage(self) -> Seam | None:
-        """Compute up to the next seam; None at the end."""
+    def stage(self) -> Seam | Shared | None:
+        """Compute up to the next stop; None at the end."""
         try:
-            return next(self._strand) if self.joined is None else self._strand.send(self.joined)
+            return self._strand.send(self.given)
         except StopIteration as end:
             self.value = end.value
             return None
@@ -69,18 +77,26 @@ class _Flight:
         while any(wanted in (None, thread) for thread, _ in self._begun):
             thread, pending = self._begun.popleft()
             joined = self._collective.finish(pending)
-            thread.joined = joined.hidden, joined.residual
+            thread.given = joined.hidden, joined.residual
 
 
 class Weaver:
     """Carries out the strands of this rank through its group.
 
-    formats: how rows travel to a packed linear that alone reads them.
+    formats: how rows travel to a packed linear that alone reads them. rejoin: whether an operator that strands can share
+    is computed for all of them at once.
     """
 
-    def __init__(self, collective: Collective, formats: Callable[[Any], Quantise | None] = no_format) -> None:
+    def __init__(
+        self,
+        collective: Collective,
+        formats: Callable[[Any], Quantise | None] = no_format,
+        *,
+        rejoin: bool = False,
+    ) -> None:
         self._collective = collective
         self._formats = formats
+        self._rejoin = rejoin
         self._ahead = isinstance(collective, Queue)
 
     def weave(self, strands: Sequence[Strand], kept: Sequence[Sequence[int]] | None = None) -> list[torch.Tensor]:
@@ -98,23 +114,30 @@ class Weaver:
                 for thread in threads:
                     if thread.value is None:
                         self._advance(thread, flight)
+                _share(threads)
         finally:
             flight.land()
         return [thread.value for thread in threads if thread.value is not None]
 
     def _advance(self, thread: _Thread, flight: _Flight) -> None:
-        """One stage of a strand, and the start of the seam after it."""
+        """One stage of a strand, and the start of the seam after it; or up to where it waits for the others."""
         flight.land(thread)
-        seam = thread.stage()
-        if seam is None:
+        stop = thread.stage()
+        while isinstance(stop, Shared):
+            if self._rejoin:
+                thread.waits = stop
+                return
+            thread.given = stop.operator(stop.rows)
+            stop = thread.stage()
+        if stop is None:
             return
         if not self._ahead:
             flight.land()
-        join = self._join(thread, seam)
+        seam, join = stop, self._join(thread, stop)
         if len(seam.partial):
             flight.start(thread, join)
         else:  # no row of this strand goes on; all ranks know, so that none waits for another
-            thread.joined = seam.partial, seam.partial
+            thread.given = seam.partial, seam.partial
 
     def _join(self, thread: _Thread, seam: Seam) -> Join:
         residual = seam.residual
@@ -135,3 +158,14 @@ class Weaver:
             replicated=residual is None,
             quantise=None if seam.reader is None else self._formats(seam.reader),
         )
+
+
+def _share(threads: Sequence[_Thread]) -> None:
+    """Compute the operator that strands wait for: all of them or none, since they have the same layers."""
+    waiting = [(thread, thread.waits) for thread in threads if thread.waits is not None]
+    if not waiting:
+        return
+    rows = [shared.rows for _, shared in waiting]
+    together = waiting[0][1].operator(torch.cat(rows) if len(rows) > 1 else rows[0])
+    for (thread, _), own in zip(waiting, together.split([len(each) for each in rows]), strict=True):
+        thread.given, thread.waits = own, None
