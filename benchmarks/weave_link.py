@@ -35,8 +35,8 @@ What weft would choose is measured once for a link and a model, for the sizes th
   interface's counter; of the W4A4 model one block of channels in 16 has 8-bit activations.
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
 * choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
-* rejoined_vs_woven, rejoined_vs_plain: of the model with experts, woven (or plain) over rejoined, three strands each; the
-  median of its cells. worst_case_vs_plain and choice_regret_percent are of these cells, too.
+* rejoined_vs_woven, rejoined_vs_plain: of the model with experts, woven (or plain) over rejoined, three strands each;
+  the median of its cells. worst_case_vs_plain and choice_regret_percent are of these cells, too.
 * gloo_vs_links_fused, gloo_vs_links_woven: with --gloo, a step over gloo over one whose seams weft carries itself
   (csrc/links.h), the median of all cells; gloo_vs_links_cpu: the same of the CPU seconds that a woven step takes of
   rank 0, products included. So whether gloo is the limit.

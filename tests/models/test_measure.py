@@ -130,8 +130,8 @@ def points(each: float, sizes: list[int] = SIZES, floor: float = 0.0) -> Curve:
 
 @pytest.mark.parametrize("mixed", [False, True])
 def test_each_stage_and_the_seam_of_each_mode_have_their_own_times(mixed: bool) -> None:
-    """Neither the rank's own norm nor the meeting before a seam is part of what it stands beside. Experts, which strands
-    could share, are a stage like any other."""
+    """Neither the rank's own norm nor the meeting before a seam is part of what it stands beside. Experts, which
+    strands could share, are a stage like any other."""
     costs, _ = measured(mixed=mixed)
     seams = {mode: points(seconds) for mode, seconds in SEAMS.items()}
     assert costs == Costs(LAYERS, points(ATTEND), points(FEED), seams, None, mixed=mixed)

@@ -65,8 +65,8 @@ def run(strand: Strand, join: Callable[[Seam], Joined]) -> torch.Tensor:
 
 
 def onward(strand: Strand, joined: Joined | None = None) -> Seam:
-    """Go on to the next seam, with each operator on the way for this strand alone. joined: what the last seam gave; None
-    at the start. Raises StopIteration with the strand's value at its end."""
+    """Go on to the next seam, with each operator on the way for this strand alone. joined: what the last seam gave;
+    None at the start. Raises StopIteration with the strand's value at its end."""
     stop = strand.send(joined)
     while isinstance(stop, Shared):
         stop = strand.send(stop.operator(stop.rows))

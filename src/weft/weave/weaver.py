@@ -42,8 +42,8 @@ def no_format(_packed: Any) -> Quantise | None:
 
 
 class _Thread:
-    """A strand: who owns its rows, what its last stop gave (None before the first stage), the operator that it waits for
-    together with the others, and its value at the end."""
+    """A strand: who owns its rows, what its last stop gave (None before the first stage), the operator that it waits
+    for together with the others, and its value at the end."""
 
     def __init__(self, strand: Strand, kept: Sequence[int] | None) -> None:
         self.kept = kept
@@ -83,8 +83,8 @@ class _Flight:
 class Weaver:
     """Carries out the strands of this rank through its group.
 
-    formats: how rows travel to a packed linear that alone reads them. rejoin: whether an operator that strands can share
-    is computed for all of them at once.
+    formats: how rows travel to a packed linear that alone reads them. rejoin: whether an operator that strands can
+    share is computed for all of them at once.
     """
 
     def __init__(
