@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -466,6 +467,39 @@ class TestCalls:
         for collective in (*opened, second):
             collective.close()
             collective.close()
+
+    def test_no_connection_is_paced(self, tmp_path: Path, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Neither that of who calls nor that of who is called, whatever the system would take."""
+        from weft.weave import sockets
+
+        if b"bbr" not in Path("/proc/sys/net/ipv4/tcp_available_congestion_control").read_bytes().split():
+            pytest.skip("this kernel has no bbr")
+        plain, seen = socket.socket, []
+
+        class Paced(socket.socket):
+            def __init__(self, *given: Any, **more: Any) -> None:
+                super().__init__(*given, **more)
+                if not more.get("fileno"):
+                    self.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"bbr")
+
+            def detach(self) -> int:
+                seen.append(control(self))
+                return super().detach()
+
+        def control(link: socket.socket) -> bytes:
+            return link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).rstrip(b"\0")
+
+        monkeypatch.setattr(socket, "socket", Paced)
+        stores = [dist.FileStore(str(tmp_path / "store"), 2) for _ in range(2)]
+        with ThreadPoolExecutor(2) as pool:
+            both = pool.map(lambda rank: sockets.open_sockets(stores[rank], rank, 2, kernels, timeout=10.0), (0, 1))
+            for collective in both:
+                collective.close()
+        assert len(seen) == 2 and set(seen) <= {b"cubic", b"reno"}
+        with plain() as other:  # one that does not pace is left as it is
+            other.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, b"reno")
+            sockets.without_pacing(other)
+            assert control(other) == b"reno"
 
     def test_a_rank_that_does_not_call_is_named(self, tmp_path: Path, kernels: Any) -> None:
         from weft.weave.sockets import open_sockets

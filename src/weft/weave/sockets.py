@@ -36,6 +36,7 @@ def open_sockets(
     try:
         token, family = secrets.token_bytes(TOKEN_BYTES), socket.AF_INET6 if ":" in bind else socket.AF_INET
         with socket.create_server((bind, 0), family=family) as listening:
+            without_pacing(listening)  # and so those that it accepts
             store.set(str(rank), f"{token.hex()} {listening.getsockname()[1]} {bind}")
             for other in range(rank):
                 links[other] = _call(store, rank, other, timeout)
@@ -51,10 +52,31 @@ def open_sockets(
     return NativeCollective(_native.Links(rank, files, timeout), kernels)
 
 
+def without_pacing(link: socket.socket) -> None:
+    """Take another congestion control where this one's is bbr, which sends small pieces by timers: their interrupts are
+    taken from the computation, 3 % of a woven step on a rank's only core (docs/weave.md). To be called before the
+    connection is there, since one that was paced stays so."""
+    if not link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
+        return
+    for name in (b"cubic", b"reno"):
+        try:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, name)
+        except OSError:  # this kernel lacks it, or lets only its administrator choose it
+            continue
+        return
+
+
 def _call(store: Any, rank: int, other: int, timeout: float) -> socket.socket:
     store.wait([str(other)], timedelta(seconds=timeout))
     token, port, host = store.get(str(other)).decode().split(maxsplit=2)
-    link = socket.create_connection((host, int(port)), timeout)
+    link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        link.settimeout(timeout)
+        without_pacing(link)
+        link.connect((host, int(port)))
+    except BaseException:
+        link.close()
+        raise
     link.sendall(bytes.fromhex(token) + rank.to_bytes(RANK_BYTES, "little"))
     return link
 
