@@ -28,7 +28,9 @@ that it always takes; BF16, as Qwen1.5-MoE-A2.7B; 3 of its 24 layers if not told
 
 What weft would choose is measured once for a link and a model, for the sizes that a rank measures when it starts.
 
-* woven_gain_at_25_percent_comm: plain / woven where communication is 20 to 30 % of plain; the median of such cells.
+* woven_gain_at_25_percent_comm: plain / woven where communication is a quarter of plain: on links found from the
+  other rows, one for each precision and some sizes; the median of these cells.
+* woven_gain_at_20_to_30_percent_comm: the same of all cells in which it is so much.
 * woven_gain_500mbit: plain / woven at 500 Mbit/s without more latency, the median over sizes and precisions.
 * woven_tax_percent: woven over no communication, from 1024 tokens on where the link is not saturated; the worst.
 * gather_bytes_saved_int8, gather_bytes_saved_int4: of the bytes that a woven step of all 22 layers sends, by the
@@ -55,6 +57,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,7 @@ MBIT = (2000, 1000, 500, 250)
 LATENCIES = (0.0, 1e-4, 1e-3)
 TOKENS = (256, 512, 1024, 2048)
 LAYERS = 22  # of the model
+QUARTER_TOKENS = (512, 1024)  # sizes for which a link is found
 PORT = 29517  # within a namespace
 SATURATED = 0.8  # a link that needs more than this part of the time of computing
 
@@ -145,10 +149,12 @@ def main() -> None:
             precisions = [*dict.fromkeys(cell.precision for cell in some)]
             most = max(cell.tokens for cell in some)
             with closing(Ranks(link, layers, precisions, most, gloo=arguments.gloo)) as ranks:
-                for cell in some:
-                    link.shape(cell.mbit)
-                    rows.append(row(cell, ranks.job(cell, arguments.rounds if cell.mbit else 1)))
-                    common.say(f"{cell}: {', '.join(f'{name} {rows[-1][name]}' for name in _timed(rows[-1:]))}")
+                found = _measure(link, ranks, some, arguments.rounds)
+                if some is not BYTES and not (arguments.cells or arguments.mixture):
+                    found += [
+                        one | {"quarter": True} for one in _measure(link, ranks, quarters(found), arguments.rounds)
+                    ]
+                rows += found
     timed = _timed(rows)
     print(common.table(_head(timed), [_cells(one, timed) for one in rows]), "\n")
     if arguments.plot is not None:
@@ -159,6 +165,34 @@ def main() -> None:
         *([note] if note else []),
     ]
     common.report(arguments, claims(rows), rows, notes)
+
+
+def _measure(link: Link, ranks: Ranks, cells: Sequence[Cell], rounds: int) -> list[dict[str, Any]]:
+    found = []
+    for cell in cells:
+        link.shape(cell.mbit)
+        found.append(row(cell, ranks.job(cell, rounds if cell.mbit else 1)))
+        common.say(f"{cell}: {', '.join(f'{name} {found[-1][name]}' for name in _timed(found[-1:]))}")
+    return found
+
+
+def quarters(rows: Sequence[dict[str, Any]]) -> list[Cell]:
+    """Cells of links at which communication would be a quarter of plain: what it takes over computing, which is a third
+    of that then, is taken to grow straight with the seconds of a bit between two links that were measured."""
+    cells = []
+    for precision in dict.fromkeys(one["precision"] for one in rows):
+        for tokens in QUARTER_TOKENS:
+            points = sorted(
+                (1 / one["mbit"], one["communication"] / (1 - one["communication"]))
+                for one in rows
+                if (one["precision"], one["tokens"], one["latency"]) == (precision, tokens, 0.0)
+            )
+            for (left, low), (right, high) in pairwise(points):
+                if low <= 1 / 3 < high:
+                    bit = left + (right - left) * (1 / 3 - low) / (high - low)
+                    cells.append(Cell(round(1 / bit), 0.0, precision, tokens))
+                    break
+    return cells
 
 
 def grid(*, quick: bool = False, short: bool = False) -> Iterator[Cell]:
@@ -232,7 +266,8 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     timed = [one for one in every if one["precision"] != "mixture"]
     sent = {one["precision"]: one["bytes_saved"] for one in rows if one["mbit"] is None}
     found = {
-        "woven_gain_at_25_percent_comm": _median(
+        "woven_gain_at_25_percent_comm": _median([one["gain"].median for one in timed if one.get("quarter")]),
+        "woven_gain_at_20_to_30_percent_comm": _median(
             [one["gain"].median for one in timed if 0.2 <= one["communication"] <= 0.3]
         ),
         "woven_gain_500mbit": _median(

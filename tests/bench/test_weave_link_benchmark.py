@@ -66,6 +66,9 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
     whole = weave_link.Cell(None, 0.0, "w4a8", 256)
     counted = weave_link.row(whole, answer(plain=[1.0], fused=[1.0], woven=[9.0], quantised=[1.0], nothing=[1.0]))
     found = weave_link.claims([quarter, half, counted])
+    assert found["woven_gain_at_20_to_30_percent_comm"] == quarter["gain"].median
+    assert "woven_gain_at_25_percent_comm" not in found, "it is of links that were sought for it"
+    found = weave_link.claims([half, quarter | {"quarter": True}, counted])
     assert found["woven_gain_at_25_percent_comm"] == quarter["gain"].median
     assert found["woven_gain_500mbit"] == pytest.approx(1.6)
     assert found["woven_tax_percent"] == pytest.approx(100 * (3.2 / 3 + 1) / 2 - 100)  # the other link is saturated
@@ -148,6 +151,17 @@ def test_cells_can_be_named(weave_link: Any) -> None:
     for wrong in ("500:bf16", "500:fp8:1024", "x:bf16:1024", "0:bf16:1", "500:bf16:1024:-1", "1:bf16:1:1:1"):
         with pytest.raises(argparse.ArgumentTypeError, match="would work"):
             weave_link._cell(wrong)
+
+
+def test_a_link_is_found_at_which_communication_is_a_quarter(weave_link: Any) -> None:
+    """Plain takes 8 s of computing and a second for each thousandth of a microsecond of a bit."""
+    rows = []
+    for mbit in (2000, 1000, 500, 250):
+        took = {"plain": [8.0 + 1000 / mbit], "fused": [9.0], "woven": [8.0], "nothing": [8.0]}
+        rows.append(weave_link.row(weave_link.Cell(mbit, 0.0, "bf16", 1024), answer(**took)))
+        rows.append(weave_link.row(weave_link.Cell(mbit, 1e-3, "w4a8", 512), answer(**took)))
+    assert weave_link.quarters(rows) == [weave_link.Cell(375, 0.0, "bf16", 1024)]  # 1000 / 375 is a third of 8
+    assert weave_link.quarters(rows[:4]) == [], "none between two links"
 
 
 def test_the_grid_has_a_cell_for_every_claim(weave_link: Any) -> None:
