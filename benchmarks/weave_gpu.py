@@ -187,7 +187,7 @@ class Layer:
 
         def work(counts: list[int], by: Any) -> Callable[[], None]:
             batches = [self._rows(count) for count in counts if count]
-            return lambda: Weaver(by).weave([self._strand(rows) for rows in batches]) and None
+            return lambda: Weaver(by, self._begin).weave([self._strand(rows) for rows in batches]) and None
 
         one, two = work([tokens], collective), work([cut, tokens - cut], side)
         self.gpu.settle()  # what they read was made on another stream
@@ -200,6 +200,9 @@ class Layer:
             "gain": statistics.median(fused) / max(statistics.median(woven), 1e-9),
             "gain_graph": statistics.median(fused_graph) / max(statistics.median(graph), 1e-9),
         }
+
+    def _begin(self, seam: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.kernels.rms_norm(seam.partial, seam.weight, seam.eps), seam.partial
 
     def _strand(self, hidden: torch.Tensor) -> Any:
         from weft.weave.seam import Seam

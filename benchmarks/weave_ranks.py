@@ -245,7 +245,8 @@ class Rank:
             for own, kept in cut_step([prompt(tokens)], [tokens - 1], choose_strands([tokens], WAVES, way.strands))
         ]
         formats = self._format if way.quantised else no_format
-        return torch.cat(Weaver(way.collective, formats, rejoin=way.rejoin).weave(strands))
+        weaver = Weaver(way.collective, model.decoder.join, formats, rejoin=way.rejoin)
+        return torch.cat(weaver.weave(strands))
 
     def _format(self, packed: Any) -> Any:
         return input_format(self.kernels, packed)

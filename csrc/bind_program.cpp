@@ -148,12 +148,13 @@ void bind_recording(nb::class_<Program>& program) {
       .def("take", &Program::take, arg("x"), arg("row_bytes"), arg("out"))
       .def(
           "seam",
-          [](Program& self, Seams& group, int type, uintptr_t weight, float eps, int64_t size, bool first, int domain,
-             int64_t x, int64_t residual, int64_t out) {
-            self.seam(group, norm_form(type, weight, eps, size), first, Domain(domain), x, residual, out);
+          [](Program& self, Seams& group, int type, uintptr_t weight, float eps, int64_t size, int domain, int64_t x,
+             int64_t residual, int64_t out) {
+            self.seam(group, norm_form(type, weight, eps, size), Domain(domain), x, residual, out);
           },
-          arg("group"), arg("type"), arg("weight"), arg("eps"), arg("size"), arg("first"), arg("domain"), arg("x"),
-          arg("residual"), arg("out"))
+          arg("group"), arg("type"), arg("weight"), arg("eps"), arg("size"), arg("domain"), arg("x"), arg("residual"),
+          arg("out"))
+      .def("own_rows", &Program::own_rows, arg("group"), arg("x"), arg("row_bytes"), arg("out"))
       .def("take_own", &Program::take_own, arg("group"), arg("residual"), arg("row_bytes"), arg("out"));
 }
 

@@ -19,8 +19,8 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
       .def(
           "start",
           [](Seams& self, Backend& backend, uint64_t plan, int type, int part_type, uintptr_t partial,
-             bool replicated, std::vector<int64_t> bounds, uintptr_t residual, bool fresh, uintptr_t weight, float eps,
-             int64_t size, uintptr_t out, const PackedW4Ax* packed) {
+             std::vector<int64_t> bounds, uintptr_t residual, uintptr_t weight, float eps, int64_t size, uintptr_t out,
+             const PackedW4Ax* packed) {
             const bool plain = packed == nullptr;
             const int64_t rows = bounds.back();
             self.start(backend, {
@@ -28,10 +28,8 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
                 .type = Type(type),
                 .part_type = Type(part_type),
                 .partial = at<const char>(partial),
-                .replicated = replicated,
                 .bounds = std::move(bounds),
                 .residual = at<char>(residual),
-                .fresh = fresh,
                 .weight = at<const void>(weight),
                 .eps = eps,
                 .size = size,
@@ -40,9 +38,8 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
                 .form = plain ? nullptr : &packed->weights(),
             });
           },
-          arg("backend"), arg("plan"), arg("type"), arg("part_type"), arg("partial"), arg("replicated"), arg("bounds"),
-          arg("residual"), arg("fresh"), arg("weight"), arg("eps"), arg("size"), arg("out"), arg("packed").none(),
-          unlocked())
+          arg("backend"), arg("plan"), arg("type"), arg("part_type"), arg("partial"), arg("bounds"), arg("residual"),
+          arg("weight"), arg("eps"), arg("size"), arg("out"), arg("packed").none(), unlocked())
       .def("finish", &Seams::finish, arg("backend"), unlocked())
       .def(
           "gather",
@@ -65,7 +62,7 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
 
   backend.def(
       "join_rows",
-      [](Backend& self, int type, int part_type, const std::vector<uintptr_t>& parts, uintptr_t residual, bool fresh,
+      [](Backend& self, int type, int part_type, const std::vector<uintptr_t>& parts, uintptr_t residual,
          uintptr_t weight, float eps, int64_t rows, int64_t size, uintptr_t out, uintptr_t wire,
          const PackedW4Ax* packed) {
         const std::vector<const void*> pointers = [&] {
@@ -79,7 +76,6 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
             .parts = pointers.data(),
             .count = int64_t(pointers.size()),
             .residual = at<void>(residual),
-            .fresh = fresh,
             .weight = at<const void>(weight),
             .eps = eps,
             .rows = rows,
@@ -89,8 +85,8 @@ void bind_seam(nb::module_& module, BackendClass& backend) {
             .form = packed == nullptr ? nullptr : &packed->weights(),
         });
       },
-      arg("type"), arg("part_type"), arg("parts"), arg("residual"), arg("fresh"), arg("weight"), arg("eps"),
-      arg("rows"), arg("size"), arg("out"), arg("wire"), arg("packed").none(), unlocked());
+      arg("type"), arg("part_type"), arg("parts"), arg("residual"), arg("weight"), arg("eps"), arg("rows"),
+      arg("size"), arg("out"), arg("wire"), arg("packed").none(), unlocked());
   backend.def(
       "encode_rows",
       [](Backend& self, const PackedW4Ax& packed, uintptr_t x, int64_t rows, int type, uintptr_t wire) {

@@ -58,7 +58,7 @@ void Links::start(Backend&, SeamCall call) {
   if (call_) throw std::invalid_argument("a seam is in flight already");
   begin(call.plan);
   call_ = std::move(call);
-  const int64_t part = call_->replicated ? 0 : call_->part_bytes(), own = call_->owned(rank_) * part;
+  const int64_t part = call_->part_bytes(), own = call_->owned(rank_) * part;
   room_.resize(size_t(own) * peers_.size());
   for (int other = 0; other < ranks(); other++) {
     if (other == rank_) continue;
@@ -99,10 +99,8 @@ void Links::join(Backend& backend) {
   const int64_t first = call_->bounds[size_t(rank_)], own = call_->owned(rank_);
   parts_.clear();
   for (int other = 0; other < ranks(); other++)
-    if (other == rank_)
-      parts_.push_back(call_->partial + first * call_->part_bytes());
-    else if (!call_->replicated)
-      parts_.push_back(room_.data() + own * call_->part_bytes() * other);
+    parts_.push_back(other == rank_ ? call_->partial + first * call_->part_bytes()
+                                    : room_.data() + own * call_->part_bytes() * other);
   const bool plain = call_->form == nullptr;
   if (!plain) {
     scratch_.resize(size_t(own * call_->row_bytes()));
@@ -114,7 +112,6 @@ void Links::join(Backend& backend) {
       .parts = parts_.data(),
       .count = int64_t(parts_.size()),
       .residual = call_->residual,
-      .fresh = call_->fresh,
       .weight = call_->weight,
       .eps = call_->eps,
       .rows = own,

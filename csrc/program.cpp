@@ -154,8 +154,7 @@ void Program::take(int64_t x, int64_t row_bytes, int64_t out) {
   });
 }
 
-void Program::seam(Seams& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual,
-                   int64_t out) {
+void Program::seam(Seams& group, const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out) {
   ranked_ = true;
   add(domain, [=, &group, number = calls_.size()](const Step& step) {
     const std::vector<int64_t> bounds = bounds_of(step, domain, group.ranks());
@@ -164,10 +163,8 @@ void Program::seam(Seams& group, const NormForm& form, bool first, Domain domain
         .type = form.type,
         .part_type = form.type,
         .partial = step.at<char>(x, domain),
-        .replicated = first,
         .bounds = bounds,
         .residual = step.at<char>(residual, domain),
-        .fresh = first,
         .weight = form.weight,
         .eps = form.eps,
         .size = form.size,
@@ -176,6 +173,15 @@ void Program::seam(Seams& group, const NormForm& form, bool first, Domain domain
         .form = nullptr,
     });
     group.finish(step.backend);
+  });
+}
+
+void Program::own_rows(Seams& group, int64_t x, int64_t row_bytes, int64_t out) {
+  add(Domain::tokens, [=, &group](const Step& step) {
+    const int rank = group.rank();
+    const std::vector<int64_t> bounds = bounds_of(step, Domain::tokens, group.ranks());
+    const int64_t first = bounds[size_t(rank)], own = bounds[size_t(rank) + 1] - first;
+    if (own > 0) memcpy(step.at<char>(out), step.at<char>(x) + first * row_bytes, size_t(own * row_bytes));
   });
 }
 

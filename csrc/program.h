@@ -81,9 +81,10 @@ class Program {
   void silu_mul(Type type, Domain domain, int64_t gate_up, int64_t size, int64_t out);
   void best(int64_t x, int64_t size);  // of each sampled row of floats
   void take(int64_t x, int64_t row_bytes, int64_t out);  // the sampled rows of a value
-  // A seam of ranks (weave/collective.py), between rows that are evenly owned. first: x is the embedding, the same on all
-  // ranks, and the residual is written. The residual has this rank's own rows only, from its place on.
-  void seam(Seams& group, const NormForm& form, bool first, Domain domain, int64_t x, int64_t residual, int64_t out);
+  // A seam of ranks (weave/collective.py), between rows that are evenly owned. The residual has this rank's own rows only,
+  // from its place on.
+  void seam(Seams& group, const NormForm& form, Domain domain, int64_t x, int64_t residual, int64_t out);
+  void own_rows(Seams& group, int64_t x, int64_t row_bytes, int64_t out);         // of all rows: the first residual
   void take_own(Seams& group, int64_t residual, int64_t row_bytes, int64_t out);  // those that are sampled
 
   // Replays the calls from `first` to before `last`: a step may be cut anywhere, if its parts follow each other with the

@@ -119,7 +119,6 @@ void SeamGroup::run(const Segment::Plan& plan, int64_t chunks, Give give, Join j
 }
 
 void SeamGroup::give(Backend& backend, int64_t chunk) {
-  if (call_->replicated) return;
   for (int rank = 0; rank < segment_.ranks(); rank++) {
     if (rank == segment_.rank()) continue;
     const Rows part = rows(rank, chunk);
@@ -134,17 +133,14 @@ void SeamGroup::join(Backend& backend, int64_t chunk) {
   const int64_t row_bytes = call_->row_bytes(), first = call_->bounds[size_t(own)] + part.first;
   parts_.clear();
   for (int rank = 0; rank < segment_.ranks(); rank++)
-    if (rank == own)
-      parts_.push_back(call_->partial + first * call_->part_bytes());
-    else if (!call_->replicated)
-      parts_.push_back(given(rank, own, done_ + uint32_t(chunk)));
+    parts_.push_back(rank == own ? call_->partial + first * call_->part_bytes()
+                                 : given(rank, own, done_ + uint32_t(chunk)));
   backend.kernels().join_rows(backend.pool(), {
       .type = call_->type,
       .part_type = call_->part_type,
       .parts = parts_.data(),
       .count = int64_t(parts_.size()),
       .residual = call_->residual + part.first * row_bytes,
-      .fresh = call_->fresh,
       .weight = call_->weight,
       .eps = call_->eps,
       .rows = part.count,

@@ -27,10 +27,8 @@ struct SeamCall {
   Segment::Plan plan;
   Type type, part_type;
   const char* partial;          // [rows, size]
-  bool replicated;              // all ranks have the same: nothing is given
   std::vector<int64_t> bounds;  // rank r owns rows [bounds[r], bounds[r + 1])
   char* residual;               // [own, size]
-  bool fresh;                   // it is the sum itself
   const void* weight;
   float eps;
   int64_t size;

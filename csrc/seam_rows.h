@@ -12,7 +12,6 @@ struct JoinCall {
   const void* const* parts;  // one for each rank, in order: [rows, size]
   int64_t count;
   void* residual;  // [rows, size]: += the sum of the parts
-  bool fresh;      // it is the sum itself: written, not read
   const void* weight;
   float eps;
   int64_t rows, size;

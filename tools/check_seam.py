@@ -71,8 +71,8 @@ def _case(name: str) -> check_triton.Case:
     types |= dict.fromkeys(("residual", "weight", "parts", "out"), "*bf16")
     types |= dict.fromkeys(("epochs", "failed", "source"), "*i32") | {"eps": "fp32"}
     types |= dict.fromkeys(("rank", "first", "end", "channels", "spins", "count", "room"), "i32")
-    constants: dict[str, Any] = {"RANKS": RANKS, "PARTS": RANKS, "SIZE": SIZE, "KIND": tl.bfloat16, "BEGIN": False}
-    constants |= {"MULTICAST": name == "multicast", "REPLICATED": False}
+    constants: dict[str, Any] = {"RANKS": RANKS, "PARTS": RANKS, "SIZE": SIZE, "KIND": tl.bfloat16}
+    constants |= {"MULTICAST": name == "multicast"}
     if name == "gather":
         return check_triton.Case(name, gather_kernel, types, constants | {"SIZE": GATHERED}, None, {"num_warps": 8})
     kernel = parts_kernel if name == "parts" else seam_kernel

@@ -78,7 +78,7 @@ WEFT_INLINE void join_row(const JoinCall& call, int64_t row) {
   const float squares = sum_of_squares(size, [&](int64_t i, int64_t n) {
     f32v total = load_some(part(0) + i, n);
     for (int64_t number = 1; number < call.count; number++) total = total + load_some(part(number) + i, n);
-    store_some(residual + i, call.fresh ? total : total + load_some(residual + i, n), n);
+    store_some(residual + i, total + load_some(residual + i, n), n);
     return load_some(residual + i, n);  // as it was rounded
   });
   const float scale = norm_scale(squares, size, call.eps);

@@ -169,14 +169,15 @@ class Program:
         weight: int,
         eps: float,
         size: int,
-        first: bool,
         domain: int,
         x: int,
         residual: int,
         out: int,
     ) -> None:
-        """A fused seam. first: x is the same on all ranks, and the residual is written. A run that comes to it raises
-        RuntimeError as `Seams.finish`."""
+        """A fused seam. A run that comes to it raises RuntimeError as `Seams.finish`."""
+
+    def own_rows(self, group: Seams, x: int, row_bytes: int, out: int) -> None:
+        """Of a value with all rows, this rank's own."""
 
     def take_own(self, group: Seams, residual: int, row_bytes: int, out: int) -> None:
         """Of a residual at a seam, the own rows that are sampled."""
@@ -231,10 +232,8 @@ class Seams:
         type: int,
         part_type: int,
         partial: int,
-        replicated: bool,
         bounds: list[int],
         residual: int,
-        fresh: bool,
         weight: int,
         eps: float,
         size: int,
@@ -303,7 +302,6 @@ class Backend:
         part_type: int,
         parts: list[int],
         residual: int,
-        fresh: bool,
         weight: int,
         eps: float,
         rows: int,
@@ -312,8 +310,8 @@ class Backend:
         wire: int,
         packed: PackedW4Ax | None,
     ) -> None:
-        """residual += the sum of the parts in their order (with `fresh`: it is the sum); out = RMSNorm(residual). wire:
-        0, or where the rows are put as they travel: a copy of out, or with `packed` quantised for that."""
+        """residual += the sum of the parts in their order; out = RMSNorm(residual). wire: 0, or where the rows are put
+        as they travel: a copy of out, or with `packed` quantised for that."""
 
     def encode_rows(self, packed: PackedW4Ax, x: int, rows: int, type: int, wire: int) -> None:
         """wire: rows * packed.wire_bytes."""

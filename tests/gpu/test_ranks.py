@@ -154,7 +154,8 @@ def prepared(rank: Rank, seed: int, *lengths: int) -> Step:
 
     @torch.inference_mode()
     def run(collective: Collective) -> torch.Tensor:
-        return torch.cat(Weaver(collective).weave([rank.decoder.strand(one, rank.kv) for one in batches], kept))
+        weaver = Weaver(collective, rank.decoder.join)
+        return torch.cat(weaver.weave([rank.decoder.strand(one, rank.kv) for one in batches], kept))
 
     return run
 

@@ -81,21 +81,6 @@ def test_all_ranks_get_the_normalised_sum_and_keep_their_own_rows(
     assert [int(reach.failed) for reach in made.reach] == [0] * count
 
 
-def test_the_first_seam_takes_what_all_ranks_have_and_no_residual() -> None:
-    made, bounds = ranks(2, 4, 32, torch.bfloat16), [0, 3, 4]
-    made.partials[1].copy_(made.partials[0])
-    weight = torch.ones(32, dtype=torch.bfloat16, device=DEVICE)
-    kept = [
-        torch.full((end - first, 32), float("nan"), dtype=torch.bfloat16, device=DEVICE)
-        for first, end in ((0, 3), (3, 4))
-    ]
-    for rank, reach in enumerate(made.reach):
-        rows = (bounds[rank], bounds[rank + 1])
-        join_rows(reach, kept[rank], weight, EPS, rows, begin=True, replicated=True)
-    assert torch.equal(torch.cat(kept), made.partials[0])
-    assert torch.equal(made.outs[0], made.outs[1]) and not made.outs[0].isnan().any()
-
-
 def test_the_compiled_kernel_has_the_switchs_instructions_and_spills_nothing() -> None:
     tool = Path(__file__).parents[2] / "tools" / "check_seam.py"
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
@@ -172,9 +157,7 @@ def test_an_owner_alone_joins_parts_like_the_seam(dtype: torch.dtype) -> None:
     assert residual is own
     join_rows(made.reach[0], kept, weight, EPS, (0, 4))
     assert torch.equal(hidden, made.outs[1]) and torch.equal(own, kept)
-    hidden, residual = join_parts(parts[:1], None, weight, EPS)
-    assert torch.equal(residual, parts[0])
-    assert join_parts(parts[:, :0], None, weight, EPS)[0].shape == (0, 48)
+    assert join_parts(parts[:, :0], kept[:0], weight, EPS)[0].shape == (0, 48)
     with pytest.raises(TypeError, match="contiguous floats"):
         join_parts(parts[:, :, :24], torch.zeros(4, 24, dtype=dtype, device=DEVICE), weight[:24], EPS)
 

@@ -73,9 +73,10 @@ def test_rows_travel_quantised_when_measured_and_when_served(
         assert [tokens for tokens, _ in costs.seams[Mode.FUSED].points] == [1, 16, 64, MOST]
         seams.clear()
         ranked.run([Slice(1, 0, tuple(range(MOST)), tuple(range(7)))], [MOST - 1])
-        strands, rest = divmod(len(seams), 5)  # two layers, and the embedding
-        assert strands and not rest
-        assert sum(quantised for quantised, _ in seams) == 4 * strands, "all but the last, which the output layer reads"
+        # Two for each layer; strands before the last have none in the last layer, of which no row is wanted.
+        assert len(seams) in (4, 6, 8)
+        assert [quantised for quantised, _ in seams[:-1]] == [True] * (len(seams) - 1)
+        assert not seams[-1][0], "which the output layer reads"
     finally:
         ranked.close()
         kernels.close()

@@ -7,10 +7,13 @@ or as they are when served: through shared memory or sockets, woven seams by a c
 from __future__ import annotations
 
 import random
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,18 @@ from weft.core.plan import Slice
 from weft.ipc.ranks import new_name
 from weft.kernels import LEVELS, available, open_kernels
 from weft.kernels.base import Kernels
+from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
 from weft.models.forward import Plain
 from weft.models.loader import load_weights
-from weft.models.ranked import Ranked
+from weft.models.ranked import Ranked, cut_step
 from weft.models.shard import Part, shard_config
 from weft.weave.choice import COLLECTIVES, Mode
 from weft.weave.collective import Collective, Join, Joined, Quantise
 from weft.weave.rows import plain
+from weft.weave.seam import Strand, onward
+from weft.weave.weaver import Weaver
 
 BEST = available()[0]
 pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is not built")
@@ -91,7 +97,7 @@ class AllRows:
         return join
 
     def finish(self, pending: Join) -> Joined:
-        parts = [pending.partial] if pending.replicated else self._inner.gather(pending.partial)
+        parts = self._inner.gather(pending.partial)
         hidden, residual = self._join_rows(parts, pending.residual, pending.weight, pending.eps, None)
         return Joined(hidden, residual)
 
@@ -446,3 +452,139 @@ def test_four_bits_and_a_quantised_gather(
         assert all(torch.equal(*pair) for pair in zip(results, found[0], strict=True))
         for result, want in zip(results, wanted, strict=True):
             assert (result - want).abs().mean() < far * want.std()
+
+
+@dataclass
+class Member:
+    """A rank of a model of four bits: its kernels, its decoder, and its keys and values."""
+
+    kernels: Any
+    decoder: Decoder
+    kv: list[Any]
+
+    def strands(self, *lengths: int) -> list[Strand]:
+        """Of a prompt, all of whose rows are wanted."""
+        prompt = Slice(0, 0, tokens(sum(lengths), 9), (0, 1))
+        cut = cut_step([prompt], [], lengths)
+        return [self.decoder.strand(make_batch(own, BLOCK), self.kv) for own, _ in cut]
+
+
+@contextmanager
+def members(folder: Path, ranks: int) -> Iterator[list[Member]]:
+    config = read_config(folder)
+    with ExitStack() as stack:
+        found = []
+        for rank in range(ranks):
+            own, part = open_kernels(BEST, (0,)), Part(rank, ranks)
+            stack.callback(own.close)
+            decoder = Decoder(
+                shard_config(config, part), load_weights(folder, config, own, torch.bfloat16, part=part), own, 128
+            )
+            found.append(Member(own, decoder, decoder.make_kv(2, BLOCK)))
+        yield found
+
+
+class Noted:
+    """A collective whose joins are written down, with the residual as it was before the seam."""
+
+    def __init__(self, inner: Collective) -> None:
+        self.rank, self.ranks, self.owned = inner.rank, inner.ranks, inner.owned
+        self.finish, self.gather, self.close = inner.finish, inner.gather, inner.close
+        self.joins: list[Join] = []
+        self._start = inner.start
+
+    def start(self, join: Join) -> Any:
+        self.joins.append(replace(join, residual=join.residual.clone()))
+        return self._start(join)
+
+
+@pytest.mark.parametrize("mode", [Mode.FUSED, Mode.PLAIN])
+@pytest.mark.parametrize("lengths", [(9,), (4, 5)])
+def test_the_embedding_is_not_exchanged(
+    tmp_path: Path,
+    write_fmpq: Callable[..., None],
+    mode: Mode,
+    lengths: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Each strand has two seams for each layer. What a rank has before them is what one rank has: all hidden rows, made
+    for the linear that reads them; of the residual it has the rows that it owns."""
+    write_fmpq(tmp_path, 8)
+    with members(tmp_path, 2) as ranks, torch.inference_mode():
+        joined = joined_by_threads([one.kernels for one in ranks], None)
+        noted = [Noted(modes[mode]) for modes in joined]
+
+        def run(rank: int) -> list[Any]:
+            torch.set_num_threads(1)
+            own, readers = ranks[rank], []
+            norm = own.kernels.rms_norm
+
+            def seen(x: torch.Tensor, weight: torch.Tensor, eps: float, reader: Any = None) -> Any:
+                readers.append(reader)
+                return norm(x, weight, eps, reader)
+
+            monkeypatch.setattr(own.kernels, "rms_norm", seen)
+            with torch.inference_mode():
+                Weaver(noted[rank], own.decoder.join).weave(own.strands(*lengths))
+            return readers
+
+        with ThreadPoolExecutor(2) as pool:
+            readers = list(pool.map(run, range(2)))
+        for one, collective, asked in zip(ranks, noted, readers, strict=True):
+            assert len(collective.joins) == 2 * 2 * len(lengths)
+            assert len(asked) == len(lengths)
+            for join, strand, reader in zip(collective.joins, one.strands(*lengths), asked, strict=False):
+                first = onward(strand)
+                assert reader is first.reader is not None
+                assert torch.equal(join.residual, first.partial[slice(*collective.owned(join.bounds))])
+                assert torch.equal(join.partial, onward(strand, one.decoder.join(first)).partial)
+
+
+def pumped(counts: list[int]) -> tuple[list[int], list[threading.Thread]]:
+    """The ends of a connection between two ranks, and what carries and counts the bytes that each of them sends."""
+    (first, ours), (theirs, second) = socket.socketpair(), socket.socketpair()
+
+    def carry(rank: int, source: socket.socket, sink: socket.socket) -> None:
+        with source:
+            while data := source.recv(1 << 16):
+                counts[rank] += len(data)
+                sink.sendall(data)
+
+    ends = ((ours, theirs), (theirs, ours))
+    threads = [threading.Thread(target=carry, args=(rank, *pair)) for rank, pair in enumerate(ends)]
+    for thread in threads:
+        thread.start()
+    return [first.detach(), second.detach()], threads
+
+
+@pytest.mark.parametrize("quantised", [False, True])
+def test_a_step_sends_the_rows_of_its_seams_and_no_other(
+    tmp_path: Path, write_fmpq: Callable[..., None], quantised: bool
+) -> None:
+    """To the byte: a head for each seam, the partial sums of the other's rows, and the joined rows of one's own."""
+    from weft import _native
+    from weft.weave.native import NativeCollective
+
+    write_fmpq(tmp_path, 8)
+    counts, head, row = [0, 0], 16, 256 * torch.bfloat16.itemsize
+    files, threads = pumped(counts)
+    with members(tmp_path, 2) as ranks:
+
+        def run(rank: int) -> None:
+            torch.set_num_threads(1)
+            own = ranks[rank]
+            collective = NativeCollective(_native.Links(rank, [files[rank]] * 2, 20.0), own.kernels)
+            formats = _format(own.kernels) if quantised else _no_format
+            with torch.inference_mode():
+                Weaver(collective, own.decoder.join, formats).weave(own.strands(9))
+            collective.gather(torch.zeros(0))  # nobody leaves before the other has everything
+            collective.close()
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(run, range(2)))
+    for thread in threads:
+        thread.join(10)
+    joined = 256 + 2 * 4 if quantised else row  # integers of 8 bits, and the scales of two blocks
+    gathered = [joined, joined, joined, row]  # what follows the last layer is not quantised
+    for sent, own in zip(counts, (4, 5), strict=True):
+        assert sent == head + sum(head + (9 - own) * row + own * one for one in gathered)

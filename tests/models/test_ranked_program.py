@@ -119,6 +119,24 @@ def test_four_bit_weights(tmp_path: Path, write_fmpq: Callable[..., None]) -> No
             assert all(torch.equal(*pair) for pair in run(step))
 
 
+def test_no_rank_waits_for_another_at_the_first_norm(tmp_path: Path, write_fmpq: Callable[..., None]) -> None:
+    """Which is quantised in one pass, since all rows are there. A run has two seams for each layer."""
+    from weft.kernels.record import Embed, MakeAndQuantise, Meet, Multiply, Norm, OwnRows
+
+    write_fmpq(tmp_path, 8)
+    with open_ranks(tmp_path, 2, torch.bfloat16, seed=None, timeout=0.5) as (_, opened):
+        (compared, program), (other, theirs) = (opened[rank][:2] for rank in range(2))
+        kinds = [type(operation) for operation, _ in program._program.timings()]
+        assert kinds[:4] == [Embed, OwnRows, MakeAndQuantise, Multiply]
+        assert kinds.count(Meet) == 2 * 2 and Norm not in kinds
+        step = [Slice(1, 0, tokens(5, 1), (3,))], [4]
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda one: one.run(*step), (program, theirs)))
+        other.close()
+        with pytest.raises(RankLost, match=rf"^seam {1 + 2 * 2 + 1}: rank 1"):  # the first is in which they compared
+            compared.gather(torch.zeros(1))
+
+
 def test_a_rank_that_does_not_come_is_named(small: Callable[..., Path]) -> None:
     with open_ranks(small(), 2, torch.float32, seed=3, timeout=0.5) as (_, opened):
         program = opened[0][1]
@@ -128,32 +146,35 @@ def test_a_rank_that_does_not_come_is_named(small: Callable[..., Path]) -> None:
             opened[1][1].run([Slice(1, 0, tokens(5, 1), (3,))], [4, 2])
 
 
-def test_the_time_of_the_layers_is_that_between_the_first_seam_and_the_last() -> None:
+@pytest.mark.parametrize("quantised", [False, True])
+def test_the_time_of_the_layers_is_that_between_the_embeddings_norm_and_the_last_seam(quantised: bool) -> None:
     """Of the run alone, not of those before it; the embedding and the output layer are none of it."""
-    from weft.kernels.record import Meet
+    from weft.kernels.record import MakeAndQuantise, Meet, Norm
     from weft.models.ranked_program import RankedProgram
 
     class Program:
-        seconds: Any = (0.5, 0.5, 0.5, 0.5, 0.5, 0.5)  # of a run that was timed before
+        seconds: Any = (0.5,) * 8  # of a run that was timed before
         timed = False
 
         def run(self, _slices: Any, _rows: Any) -> None:
             if self.timed:
-                self.seconds = tuple(
-                    before + own for before, own in zip(self.seconds, (1, 2, 4, 8, 16, 32), strict=True)
-                )
+                self.seconds = tuple(before + 2**at for at, before in enumerate(self.seconds))
 
         def logits(self) -> Any:
             return np.zeros((1, 1), np.float32)
 
         def timings(self) -> list[tuple[Any, float]]:
-            seam: Any = Meet(None, None, None, None, 0.0, None, False)  # type: ignore[arg-type]
-            return list(zip(("embed", seam, "attend", "feed", seam, "logits"), self.seconds, strict=True))
+            seam: Any = Meet(None, None, None, None, 0.0, None)  # type: ignore[arg-type]
+            norm: Any = Norm(None, None, None, 0.0, None)  # type: ignore[arg-type]
+            feed: Any = MakeAndQuantise(None, None)  # type: ignore[arg-type]
+            first = MakeAndQuantise(norm, None) if quantised else norm  # type: ignore[arg-type]
+            operations = ("embed", "own rows", first, "attend", seam, feed, seam, "logits")
+            return list(zip(operations, self.seconds, strict=True))
 
     fake: Any = Program()
     program = RankedProgram(fake, 64)
     for _ in range(2):
-        assert program.layers([], range(3)) == 4 + 8 + 16
+        assert program.layers([], range(3)) == 8 + 16 + 32 + 64
         assert not fake.timed
 
 

@@ -15,7 +15,7 @@ from weft.weave.rows import JoinRows, arrived
 
 
 class Alone:
-    """The only rank: what `Kernels.add_rms_norm` and `rms_norm` give."""
+    """The only rank: what `Kernels.add_rms_norm` gives."""
 
     rank, ranks = 0, 1
 
@@ -120,8 +120,6 @@ class ThreadCollective:
     def finish(self, pending: Join) -> Joined:
         first, end = self.owned(pending.bounds)
         parts = [part[first:end] for part in self._given(plan_of(pending))]
-        if pending.replicated:
-            parts = [pending.partial[first:end]]
         rows, residual = self._group.join_rows(parts, pending.residual, pending.weight, pending.eps, pending.quantise)
         return arrived(torch.cat(self._join(rows)), pending, residual)
 

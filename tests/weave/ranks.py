@@ -37,8 +37,7 @@ def random(seed: int, *shape: int) -> torch.Tensor:
 
 def make_partial(case: dict[str, Any], rank: int) -> torch.Tensor:
     """[T, H] of one rank; rows of `poison` are NaN on every rank."""
-    seed = case["seed"] if case.get("replicated") else case["seed"] + 1 + rank
-    partial = random(seed, case["bounds"][-1], case["size"]) * 3
+    partial = random(case["seed"] + 1 + rank, case["bounds"][-1], case["size"]) * 3
     partial[case.get("poison", [])] = torch.nan
     return partial.to(DTYPES[case.get("part_dtype", case["dtype"])])
 
@@ -74,11 +73,10 @@ def make_join(case: dict[str, Any], rank: int, owned: tuple[int, int], kernels: 
     first, end = owned
     return Join(
         make_partial(case, rank),
-        None if case.get("fresh") else make_residual(case)[first:end].contiguous(),
+        make_residual(case)[first:end].contiguous(),
         make_weight(case),
         1e-5,
         tuple(case["bounds"]),
-        bool(case.get("replicated")),
         make_format(case, kernels),
     )
 

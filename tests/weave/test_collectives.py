@@ -77,10 +77,9 @@ def truth(case: dict[str, Any], made: dict[str, Any], kernels: Any) -> tuple[lis
     """(what every rank gets, the residual of all rows)."""
     ranks = len(case["bounds"]) - 1
     total = made["make_partial"](case, 0).float()
-    for rank in range(1, 1 if case.get("replicated") else ranks):
+    for rank in range(1, ranks):
         total = total + made["make_partial"](case, rank).float()
-    if not case.get("fresh"):
-        total = total + made["make_residual"](case).float()
+    total = total + made["make_residual"](case).float()
     residual = total.to(made["DTYPES"][case["dtype"]])
     hidden = kernels.rms_norm(residual, made["make_weight"](case), 1e-5)
     form = made["make_format"](case, kernels)
@@ -127,8 +126,6 @@ def seams(draw: Any, ranks: int) -> dict[str, Any]:
         "bounds": [0, *inner, tokens],
         "dtype": dtype,
         "part_dtype": draw(st.sampled_from([dtype, "float32"])),
-        "fresh": draw(st.booleans()),
-        "replicated": draw(st.booleans()),
         "format": form,
         "poison": draw(st.lists(st.integers(0, tokens - 1), max_size=3)) if tokens else [],
     }
@@ -147,10 +144,9 @@ def test_corner_cases(group: Any, rank_processes: Any, kernels: Any) -> None:
     ranks = len(group)
     every = [[0] * (ranks + 1), [0] * ranks + [1], [0, *[1] * ranks], [0] * ranks + [37], [0, *[37] * ranks]]
     cases = [
-        {"seed": number, "size": 256, "bounds": bounds, "dtype": "bfloat16", "format": form, "fresh": fresh}
+        {"seed": number, "size": 256, "bounds": bounds, "dtype": "bfloat16", "format": form}
         for number, bounds in enumerate(every)
         for form in (None, [1, True, True, True])
-        for fresh in (False, True)
     ]
     run(group, cases, rank_processes.script, kernels)
 
@@ -228,7 +224,7 @@ def test_a_rank_that_leaves_is_named(three: Any) -> None:
 
 @pytest.mark.parametrize(
     "other",
-    [{"bounds": [0, 3, 5, 8]}, {"bounds": [0, 2, 5, 9]}, {"size": 32}, {"replicated": True}, {"part_dtype": "float32"}],
+    [{"bounds": [0, 3, 5, 8]}, {"bounds": [0, 2, 5, 9]}, {"size": 32}, {"part_dtype": "float32"}],
 )
 def test_other_plans_are_an_error_everywhere(three: Any, other: dict[str, Any]) -> None:
     for rank, process in enumerate(three):
@@ -237,6 +233,19 @@ def test_other_plans_are_an_error_everywhere(three: Any, other: dict[str, Any]) 
     # Over gloo, a rank that is late may only see that another has left: because of the plan, but it cannot know.
     assert all("another plan" in message or "has ended or left" in message for message in messages), messages
     assert any("another plan" in message for message in messages), messages
+
+
+def test_the_first_seam_after_a_gather_is_compared_before_anybody_waits(three: Any) -> None:
+    """It is the first in which the ranks meet in a step; that of the embedding exchanges nothing."""
+    for process in three:
+        process.send("gather", seed=1, shape=[3, 64])
+    for process in three:
+        process.receive()
+    for rank, process in enumerate(three):
+        process.send("join", cases=[SMALL | {"size": 32} if rank == 1 else SMALL])
+    messages = [failure(process) for process in three]
+    assert any("another plan" in message for message in messages), messages
+    assert all(process.seconds < 0.9 for process in three), "less than the time-out"
 
 
 def test_a_gather_is_no_seam(three: Any) -> None:
@@ -288,7 +297,7 @@ def test_plain_torch_gives_the_same_bits(rank_processes: Any, kernels: Any) -> N
     rank_processes.open(processes, "gloo", fused=False)
     cases = [
         {"seed": 1, "size": 384, "bounds": [0, 4, 9], "dtype": "bfloat16", "format": [1, True, True, True]},
-        {"seed": 2, "size": 70, "bounds": [0, 9, 9], "dtype": "float32", "fresh": True},
+        {"seed": 2, "size": 70, "bounds": [0, 9, 9], "dtype": "float32"},
     ]
     run(processes, cases, rank_processes.script, kernels)
 
@@ -361,7 +370,7 @@ def test_one_rank_is_add_rms_norm(rank_processes: Any, kernels: Any) -> None:
     ],
 )
 def test_bad_bounds_are_refused_before_anything_is_sent(change: Any, error: str, kernels: Any) -> None:
-    join = Join(torch.zeros(9, 8), None, torch.ones(8), 1e-5, tuple(change["bounds"]))
+    join = Join(torch.zeros(9, 8), torch.zeros(0, 8), torch.ones(8), 1e-5, tuple(change["bounds"]))
     with pytest.raises(ValueError, match=error):
         Threads(3, rows.plain(kernels.rms_norm)).collectives()[0].start(join)
 
@@ -424,7 +433,7 @@ class TestMeeting:
 
         collective = ShmCollective(name, 0, 1, kernels, timeout=1.0, slot_bytes=4096)
         with pytest.raises(ValueError, match="a row of 8192 bytes does not fit into slots of 4096"):
-            collective.start(Join(torch.zeros(1, 2048), None, torch.ones(2048), 1e-5, (0, 1)))
+            collective.start(Join(*torch.zeros(2, 1, 2048), torch.ones(2048), 1e-5, (0, 1)))
         collective.close()
 
 
@@ -522,7 +531,7 @@ def test_more_than_the_capacity_is_refused_before_it_is_sent(kernels: Any) -> No
 
     collective = DistributedCollective(Messages(None, 0, 2, 1.0), rows.plain(kernels.rms_norm), capacity=1024)
     with pytest.raises(ValueError, match="1280 bytes for one rank are more than the capacity of 1024"):
-        collective.start(Join(torch.zeros(9, 64), None, torch.ones(64), 1e-5, (0, 4, 9)))
+        collective.start(Join(torch.zeros(9, 64), torch.zeros(4, 64), torch.ones(64), 1e-5, (0, 4, 9)))
 
 
 def test_a_communication_thread_stays_on_its_cores(kernels: Any) -> None:
@@ -534,7 +543,7 @@ def test_a_communication_thread_stays_on_its_cores(kernels: Any) -> None:
         return kernels.rms_norm(x, weight, eps)
 
     background = Background(Alone(rows.plain(norm)), (core,))
-    background.finish(background.start(Join(torch.zeros(2, 8), None, torch.ones(8), 1e-5, (0, 2))))
+    background.finish(background.start(Join(*torch.zeros(2, 2, 8), torch.ones(8), 1e-5, (0, 2))))
     background.close()
     assert seen == [{core}]
 
@@ -567,7 +576,7 @@ def test_distant_seams_take_longer_and_are_the_same_otherwise(kernels: Any) -> N
     for seconds in (0.0, 0.2):
         distant.seconds = seconds
         begun = time.monotonic()
-        pending = collective.start(Join(x, None, weight, 1e-5, (0, 3)))
+        pending = collective.start(Join(x, torch.zeros(3, 8), weight, 1e-5, (0, 3)))
         started = time.monotonic() - begun
         found.append(collective.finish(pending).hidden)
         took.append((started, time.monotonic() - begun))
@@ -586,7 +595,8 @@ def test_a_communication_thread_in_cpp_stays_on_its_cores(lonely: Any) -> None:
 
 
 def test_seams_are_finished_in_the_order_in_which_they_were_started(lonely: Any) -> None:
-    joins = [Join(torch.full((2, 8), float(each)), None, torch.ones(8), 1e-5, (0, 2)) for each in range(1, 4)]
+    parts = [torch.full((2, 8), float(each)) for each in range(1, 4)]
+    joins = [Join(part, torch.zeros(2, 8), torch.ones(8), 1e-5, (0, 2)) for part in parts]
     first, second, third = (lonely.start(join) for join in joins)
     with pytest.raises(ValueError, match="in the order"):
         lonely.finish(second)

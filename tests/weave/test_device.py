@@ -30,7 +30,7 @@ Run = Callable[[Collective], Any]
 
 
 def join_parts(
-    parts: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float
+    parts: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return JOIN(list(parts), residual, weight, eps, None)
 
@@ -57,20 +57,20 @@ def on_all(collectives: list[Any], run: Run) -> list[Any]:
         return list(pool.map(run, collectives))
 
 
-def inputs(rank: int, bounds: tuple[int, ...], dtype: torch.dtype, *, replicated: bool) -> torch.Tensor:
-    chance = torch.Generator().manual_seed(7 if replicated else rank)
+def inputs(seed: int, bounds: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    chance = torch.Generator().manual_seed(seed)
     return torch.randn(bounds[-1], SIZE, generator=chance).to(dtype)
 
 
 def seams(bounds: tuple[int, ...], dtype: torch.dtype) -> Run:
-    """The first seam, and one after it; hidden rows and the residual of the rows that a rank keeps."""
+    """One after the other; hidden rows and the residual of the rows that a rank keeps."""
     weight = (1 + torch.randn(SIZE, generator=torch.Generator().manual_seed(99)) / 8).to(dtype)
 
     def run(collective: Collective) -> list[torch.Tensor]:
-        residual, found = None, []
-        for replicated in (True, False):
-            partial = inputs(collective.rank, bounds, dtype, replicated=replicated)
-            join = Join(partial, residual, weight, EPS, bounds, replicated)
+        residual, found = inputs(77, bounds, dtype)[slice(*collective.owned(bounds))].clone(), []
+        for seam in range(2):
+            partial = inputs(10 * seam + collective.rank, bounds, dtype)
+            join = Join(partial, residual, weight, EPS, bounds)
             joined: Joined = collective.finish(collective.start(join))
             residual = joined.residual
             found += [joined.hidden.clone(), residual.clone()]
@@ -100,7 +100,8 @@ def test_seams_are_those_of_one_process(mode: Mode, bounds: tuple[int, ...], dty
             if exact:
                 assert torch.equal(value, expected)
             else:
-                torch.testing.assert_close(value, expected, rtol=4 * torch.finfo(dtype).eps, atol=1e-2)
+                far = 1e-2 if dtype is torch.float32 else 0.1  # each of two sums is rounded once for each rank
+                torch.testing.assert_close(value, expected, rtol=4 * torch.finfo(dtype).eps, atol=far)
 
 
 def test_tensors_of_all_ranks_in_their_order() -> None:
@@ -120,7 +121,7 @@ def test_a_rank_that_does_not_come_is_explained() -> None:
 def test_what_cannot_be_joined_is_refused() -> None:
     with group(2, Mode.FUSED) as (first, _):
         with pytest.raises(ValueError, match="bounds are"):
-            first.start(Join(torch.zeros(2, SIZE), None, torch.ones(SIZE), EPS, (0, 2)))
+            first.start(Join(*torch.zeros(2, 2, SIZE), torch.ones(SIZE), EPS, (0, 2)))
         with pytest.raises(ValueError, match="on a stream of its own"):
             DeviceCollective(None, 0, 2, join_parts, Mode.WOVEN, explain=str)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from weft.errors import RankLost
 from weft.kernels.base import Batch
 from weft.weave.background import Background
 from weft.weave.collective import Collective, Join, Joined
+from weft.weave.seam import Joined as Sent
 from weft.weave.seam import Seam, Shared, Strand, onward
 from weft.weave.weaver import Weaver
 
@@ -47,6 +49,10 @@ class Counting:
         pass
 
 
+def begin(seam: Seam) -> Sent:
+    return seam.partial, seam.partial
+
+
 def strand(name: str, stages: int, seen: list[str], fails: int = -1) -> Strand:
     residual: torch.Tensor | None = None
     for stage in range(stages):
@@ -58,11 +64,12 @@ def strand(name: str, stages: int, seen: list[str], fails: int = -1) -> Strand:
 
 
 def test_strands_take_turns_and_the_first_is_a_stage_ahead() -> None:
+    """Nobody waits at a first seam, so that a stage goes on after it."""
     seen: list[str] = []
     group: Collective = Counting()
-    values = Weaver(group).weave([strand("a", 3, seen), strand("b", 3, seen)])
-    assert seen == ["a0", "b0", "a1", "b1", "a2", "b2"] and [int(value) for value in values] == [3, 3]
-    assert [int(value) for value in Weaver(group).weave([strand("a", 2, seen)])] == [2]
+    values = Weaver(group, begin).weave([strand("a", 3, seen), strand("b", 3, seen)])
+    assert seen == ["a0", "a1", "b0", "b1", "a2", "b2"] and [int(value) for value in values] == [3, 3]
+    assert [int(value) for value in Weaver(group, begin).weave([strand("a", 2, seen)])] == [2]
 
 
 class Held(Counting):
@@ -84,14 +91,15 @@ def test_seams_wait_for_one_another_in_a_communication_thread() -> None:
 
     def begins() -> Strand:
         asked.set()
-        return (yield from strand("c", 2, seen))
+        return (yield from strand("c", 3, seen))
 
     background = Background(Held(asked))
     try:
-        values = Weaver(background).weave([strand("a", 2, seen), strand("b", 2, seen), begins()])
+        values = Weaver(background, begin).weave([strand("a", 3, seen), strand("b", 3, seen), begins()])
     finally:
         background.close()
-    assert seen == ["a0", "b0", "c0", "a1", "b1", "c1"] and [int(value) for value in values] == [2, 2, 2]
+    assert seen == ["a0", "a1", "b0", "b1", "c0", "c1", "a2", "b2", "c2"]
+    assert [int(value) for value in values] == [3, 3, 3]
 
 
 def test_a_stage_that_fails_waits_for_all_seams_in_flight() -> None:
@@ -99,7 +107,7 @@ def test_a_stage_that_fails_waits_for_all_seams_in_flight() -> None:
     background = Background(group)
     try:
         with pytest.raises(ZeroDivisionError, match="c"):
-            Weaver(background).weave([strand(each, 3, seen, 0 if each == "c" else -1) for each in "abc"])
+            Weaver(background, begin).weave([strand(each, 3, seen, 0 if each == "c" else -1) for each in "abc"])
         assert group.begun == 2 and group.flying == 0
     finally:
         background.close()
@@ -109,14 +117,15 @@ def test_a_stage_that_fails_waits_for_all_seams_in_flight() -> None:
 def test_a_stage_that_fails_leaves_no_seam_in_flight(name: str) -> None:
     group, seen = Counting(), list[str]()
     with pytest.raises(ZeroDivisionError, match=name):
-        Weaver(group).weave([strand(each, 3, seen, 1 if each == name else -1) for each in "ab"])
+        Weaver(group, begin).weave([strand(each, 3, seen, 2 if each == name else -1) for each in "ab"])
+    assert group.begun > 1
     assert group.flying == 0
 
 
 def test_a_seam_that_fails_ends_the_step() -> None:
     group = Counting(broken=3)
     with pytest.raises(RankLost, match="rank 1 has left"):
-        Weaver(group).weave([strand("a", 3, []), strand("b", 3, [])])
+        Weaver(group, begin).weave([strand("a", 3, []), strand("b", 3, [])])
     assert group.flying == 0
 
 
@@ -129,7 +138,7 @@ def test_kept_rows_must_be_in_order() -> None:
         return hidden
 
     with pytest.raises(ValueError, match="ascending"):
-        Weaver(Counting()).weave([backwards()])
+        Weaver(Counting(), begin).weave([backwards()])
 
 
 class Second(Counting):
@@ -154,6 +163,42 @@ class Second(Counting):
         return Joined(pending.partial, pending.partial[first:end].contiguous())
 
 
+@pytest.mark.parametrize("all_rows", [False, True])
+def test_nothing_is_exchanged_at_a_first_seam(all_rows: bool) -> None:
+    """A rank normalises all rows itself, as one rank does, for the linear that reads them. It keeps its own rows, or
+    all where every rank does: in memory of their own, since they are updated in place. Nobody keeps the others'."""
+    made: list[weakref.ref[torch.Tensor]] = []
+
+    class Keeping(Second):
+        def owned(self, bounds: tuple[int, ...]) -> tuple[int, int]:
+            return (0, bounds[-1]) if all_rows else super().owned(bounds)
+
+    def embedded() -> torch.Tensor:
+        rows = torch.arange(5.0)[:, None].expand(5, 4).contiguous()
+        made.append(weakref.ref(rows))
+        return rows
+
+    def norm(seam: Seam) -> Sent:
+        assert (seam.reader, seam.eps) == ("the first linear", 0.5)
+        return seam.partial + 100, seam.partial
+
+    def one_layer() -> Strand:
+        hidden, residual = yield Seam(embedded(), None, torch.ones(4), 0.5, reader="the first linear")
+        assert made[-1]() is None
+        assert torch.equal(hidden[:, 0], torch.arange(100.0, 105.0))
+        for _ in range(2):
+            _, residual = yield Seam(torch.zeros(5, 4), residual, torch.ones(4), 0.5)
+        return hidden
+
+    group = Keeping()
+    Weaver(group, norm).weave([one_layer(), one_layer()])
+    assert [join.bounds for join in group.joins] == [(0, 2, 5)] * 4, "two of each strand"
+    own = torch.arange(5.0)[0 if all_rows else 2 :]
+    for join in group.joins[:2]:
+        assert torch.equal(join.residual[:, 0], own) and join.residual.is_contiguous()
+        assert join.residual.untyped_storage().nbytes() == join.residual.nbytes, "no more memory than for these"
+
+
 class Unread(torch.Tensor):
     """Rows on a device that nobody should wait for."""
 
@@ -175,7 +220,7 @@ def test_kept_rows_stay_with_their_owner_and_may_be_known(known: bool) -> None:
         return hidden
 
     group = Second()
-    Weaver(group).weave([two_of_four()], [[1, 3]] if known else None)
+    Weaver(group, begin).weave([two_of_four()], [[1, 3]] if known else None)
     last = group.joins[-1]
     assert last.bounds == (0, 1, 2) and last.residual is not None
     assert torch.equal(last.residual.as_subclass(torch.Tensor), torch.full((1, 4), 3.0))
@@ -203,7 +248,7 @@ def test_strands_rejoin_where_an_operator_is_shared() -> None:
     for rejoin in (False, True):
         group, seen = Counting(), list[str]()
         strands = [mixing("a", 2, seen, group), mixing("b", 3, seen, group), mixing("c", 0, seen, group)]
-        values[rejoin] = Weaver(group, rejoin=rejoin).weave(strands)
+        values[rejoin] = Weaver(group, begin, rejoin=rejoin).weave(strands)
         if rejoin:
             assert seen == ["a0", "b0", "c0", "5 rows, 0 in flight", "a1", "b1", "c1", "5 rows, 0 in flight"]
         else:
@@ -220,7 +265,7 @@ def test_a_strand_alone_computes_what_it_could_share() -> None:
     with pytest.raises(StopIteration) as end:
         while True:
             seam = onward(strand, (seam.partial, seam.partial))
-    alone = Weaver(Counting(), rejoin=True).weave([mixing("a", 2, [], Counting())])
+    alone = Weaver(Counting(), begin, rejoin=True).weave([mixing("a", 2, [], Counting())])
     assert torch.equal(end.value.value, alone[0]) and seen[1] == "2 rows, 0 in flight"
 
 
@@ -232,13 +277,14 @@ def test_an_operator_that_fails_leaves_no_seam_in_flight() -> None:
         raise ZeroDivisionError("experts")
 
     def strand_of_it() -> Strand:
-        hidden, _ = yield Seam(torch.ones(2, 4), None, torch.ones(4), 0.0)
+        hidden, residual = yield Seam(torch.ones(2, 4), None, torch.ones(4), 0.0)
+        hidden, _ = yield Seam(hidden, residual, torch.ones(4), 0.0)
         return (yield Shared(hidden, fails))
 
     try:
         for rejoin in (False, True):
             with pytest.raises(ZeroDivisionError, match="experts"):
-                Weaver(background, rejoin=rejoin).weave([strand_of_it(), strand_of_it()])
+                Weaver(background, begin, rejoin=rejoin).weave([strand_of_it(), strand_of_it()])
             assert group.flying == 0
     finally:
         background.close()

@@ -73,7 +73,7 @@ class Ranks:
         """The rows after the final norm that the batches keep: [R, hidden], in memory of their own. kept: which they
         are, of each batch."""
         strands = [decoder.strand(batch, kv) for batch in batches]
-        return torch.cat(Weaver(self.collectives[mode]).weave(strands, kept))
+        return torch.cat(Weaver(self.collectives[mode], decoder.join).weave(strands, kept))
 
     def logits(self, decoder: Decoder, hidden: torch.Tensor) -> torch.Tensor:
         """float32 [R, vocabulary] of all ranks' parts, the same on each of them."""

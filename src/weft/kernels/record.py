@@ -225,7 +225,7 @@ class BestOfRows:
 
 @dataclass(frozen=True, slots=True)
 class Meet:
-    """A seam of ranks (weave/collective.py). residual: this rank's own rows; at the first seam they are written."""
+    """A seam of ranks (weave/collective.py). residual: this rank's own rows."""
 
     group: _native.Seams
     x: Value
@@ -233,7 +233,6 @@ class Meet:
     weight: torch.Tensor
     eps: float
     out: Value
-    first: bool
 
     def uses(self) -> tuple[Value, ...]:
         return (self.x, self.residual, self.out)
@@ -241,7 +240,22 @@ class Meet:
     def emit(self, program: _native.Program, at: Place) -> None:
         x, places = self.x, (at(self.x), at(self.residual), at(self.out))
         weight = self.weight.data_ptr()
-        program.seam(self.group, x.type, weight, self.eps, x.columns, self.first, x.domain, *places)
+        program.seam(self.group, x.type, weight, self.eps, x.columns, x.domain, *places)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnRows:
+    """Of a value with all rows, this rank's own, from the place of `out` on: its first residual."""
+
+    group: _native.Seams
+    x: Value
+    out: Value
+
+    def uses(self) -> tuple[Value, ...]:
+        return (self.x, self.out)
+
+    def emit(self, program: _native.Program, at: Place) -> None:
+        program.own_rows(self.group, at(self.x), self.x.row_bytes, at(self.out))
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,6 +285,7 @@ Operation = (
     | BestOfRows
     | Take
     | Meet
+    | OwnRows
     | TakeOwn
 )
 
@@ -373,20 +388,23 @@ class Recorder:
         self.operations.append(Take(x, out))
         return out
 
+    def own_rows(self, group: _native.Seams, x: Value) -> Value:
+        """This rank's own rows of x, which has all: what `meet` takes for a residual."""
+        out = Value(x.domain, x.columns, x.dtype)
+        self.operations.append(OwnRows(group, x, out))
+        return out
+
     def meet(
-        self, group: _native.Seams, x: Value, residual: Value | None, weight: torch.Tensor, eps: float
+        self, group: _native.Seams, x: Value, residual: Value, weight: torch.Tensor, eps: float
     ) -> tuple[Value, Value]:
-        """A seam: (hidden, residual). residual: of the seam before, with all rows that it had; None at the first."""
+        """A seam: (hidden, residual). residual: of the seam before, with all rows that it had."""
         _same_tensor(weight, (x.columns,), x.dtype, "weight")
-        first = residual is None
-        if residual is None:
-            residual = Value(x.domain, x.columns, x.dtype)
-        elif residual.domain is not x.domain:
+        if residual.domain is not x.domain:
             kept = Value(x.domain, x.columns, x.dtype)
             self.operations.append(TakeOwn(group, residual, kept))
             residual = kept
         out = Value(x.domain, x.columns, x.dtype)
-        self.operations.append(Meet(group, x, residual, weight, eps, out, first))
+        self.operations.append(Meet(group, x, residual, weight, eps, out))
         return out, residual
 
     def _norm(self, x: Value, residual: Value | None, weight: torch.Tensor, eps: float) -> Value:

@@ -104,11 +104,9 @@ def _store_by_switch(outs, row, channels, hidden, SIZE: tl.constexpr):
 
 
 @helper
-def _joined(total, kept, mask, gain, channels, eps, KIND: tl.constexpr, BEGIN: tl.constexpr):
+def _joined(total, kept, mask, gain, channels, eps, KIND: tl.constexpr):
     """The normalised row of the model's type; the residual at `kept` is brought up to date."""
-    if not BEGIN:
-        total += tl.load(kept, mask=mask, other=0.0).to(tl.float32)
-    total = rounded(total, KIND)
+    total = rounded(total + tl.load(kept, mask=mask, other=0.0).to(tl.float32), KIND)
     tl.store(kept, total, mask=mask)
     total = total.to(tl.float32)
     factor = tl.rsqrt(tl.sum(total * total, axis=0) / channels + eps)
@@ -133,8 +131,6 @@ def seam_kernel(
     RANKS: tl.constexpr,
     SIZE: tl.constexpr,  # H or more; H where MULTICAST
     KIND: tl.constexpr,  # of partials, residual and hidden rows
-    BEGIN: tl.constexpr,  # there is no residual yet: the sum becomes it
-    REPLICATED: tl.constexpr,  # partials are the same on all ranks: nothing is summed
     MULTICAST: tl.constexpr,
 ):
     epoch = tl.load(epochs + tl.program_id(0)) + 1
@@ -144,15 +140,12 @@ def seam_kernel(
     channels = tl.cast(channels, tl.int64)
     gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
     for row in range(first + tl.program_id(0), end, tl.num_programs(0)):
-        if REPLICATED:
-            ours = _rows_of(partials, rank, KIND)
-            total = tl.load(ours + row * channels + column, mask=mask, other=0.0).to(tl.float32)
-        elif MULTICAST:
+        if MULTICAST:
             total = _summed_by_switch(partials, row, channels, SIZE)
         else:
             total = _summed(partials, row, column, mask, channels, RANKS, KIND)
         kept = residual + (row - first) * channels + column
-        hidden = _joined(total, kept, mask, gain, channels, eps, KIND, BEGIN)
+        hidden = _joined(total, kept, mask, gain, channels, eps, KIND)
         if MULTICAST:
             _store_by_switch(outs, row, channels, hidden, SIZE)
         else:
@@ -200,7 +193,6 @@ def parts_kernel(
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
     KIND: tl.constexpr,
-    BEGIN: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, SIZE)
@@ -209,7 +201,7 @@ def parts_kernel(
     for part in tl.static_range(PARTS):
         total += tl.load(parts + (part * count + row) * channels + column, mask=mask, other=0.0).to(tl.float32)
     gain = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    hidden = _joined(total, residual + row * channels + column, mask, gain, channels, eps, KIND, BEGIN)
+    hidden = _joined(total, residual + row * channels + column, mask, gain, channels, eps, KIND)
     tl.store(out + row * channels + column, hidden, mask=mask)
 
 
@@ -245,22 +237,17 @@ def join_rows(
     eps: float,
     rows: tuple[int, int],
     *,
-    begin: bool = False,
-    replicated: bool = False,
     spins: int = SPINS,
 ) -> None:
     """This rank's part in a seam, launched on the current stream. residual [own, H]: of rows[0] to rows[1], updated in
-    place; begin: what is in it does not count; replicated: partials are the same on all ranks, and are not summed.
-    Raises TypeError, ValueError."""
+    place. Raises TypeError, ValueError."""
     size = len(weight)
     _check(residual, weight, rows[1] - rows[0])
-    # A switch adds whole vectors of bfloat16, and knows no row that is the same everywhere.
+    # A switch adds whole vectors of bfloat16.
     switch = reach.multicast is not None and residual.dtype is torch.bfloat16 and size & size - 1 == 0 and size >= 8
     partials, outs = reach.partials, reach.outs
-    if switch and reach.multicast is not None and not replicated:
+    if switch and reach.multicast is not None:
         partials, outs = reach.multicast[:1], reach.multicast[1:]
-    else:
-        switch = False
     seam_kernel[(len(reach.epochs),)](
         partials,
         outs,
@@ -277,8 +264,6 @@ def join_rows(
         RANKS=reach.ranks,
         SIZE=triton.next_power_of_2(size),
         KIND=KINDS[residual.dtype],
-        BEGIN=begin,
-        REPLICATED=replicated,
         MULTICAST=switch,
         num_warps=warps(triton.next_power_of_2(size)),
     )
@@ -307,13 +292,11 @@ def gather_rows(reach: Reach, places: torch.Tensor, source: torch.Tensor, room: 
     )
 
 
-def join_parts(parts: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float) -> Joined:
+def join_parts(parts: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float) -> Joined:
     """The sum of parts [W, n, H] in float32 and in their order, the residual and the norm, launched on the current
-    stream: (hidden [n, H], residual [n, H]). residual: updated in place; None: the sum is the residual. The bits are
-    those of `join_rows` over peers. Raises TypeError, ValueError."""
+    stream: (hidden [n, H], residual [n, H]). residual: updated in place. The bits are those of `join_rows` over peers.
+    Raises TypeError, ValueError."""
     count, size = parts.shape[1:]
-    begin = residual is None
-    residual = weight.new_empty((count, size)) if residual is None else residual
     _check(residual, weight, count)
     if parts.dtype not in KINDS or not parts.is_contiguous():
         raise TypeError(f"parts are {parts.dtype} {list(parts.shape)} {parts.stride()}; they must be contiguous floats")
@@ -331,7 +314,6 @@ def join_parts(parts: torch.Tensor, residual: torch.Tensor | None, weight: torch
             PARTS=len(parts),
             SIZE=wide,
             KIND=KINDS[residual.dtype],
-            BEGIN=begin,
             num_warps=warps(wide),
         )
     return hidden, residual

@@ -71,7 +71,7 @@ class FusedRows:
     def __call__(
         self,
         parts: Sequence[torch.Tensor],
-        residual: torch.Tensor | None,
+        residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
         quantise: Any,
@@ -80,8 +80,6 @@ class FusedRows:
         for part in parts:
             if part.shape != (rows, size) or part.dtype is not parts[0].dtype or not part.is_contiguous():
                 raise ValueError(f"a part is {part.dtype} {list(part.shape)}; all must be contiguous {[rows, size]}")
-        fresh = residual is None
-        residual = weight.new_empty((rows, size)) if residual is None else residual
         hidden = weight.new_empty((rows, size))
         form = w4ax_format(quantise)
         wire = None if form is None else torch.empty((rows, form.row_bytes), dtype=torch.uint8)
@@ -90,7 +88,6 @@ class FusedRows:
             TYPES[parts[0].dtype],
             [part.data_ptr() for part in parts],
             residual.data_ptr(),
-            fresh,
             weight.data_ptr(),
             eps,
             rows,

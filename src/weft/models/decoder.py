@@ -62,9 +62,15 @@ class Decoder:
         rows after the final norm, [R, hidden]: those that the batch keeps. After the last layer has written its keys
         and values, no other row is of use to anyone."""
         eps = self.config.eps
-        embedded = self._kernels.embed(batch.tokens, self._weights.embedding, self._weights.dtype)
-        first = self._weights.layers[0]
-        hidden, residual = yield Seam(embedded, None, first.input_norm, eps, reader=first.qkv)
+        first, embed = self._weights.layers[0], self._kernels.embed
+        # The embedding has no name here: the strand would keep all of its rows, and a rank's residual has only its own.
+        hidden, residual = yield Seam(
+            embed(batch.tokens, self._weights.embedding, self._weights.dtype),
+            None,
+            first.input_norm,
+            eps,
+            reader=first.qkv,
+        )
         for layer, storage, next_norm, reader in zip(
             self._layers, kv, self._next_norms, self._next_readers, strict=True
         ):
@@ -77,7 +83,8 @@ class Decoder:
         return hidden
 
     def join(self, seam: Seam) -> Joined:
-        """Carry out a seam for one rank: nothing to sum, so the residual and the norm only."""
+        """Carry out a seam for one rank, or a first one, which is the same on all ranks: there is nothing to sum, so
+        the residual and the norm only."""
         if seam.residual is None:
             return self._kernels.rms_norm(seam.partial, seam.weight, seam.eps, seam.reader), seam.partial
         residual = seam.residual if seam.kept is None else self._kernels.keep(seam.residual, seam.kept)

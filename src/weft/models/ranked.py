@@ -102,7 +102,8 @@ class Ranked:
             self._decoder.strand(make_batch(own, self._block_size, None if whole else kept), self._kv)
             for own, kept in cut_step(slices, rows, lengths)
         ]
-        self._hidden = torch.cat(Weaver(collective, self._formats, rejoin=mode is Mode.REJOINED).weave(strands))
+        weaver = Weaver(collective, self._decoder.join, self._formats, rejoin=mode is Mode.REJOINED)
+        self._hidden = torch.cat(weaver.weave(strands))
         wanted = self._hidden[list(rows)] if whole else self._hidden
         self._logits = self._all_logits(wanted).numpy()
         return best_of_rows(self._logits)

@@ -44,8 +44,8 @@ class RankedProgram:
         return torch.from_numpy(self._program.logits())
 
     def layers(self, slices: Sequence[Slice], rows: Sequence[int]) -> float:
-        """A run, and the seconds of its layers and their seams: from the end of the embedding's seam to the last."""
-        from weft.kernels.record import Meet
+        """A run, and the seconds of its layers and their seams: from after the embedding's norm to the last seam."""
+        from weft.kernels.record import MakeAndQuantise, Meet, Norm
 
         before = self._program.timings()
         self._program.timed = True
@@ -54,8 +54,10 @@ class RankedProgram:
         finally:
             self._program.timed = False
         after = self._program.timings()
-        seams = [at for at, (operation, _) in enumerate(after) if isinstance(operation, Meet)]
-        inside = slice(seams[0] + 1, seams[-1] + 1)
+        kinds = [type(operation) for operation, _ in after]
+        norm = next(at for at, kind in enumerate(kinds) if kind in (Norm, MakeAndQuantise))
+        last = max(at for at, kind in enumerate(kinds) if kind is Meet)
+        inside = slice(norm + 1, last + 1)
         return sum(seconds for _, seconds in after[inside]) - sum(seconds for _, seconds in before[inside])
 
 
@@ -72,6 +74,9 @@ def record_ranked(
 
     def join(seam: Seam) -> Joined:
         partial, residual = cast(Any, seam.partial), cast(Any, seam.residual)
+        if residual is None:  # as in weave/weaver.py; the norm comes last, so that what reads it can be joined to it
+            own = recorder.own_rows(collective.group, partial)
+            return cast(Joined, (recorder.rms_norm(partial, seam.weight, seam.eps), own))
         return cast(Joined, recorder.meet(collective.group, partial, residual, seam.weight, seam.eps))
 
     anything = make_batch([Slice(0, 0, (0,), (0,))], block_size)  # values stand for what is in it

@@ -7,6 +7,8 @@ Every row has one owner, who alone keeps its residual, sums it and normalises it
 norm, all-gather: tokenweave.md §4). So all ranks get the same bits, and a row's bits depend neither on the other rows,
 nor on where the rows are cut, nor on timing. One rank gives what `Kernels.add_rms_norm` gives.
 
+The first norm of a step is no seam of several ranks: the embedding is the same on all of them (weave/weaver.py).
+
 Backends: weave/shm.py (processes of one host), weave/sockets.py (of any hosts), weave/distributed.py
 (torch.distributed), weave/device.py and weave/symmetric.py (GPUs). weave/background.py and weave/native.py give them a
 communication thread.
@@ -44,25 +46,22 @@ class Quantise(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Join:
-    """One rank's part in one seam. All ranks give the same T, H, bounds, replicated, eps and format.
+    """One rank's part in one seam. All ranks give the same T, H, bounds, eps and format.
 
     partial: [T, H] this rank's partial sums, contiguous, of the model's dtype or float32. It is read until `finish`
         has returned, and never changed.
-    residual: [own, H] the rows that this rank keeps (`Collective.owned`), of the model's dtype, updated in place; None
-        at the first seam, where the residual is the sum itself.
+    residual: [own, H] the rows that this rank keeps (`Collective.owned`), of the model's dtype, updated in place.
     weight: [H] of the RMSNorm that follows, of the model's dtype; eps: its epsilon.
     bounds: ranks + 1 numbers, ascending from 0 to T: rank r owns rows bounds[r] to bounds[r + 1], which may be none.
         (Uneven bounds keep the rows that will be sampled with the owner of their residual.)
-    replicated: partial is the same on every rank (the embedding): nothing is summed, the owner takes its own.
     quantise: the next linear's input format; None for hidden rows in the model's dtype.
     """
 
     partial: torch.Tensor
-    residual: torch.Tensor | None
+    residual: torch.Tensor
     weight: torch.Tensor
     eps: float
     bounds: tuple[int, ...]
-    replicated: bool = False
     quantise: Quantise | None = None
 
 
@@ -131,8 +130,6 @@ def check(join: Join, rank: int, ranks: int, owned: tuple[int, int]) -> None:
         raise ValueError(f"weight is {list(join.weight.shape)}; partial needs [{size}]")
     if len(bounds) != ranks + 1 or bounds[0] != 0 or bounds[-1] != tokens or list(bounds) != sorted(bounds):
         raise ValueError(f"bounds are {bounds}; {ranks} ranks need {ranks + 1} numbers, ascending from 0 to {tokens}")
-    if residual is None:
-        return
     if residual.dtype is not dtype:
         raise TypeError(f"residual is {residual.dtype}; it must be of the norm's {dtype}")
     own = owned[1] - owned[0]
@@ -152,8 +149,6 @@ def plan_of(join: Join) -> tuple[Any, ...]:
         str(partial.dtype),
         str(join.weight.dtype),
         join.bounds,
-        join.replicated,
-        join.residual is None,
         join.eps,
         None if quantise is None else quantise.row_bytes,
     )

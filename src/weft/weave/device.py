@@ -32,10 +32,10 @@ WORDS = 120  # characters of what a library says
 
 
 class JoinParts(Protocol):
-    """What an owner does: (parts [W, n, H], residual [n, H] or None, weight, eps) -> (hidden, residual)."""
+    """What an owner does: (parts [W, n, H], residual [n, H], weight, eps) -> (hidden, residual)."""
 
     def __call__(
-        self, parts: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, /
+        self, parts: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, /
     ) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
@@ -62,7 +62,7 @@ def open_group(
 
 @dataclass(frozen=True, slots=True)
 class _Pending:
-    """A seam in flight. parts: [W, own, H], or [1, T, H] where a sum was asked for. work: None if they are there."""
+    """A seam in flight. parts: [W, own, H], or [1, T, H] where a sum was asked for. work: what brings them."""
 
     join: Join
     parts: torch.Tensor
@@ -98,8 +98,6 @@ class DeviceCollective:
         if join.quantise is not None:
             raise ValueError("rows cannot travel quantised between devices")
         partial = join.partial
-        if join.replicated:
-            return _Pending(join, partial[None, first:end], None)
         with self._failing():
             if self._mode is Mode.PLAIN:
                 total = partial.clone()
@@ -113,9 +111,8 @@ class DeviceCollective:
 
     def finish(self, pending: _Pending) -> Joined:
         join = pending.join
-        if pending.work is not None:
-            with self._failing():
-                pending.work.wait()
+        with self._failing():
+            pending.work.wait()
         rows, residual = self._join_parts(pending.parts, join.residual, join.weight, join.eps)
         if self._mode is not Mode.FUSED:
             return Joined(rows, residual)

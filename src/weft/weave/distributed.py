@@ -99,10 +99,9 @@ class DistributedCollective:
         messages.begin()
         plans, sent = messages.exchange(plan_of(join), len(partial))
         parts = {}
-        if not join.replicated:
-            if len(shares[self.rank]):
-                parts = {rank: messages.receive(self._room[rank], rank, Tag.PART) for rank in messages.others}
-            sent += [messages.send(shares[rank], rank, Tag.PART) for rank in messages.others if len(shares[rank])]
+        if len(shares[self.rank]):
+            parts = {rank: messages.receive(self._room[rank], rank, Tag.PART) for rank in messages.others}
+        sent += [messages.send(shares[rank], rank, Tag.PART) for rank in messages.others if len(shares[rank])]
         return _Pending(join, plans, parts, sent)
 
     def finish(self, pending: _Pending) -> Joined:
@@ -171,8 +170,9 @@ class AllReduceCollective:
     """The plain baseline: every rank sums all rows, normalises them all and keeps the whole residual. Its bits are not
     those of the other collectives: the all-reduce has its own order, and rounds to the dtype of the partial sums.
 
-    Plans are compared only where they are not those of the seam before: a few times in a step, and no sum waits for it
-    elsewhere. A rank that thinks otherwise sends a plan and sums nothing; the others, who wait for it, then find that.
+    Plans are compared only where they are not those of the seam before, and after a gather, which ends a step: a few
+    times in a step, and no sum waits for it elsewhere. A rank that thinks otherwise sends a plan and sums nothing; the
+    others, who wait for it, then find that.
     """
 
     def __init__(self, messages: Messages, join_rows: JoinRows) -> None:
@@ -205,13 +205,14 @@ class AllReduceCollective:
         return arrived(rows, join, residual)
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        self._agreed = None
         return self._messages.gather(rows, self._patience)
 
     def close(self) -> None:
         self._messages.close()
 
     def _sum(self, join: Join, plan: tuple[Any, ...]) -> _Summing:
-        if join.replicated or not join.partial.numel():
+        if not join.partial.numel():
             return _Summing(join, plan, None, join.partial, None)
         total = join.partial.clone()
         return _Summing(join, plan, None, total, self._messages.begin_sum(total))

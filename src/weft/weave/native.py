@@ -25,7 +25,6 @@ class _Pending:
     """A seam in flight; holds what C++ points to."""
 
     join: Join
-    residual: torch.Tensor
     hidden: Any
 
 
@@ -41,13 +40,11 @@ class NativeCollective:
         return bounds[self.rank], bounds[self.rank + 1]
 
     def start(self, join: Join) -> _Pending:
-        first, end = self.owned(join.bounds)
-        check(join, self.rank, self.ranks, (first, end))
+        check(join, self.rank, self.ranks, self.owned(join.bounds))
         partial, weight, form = join.partial, join.weight, w4ax_format(join.quantise)
         rows, size = partial.shape
         if weight.dtype not in TYPES or not weight.is_contiguous():
             raise TypeError(f"weight is {weight.dtype}; the C++ kernels take contiguous float32 and bfloat16")
-        residual = weight.new_empty((end - first, size)) if join.residual is None else join.residual
         if form is None:
             hidden: Any = weight.new_empty((rows, size))
             out = hidden.data_ptr()
@@ -61,10 +58,8 @@ class NativeCollective:
                 TYPES[weight.dtype],
                 TYPES[partial.dtype],
                 partial.data_ptr(),
-                join.replicated,
                 list(join.bounds),
-                residual.data_ptr(),
-                join.residual is None,
+                join.residual.data_ptr(),
                 weight.data_ptr(),
                 join.eps,
                 size,
@@ -73,14 +68,14 @@ class NativeCollective:
             )
         except RuntimeError as error:
             raise RankLost(str(error)) from error
-        return _Pending(join, residual, hidden)
+        return _Pending(join, hidden)
 
     def finish(self, pending: _Pending) -> Joined:
         try:
             self.group.finish(self.kernels.native)
         except RuntimeError as error:
             raise RankLost(str(error)) from error
-        return Joined(pending.hidden, pending.residual)
+        return Joined(pending.hidden, pending.join.residual)
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
         return self._gather(("gather", tuple(rows.shape), str(rows.dtype)), rows.contiguous())

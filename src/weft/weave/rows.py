@@ -10,10 +10,10 @@ from weft.weave.collective import Join, Joined, Quantise
 
 Norm = Callable[[torch.Tensor, torch.Tensor, float], torch.Tensor]
 
-# (parts of all ranks in their order, each [n, H]; residual [n, H] or None; weight; eps; format) ->
+# (parts of all ranks in their order, each [n, H]; residual [n, H], updated in place; weight; eps; format) ->
 # (rows as they travel: [n, H], or uint8 [n, row_bytes] with a format; residual)
 JoinRows = Callable[
-    [Sequence[torch.Tensor], torch.Tensor | None, torch.Tensor, float, Quantise | None],
+    [Sequence[torch.Tensor], torch.Tensor, torch.Tensor, float, Quantise | None],
     tuple[torch.Tensor, torch.Tensor],
 ]
 
@@ -23,7 +23,7 @@ def plain(norm: Norm) -> JoinRows:
 
     def join(
         parts: Sequence[torch.Tensor],
-        residual: torch.Tensor | None,
+        residual: torch.Tensor,
         weight: torch.Tensor,
         eps: float,
         quantise: Quantise | None,
@@ -31,10 +31,7 @@ def plain(norm: Norm) -> JoinRows:
         total = parts[0].float()
         for part in parts[1:]:
             total = total + part.float()
-        if residual is None:
-            residual = total.to(weight.dtype, copy=True)
-        else:
-            residual.copy_(total + residual.float())
+        residual.copy_(total + residual.float())
         hidden = norm(residual, weight, eps)
         return hidden if quantise is None else quantise.encode(hidden), residual
 

@@ -22,8 +22,8 @@ class Seam:
     """residual := residual + sum over ranks of `partial`; hidden := RMSNorm(residual) * weight.
 
     partial: [tokens, hidden] this rank's part of the stage's output.
-    residual: what the seam before it gave; None at the first seam, where the residual is the sum itself. There
-        `partial` is the embedding, the same on every rank, and nothing is summed.
+    residual: what the seam before it gave; None at the first seam, where `partial` is the embedding: the same on every
+        rank, so that nothing is summed, and it is the residual itself.
     weight: [hidden] of the norm that follows; eps: its epsilon.
     kept: where the strand goes on with the rows only that this batch keeps: `partial` has these, `residual` still all.
     reader: the packed linear that reads `hidden`, which may be handed to it as that linear wants its input; None where

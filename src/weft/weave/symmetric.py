@@ -161,20 +161,10 @@ class SymmetricCollective:
                 f"partial is {partial.dtype} {list(partial.shape)}; there is room for {self._layout.dtype} "
                 f"[{most}, {size}]"
             )
-        residual = join.weight.new_empty((end - first, size)) if join.residual is None else join.residual
         self._partial[:tokens].copy_(partial)
         which, self._next = self._next, (self._next + 1) % OUTS
-        join_rows(
-            self._reach[which],
-            residual,
-            join.weight,
-            join.eps,
-            (first, end),
-            begin=join.residual is None,
-            replicated=join.replicated,
-            spins=self._spins,
-        )
-        return Joined(self._outs[which][:tokens], residual)
+        join_rows(self._reach[which], join.residual, join.weight, join.eps, (first, end), spins=self._spins)
+        return Joined(self._outs[which][:tokens], join.residual)
 
     def finish(self, pending: Joined) -> Joined:
         return pending

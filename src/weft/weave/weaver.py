@@ -4,6 +4,10 @@
     seams         a₁      b₁      a₂      b₂                  each begins when its stage ends, and is waited for
                                                               before the stage of its strand that follows
 
+At the first seam of a strand nothing is exchanged, so that it is a part of the first stage: the embedding is the same
+on all ranks. Each normalises all of its rows, by the same kernels, and keeps those that it owns; messages would have
+nothing beside them. Ranks first meet, and compare what they are about to do, at the seam that follows.
+
 There is one thread that computes, and one seam at a time is carried out (tokenweave.md §6). Strand a is always ahead:
 so the keys and values of a prompt's first part are there when its second part attends in the same layer. With one
 strand this is the fused mode: every seam is waited for at once. Which strands there are, and how they are cut, is the
@@ -83,18 +87,21 @@ class _Flight:
 class Weaver:
     """Carries out the strands of this rank through its group.
 
-    formats: how rows travel to a packed linear that alone reads them. rejoin: whether an operator that strands can
-    share is computed for all of them at once.
+    begin: what the first seam of a strand gives, all rows of the residual with it, as one rank carries it out
+    (`Decoder.join`). formats: how rows travel to a packed linear that alone reads them. rejoin: whether an operator
+    that strands can share is computed for all of them at once.
     """
 
     def __init__(
         self,
         collective: Collective,
+        begin: Callable[[Seam], Joined],
         formats: Callable[[Any], Quantise | None] = no_format,
         *,
         rejoin: bool = False,
     ) -> None:
         self._collective = collective
+        self._begin = begin
         self._formats = formats
         self._rejoin = rejoin
         self._ahead = isinstance(collective, Queue)
@@ -122,28 +129,35 @@ class Weaver:
     def _advance(self, thread: _Thread, flight: _Flight) -> None:
         """One stage of a strand, and the start of the seam after it; or up to where it waits for the others."""
         flight.land(thread)
-        stop = thread.stage()
-        while isinstance(stop, Shared):
-            if self._rejoin:
+        while (stop := thread.stage()) is not None:
+            if isinstance(stop, Seam) and stop.residual is not None:
+                self._start(thread, stop, stop.residual, flight)
+                return
+            if isinstance(stop, Shared) and self._rejoin:
                 thread.waits = stop
                 return
-            thread.given = stop.operator(stop.rows)
-            stop = thread.stage()
-        if stop is None:
-            return
+            thread.given = self._enter(thread, stop) if isinstance(stop, Seam) else stop.operator(stop.rows)
+            del stop  # the next stage needs none of its rows
+
+    def _enter(self, thread: _Thread, seam: Seam) -> Joined:
+        """The first seam, at which nothing is exchanged. What is kept is a copy, since it is updated in place; and the
+        rows of others need not stay."""
+        thread.bounds = even_bounds(len(seam.partial), self._collective.ranks)
+        first, end = self._collective.owned(thread.bounds)
+        hidden, residual = self._begin(seam)
+        return hidden, residual[first:end].clone()
+
+    def _start(self, thread: _Thread, seam: Seam, residual: torch.Tensor, flight: _Flight) -> None:
         if not self._ahead:
             flight.land()
-        seam, join = stop, self._join(thread, stop)
+        join = self._join(thread, seam, residual)
         if len(seam.partial):
             flight.start(thread, join)
         else:  # no row of this strand goes on; all ranks know, so that none waits for another
             thread.given = seam.partial, seam.partial
 
-    def _join(self, thread: _Thread, seam: Seam) -> Join:
-        residual = seam.residual
-        if residual is None:
-            thread.bounds = even_bounds(len(seam.partial), self._collective.ranks)
-        elif seam.kept is not None and seam.kept.kept is not None:
+    def _join(self, thread: _Thread, seam: Seam, residual: torch.Tensor) -> Join:
+        if seam.kept is not None and seam.kept.kept is not None:
             kept = seam.kept.kept.tolist() if thread.kept is None else thread.kept
             first, end = self._collective.owned(thread.bounds)
             thread.bounds = kept_bounds(thread.bounds, kept)
@@ -155,7 +169,6 @@ class Weaver:
             weight=seam.weight,
             eps=seam.eps,
             bounds=thread.bounds,
-            replicated=residual is None,
             quantise=None if seam.reader is None else self._formats(seam.reader),
         )
 
