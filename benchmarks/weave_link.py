@@ -34,7 +34,8 @@ What weft would choose is measured once for a link and a model, for the sizes th
 * woven_gain_500mbit: plain / woven at 500 Mbit/s without more latency, the median over sizes and precisions.
 * woven_tax_percent: woven over no communication, from 1024 tokens on where the link is not saturated; the worst.
 * gather_bytes_saved_int8, gather_bytes_saved_int4: of the bytes that a woven step of all 22 layers sends, by the
-  interface's counter; of the W4A4 model one block of channels in 16 has 8-bit activations.
+  interface's counter, where all activations of the linears have 8 bits, or 4; gather_bytes_saved_mixed: where they have
+  4 bits, and one block of channels in 16 has 8.
 * worst_case_vs_plain: plain over the mode that the cost model chooses, the worst cell of the grid.
 * choice_regret_percent: the mode that it chooses over the best of those that it can choose from, the worst cell.
 * rejoined_vs_woven, rejoined_vs_plain: of the model with experts, woven (or plain) over rejoined, three strands each;
@@ -112,7 +113,7 @@ class Cell:
     tokens: int
 
 
-BYTES = (Cell(None, 0.0, "w4a8", 256), Cell(None, 0.0, "w4a4", 256))  # of which only the bytes count
+BYTES = tuple(Cell(None, 0.0, precision, 256) for precision in ("w4a8", "w4a4", "w4ax"))  # only the bytes count
 SHORT = (
     *(Cell(mbit, 0.0, "w4a8", 256) for mbit in (2000, 500, 250)),
     *(Cell(mbit, 0.0, "bf16", 256) for mbit in (1000, 500)),
@@ -278,6 +279,7 @@ def claims(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
         ),
         "gather_bytes_saved_int8": sent.get("w4a8"),
         "gather_bytes_saved_int4": sent.get("w4a4"),
+        "gather_bytes_saved_mixed": sent.get("w4ax"),
         "worst_case_vs_plain": min((one["chosen_vs_plain"] for one in every), default=None),
         "choice_regret_percent": max((100 * one["regret"] for one in every), default=None),
         **{

@@ -111,17 +111,18 @@ class Model:
 
 
 def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: str, tokens: int) -> Model:
-    """Random weights of this rank's shapes. precision: bf16, w4a8, w4a4, or mixture, which is bf16."""
+    """Random weights of this rank's shapes. precision: bf16, w4a8, w4a4, w4ax (one block of channels in 16 has
+    activations of 8 bits, the rest of 4), or mixture, which is bf16."""
     whole = parse_config(raw)
-    config, quantised = shard_config(whole, part), precision in ("w4a8", "w4a4")
+    config, quantised = shard_config(whole, part), precision in ("w4a8", "w4a4", "w4ax")
     draw = torch.Generator().manual_seed(part.rank)
 
     def linear(outputs: int, inputs: int) -> Any:
         if quantised:
             values = torch.randint(-8, 8, (outputs, inputs), generator=draw, dtype=torch.int8)
             scales = torch.full((outputs, inputs // 128), 2.0**-8)
-            outliers = inputs // 128 // 16 if precision == "w4a4" else 0  # one block in 16
-            return kernels.pack_w4ax(values, scales, outlier_blocks=outliers, exact_a4=precision == "w4a4")
+            outliers = inputs // 128 // 16 if precision == "w4ax" else 0
+            return kernels.pack_w4ax(values, scales, outlier_blocks=outliers, exact_a4=precision != "w4a8")
         return kernels.pack_linear((torch.rand(outputs, inputs, generator=draw) * 0.07 - 0.035).bfloat16())
 
     def feed() -> dict[str, Any]:

@@ -65,6 +65,13 @@ def test_claims_follow_from_rows(weave_link: Any) -> None:
     assert (half["best"], half["regret"]) == ("woven, quantised gather", 1.0)
     whole = weave_link.Cell(None, 0.0, "w4a8", 256)
     counted = weave_link.row(whole, answer(plain=[1.0], fused=[1.0], woven=[9.0], quantised=[1.0], nothing=[1.0]))
+    sent = {"w4a4": 2000, "w4ax": 2500}
+    for precision, of_quantised in sent.items():
+        cell = weave_link.Cell(None, 0.0, precision, 256)
+        given = answer(plain=[1.0], fused=[1.0], woven=[9.0], quantised=[1.0], nothing=[1.0])
+        given["sent"] = given["sent"] | {"woven, quantised gather": of_quantised}
+        found = weave_link.claims([weave_link.row(cell, given)])
+        assert found == {f"gather_bytes_saved_{'int4' if precision == 'w4a4' else 'mixed'}": 1 - of_quantised / 4000}
     found = weave_link.claims([quarter, half, counted])
     assert found["woven_gain_at_20_to_30_percent_comm"] == quarter["gain"].median
     assert "woven_gain_at_25_percent_comm" not in found, "it is of links that were sought for it"
@@ -131,6 +138,27 @@ def test_what_is_chosen_follows_from_costs_as_they_are_measured_at_start_up(
                 chosen.append(rank._chosen(model, job))
     assert measured == [measured_sizes(2048)] * 4
     assert chosen == ["plain", "woven, two strands"] * 2 + ["plain", "woven, two strands, quantised gather"] * 2
+
+
+@pytest.mark.skipif(not set(LEVELS) & set(available()), reason="the C++ extension is not built")
+def test_what_a_quantised_gather_saves_follows_from_the_model(weave_link: Any) -> None:
+    """As many rows are scattered, in bfloat16, as are gathered."""
+    from weft.kernels.cpu import CpuKernels
+    from weft.kernels.wire import input_format
+    from weft.models.shard import Part
+
+    weave_ranks = importlib.import_module("weave_ranks")
+    raw = weave_link.SHAPE | {"num_hidden_layers": 1, "intermediate_size": 512, "vocab_size": 256}
+    row, saved = 2048 * 2, {}
+    kernels = CpuKernels(available()[0], (0,))
+    for precision in (cell.precision for cell in weave_link.BYTES):
+        model = weave_ranks.make_model(raw, Part(0, 2), kernels, precision, 16)
+        (layer,) = model.decoder._weights.layers
+        bytes_of = {input_format(kernels, packed).row_bytes for packed in (layer.qkv, layer.gate_up)}
+        assert model.quantised and len(bytes_of) == 1
+        saved[precision] = (row - bytes_of.pop()) / (2 * row)
+    kernels.close()
+    assert saved == {"w4a8": 1984 / 8192, "w4a4": 3008 / 8192, "w4ax": 2944 / 8192}
 
 
 def test_a_step_takes_as_long_as_the_slower_rank(weave_link: Any) -> None:
