@@ -133,6 +133,7 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
         alike = torch.Generator().manual_seed(0)  # ranks must take the same experts
         router = (torch.rand(experts.count, hidden, generator=alike) * 0.07 - 0.035).bfloat16()
         mixture = Mixture(
+            experts,
             kernels.pack_linear(router),
             tuple(linear(2 * experts.inner, hidden) for _ in range(experts.count)),
             tuple(linear(hidden, experts.inner) for _ in range(experts.count)),
@@ -140,7 +141,7 @@ def make_model(raw: dict[str, Any], part: Part, kernels: CpuKernels, precision: 
             linear(2 * experts.shared, hidden),
             linear(hidden, experts.shared),
         )
-        return {"mixture": mixture}
+        return {"gate_up": None, "down": None, "mixture": mixture}
 
     hidden, inner = config.hidden_size, config.intermediate_size
     queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
