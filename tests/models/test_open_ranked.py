@@ -13,7 +13,8 @@ import torch
 from weft.config import EngineConfig
 from weft.core.plan import Slice
 from weft.devices import group
-from weft.devices.group import Group, measured_sizes, open_ranked
+from weft.devices.group import Group, check_weave, measured_sizes, open_ranked
+from weft.errors import ConfigError
 from weft.kernels import LEVELS, available, open_kernels
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
@@ -30,6 +31,17 @@ def test_what_is_measured_follows_from_the_most_that_a_step_may_have() -> None:
     assert measured_sizes(2048) == [1, 16, 64, 256, 2048]
     assert measured_sizes(64) == [1, 16, 64]
     assert measured_sizes(1) == [1]
+
+
+def test_strands_rejoin_only_where_a_model_has_experts(small: Callable[..., Path]) -> None:
+    config, dense = EngineConfig(weave="rejoined"), read_config(small())
+    with pytest.raises(ConfigError, match=r"--weave is rejoined, and the model has no experts .* woven works"):
+        check_weave(config, dense)
+    check_weave(EngineConfig(weave="woven"), dense)
+    mixture = small(
+        architectures=["MixtralForCausalLM"], model_type="mixtral", num_local_experts=4, num_experts_per_tok=2
+    )
+    check_weave(config, read_config(mixture))
 
 
 def test_rows_travel_quantised_when_measured_and_when_served(

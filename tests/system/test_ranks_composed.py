@@ -3,6 +3,7 @@ of 4 bits, prompts in chunks and from the prefix cache. It changes no bit of wha
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.models.conftest import write_fmpq
+from tests.models.conftest import SMALL, write_fmpq
 
 from weft.config import EngineConfig
 from weft.core.plan import TokenScore
@@ -73,3 +74,22 @@ def test_all_at_once_changes_nothing(model: Path) -> None:
         assert engine.stats().prefix_hits > 0
     with opened(model) as engine:  # one rank: a part of a row that a rank quantises by itself changes its scores
         assert [tokens_of(answer) for answer in together(engine, prompts)] == [tokens_of(answer) for answer in simple]
+
+
+@pytest.mark.parametrize("weave", ["auto", "woven", "rejoined"])
+def test_experts_are_served_by_ranks_as_by_one(tmp_path: Path, weave: str) -> None:
+    """Of a mixture, in chunks, beside decode steps and from the prefix cache, whether its strands rejoin or not."""
+    mixture = {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "num_local_experts": 5}
+    (tmp_path / "config.json").write_text(json.dumps(SMALL | mixture | {"num_experts_per_tok": 2}))
+    draw = random.Random(6)
+    prompts = [tuple(draw.randrange(131) for _ in range(length)) for length in (70, 41, 90)]
+    settings: dict[str, Any] = {"load_format": "dummy", "kv_cache_dtype": "auto"}
+    with opened(tmp_path, **settings) as engine:
+        alone = [tokens_of(together(engine, [prompt])[0]) for prompt in prompts]
+    with opened(tmp_path, tensor_parallel_size=2, **settings | SIMPLE) as engine:
+        simple = [together(engine, [prompt])[0] for prompt in prompts]
+    with opened(tmp_path, tensor_parallel_size=2, **settings | COMPOSED | {"weave": weave}) as engine:
+        for _ in range(2):
+            assert together(engine, prompts) == simple
+        assert engine.stats().prefix_hits > 0
+    assert [tokens_of(answer) for answer in simple] == alone
