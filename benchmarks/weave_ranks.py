@@ -33,7 +33,6 @@ from weave_link import (
     WOVEN_GLOO,
     served,
 )
-from weft.models.experts import Mixture
 
 from weft import _native
 from weft.core.plan import Slice
@@ -42,6 +41,7 @@ from weft.kernels.cpu import CpuKernels
 from weft.kernels.wire import FusedRows, input_format
 from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
+from weft.models.experts import Mixture
 from weft.models.families import parse_config
 from weft.models.loader import Dummy, LayerWeights, Weights
 from weft.models.measure import measure

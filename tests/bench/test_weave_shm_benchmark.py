@@ -64,3 +64,35 @@ def test_its_ranks_take_steps_as_they_are_served(weave_shm: Any, monkeypatch: py
         assert seconds.keys() == {"fused", "woven", "auto"} and all(len(own) == 2 for own in seconds.values())
         assert all(one > 0 for own in seconds.values() for one in own)
         assert chosen in ("fused 1", "woven 2", "woven 3")
+
+
+def test_its_contestants_join_the_same_rows(weave_shm: Any, tmp_path: Path) -> None:
+    """Ranks are threads here; they compare what they get themselves."""
+    import torch.distributed as dist
+
+    from weft.ipc.ranks import new_name
+    from weft.kernels.cpu import CpuKernels
+    from weft.kernels.wire import FusedRows
+    from weft.weave.distributed import DistributedCollective, connect
+    from weft.weave.shm import ShmCollective
+
+    core, name = min(os.sched_getaffinity(0)), new_name()
+
+    def take(rank: int) -> Any:
+        torch.set_num_threads(1)
+        kernels = CpuKernels(available()[0], (core,))
+        shared = ShmCollective(name, rank, 2, kernels, timeout=60.0, spin=False)
+        messages = connect(dist.FileStore(str(tmp_path / "store"), 2), rank, 2, timeout=60.0)
+        fused = DistributedCollective(messages, FusedRows(kernels), capacity=30 * 256 * 2)
+        try:
+            weave_shm._compare(30, 256, rank, kernels, shared, fused, messages)
+            seams = weave_shm._seams(30, 256, rank, kernels, shared, fused, messages)
+            return {contestant: seam() is not None for contestant, seam in seams.items()}
+        finally:
+            for collective in (fused, shared):
+                collective.close()
+            kernels.close()
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(take, range(2))
+    assert first == second == dict.fromkeys(weave_shm.CONTESTANTS, True)

@@ -29,6 +29,7 @@ from weft.models.batch import make_batch
 from weft.models.decoder import Decoder
 from weft.models.families import read_config
 from weft.models.forward import Plain
+from weft.models.layers import Layer
 from weft.models.loader import load_weights
 from weft.models.ranked import Ranked, cut_step
 from weft.models.shard import Part, shard_config
@@ -377,10 +378,22 @@ def test_models_of_every_kind(
     ],
 )
 def test_strands_may_rejoin_at_experts(
-    small: Callable[..., Path], changes: dict[str, Any], kernels: str, dtype: torch.dtype, backend: str
+    small: Callable[..., Path],
+    changes: dict[str, Any],
+    kernels: str,
+    dtype: torch.dtype,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whether they do changes no bit; nor do ranks change which experts are taken."""
-    folder, found = small(**changes), []
+    folder, found, taken = small(**changes), [], list[int]()
+    feed = Layer.feed
+
+    def counted(self: Layer, hidden: Any) -> torch.Tensor:
+        taken.append(len(hidden))
+        return feed(self, hidden)
+
+    monkeypatch.setattr(Layer, "feed", counted)
     with open_alone(folder, kernels, dtype, seed=5) as alone:
         wanted = [alone(step) for step in steps(Mode.FUSED, 14)]
     ways = [
@@ -390,8 +403,13 @@ def test_strands_may_rejoin_at_experts(
     ]
     with open_group(folder, kernels, 2, dtype, seed=5, backend=backend, pause=late) as group:
         for mode, strands in ways:
-            results = [group.run(step) for step in steps(mode, *strands)]
+            first, second = steps(mode, *strands)
+            results = [group.run(first)]
+            taken.clear()
+            results.append(group.run(second))
             assert all(torch.equal(*result) for result in results), (mode, strands)
+            calls = 1 if mode is Mode.REJOINED else len(strands)
+            assert len(taken) == 2 * 2 * calls and sum(taken) == 2 * (14 + 3), "of two layers and two ranks; 3 are kept"
             found.append([result[0] for result in results])
     for results in found:
         for result, first, want in zip(results, found[0], wanted, strict=True):
