@@ -84,11 +84,11 @@ class Chooser:
         """The mode, and the tokens of each strand. Depends on nothing but what is the same on all ranks."""
         lengths = [len(piece.tokens) for piece in slices]
         tokens = sum(lengths)
-        given = None if self._costs is not None else Mode(self._weave)
-        if given is not None and given.seams is not Mode.WOVEN:
-            return given, (tokens,)
+        costs = self._costs
+        if costs is None and Mode(self._weave).seams is not Mode.WOVEN:
+            return Mode(self._weave), (tokens,)
         cuts = [choose_strands(lengths, self._waves, count) for count in STRANDS]
-        return choose_mode(self._costs, tokens, cuts) if given is None else (given, cuts[-1])
+        return (Mode(self._weave), cuts[-1]) if costs is None else choose_mode(costs, tokens, cuts)
 
 
 def measured_sizes(most: int) -> list[int]:

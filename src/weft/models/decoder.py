@@ -63,6 +63,7 @@ class Decoder:
         and values, no other row is of use to anyone."""
         eps = self.config.eps
         first, embed = self._weights.layers[0], self._kernels.embed
+        hidden: torch.Tensor
         # The embedding has no name here: the strand would keep all of its rows, and a rank's residual has only its own.
         hidden, residual = yield Seam(
             embed(batch.tokens, self._weights.embedding, self._weights.dtype),

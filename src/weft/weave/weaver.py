@@ -180,5 +180,5 @@ def _share(threads: Sequence[_Thread]) -> None:
         return
     rows = [shared.rows for _, shared in waiting]
     together = waiting[0][1].operator(torch.cat(rows) if len(rows) > 1 else rows[0])
-    for (thread, _), own in zip(waiting, together.split([len(each) for each in rows]), strict=True):
+    for (thread, _), own in zip(waiting, torch.split(together, [len(each) for each in rows]), strict=True):
         thread.given, thread.waits = own, None
