@@ -162,7 +162,7 @@ def main() -> None:
         _plot(arguments.plot, rows)
     note = common.load_note(watch)
     notes = [
-        f"{arguments.layers} of {24 if arguments.mixture else LAYERS} layers, {arguments.rounds} rounds",
+        f"{arguments.layers} layers of {LAYERS} (of a model with experts, 24), {arguments.rounds} rounds",
         *([note] if note else []),
     ]
     common.report(arguments, claims(rows), rows, notes)
