@@ -214,7 +214,7 @@ def distance(found: torch.Tensor, expected: torch.Tensor) -> float:
         ("folder", "float32", "auto", "triton", 1e-4),
         ("folder", "float32", "int4", "triton", 5e-3),
         ("folder", "float32", "int4", "torch", 5e-3),
-        ("folder", "bfloat16", "bf16", "triton", 0.02),
+        ("folder", "bfloat16", "bf16", "triton", 0.04),  # CPUs that multiply bfloat16 round at other places
         ("fmpq", "float32", "int8", "triton", 5e-3),
     ],
 )
@@ -546,9 +546,10 @@ class Recording(Immediate):
 
 @pytest.fixture(scope="module")
 def decoder(folder: Path) -> Decoder:
-    """The first layer of the model."""
+    """The first layer of the model; with products whose bits do not depend on the number of rows, as those of torch do
+    on some CPUs."""
     model, gpu = replace(read_config(folder), layers=1, windows=(None,)), open_gpu()
-    kernels = TritonKernels(gpu.device)
+    kernels = TritonKernels(gpu.device, invariant=True)
     weights = load_weights(folder, read_config(folder), kernels, torch.float32)
     return Decoder(model, move(replace(weights, layers=weights.layers[:1]), gpu.device), kernels, 64)
 
