@@ -53,9 +53,9 @@ def open_sockets(
 
 
 def without_pacing(link: socket.socket) -> None:
-    """Take another congestion control where this one's is bbr, which sends small pieces by timers: their interrupts are
-    taken from the computation, 3 % of a woven step on a rank's only core (docs/weave.md). To be called before the
-    connection is there, since one that was paced stays so."""
+    """Take another congestion control where this one's is bbr, which sends small pieces by timers. Their interrupts are
+    taken from the computation: a fifth of what the messages of a woven step cost it (docs/weave.md). To be called
+    before the connection is there, since one that was paced stays so."""
     if not link.getsockopt(socket.IPPROTO_TCP, socket.TCP_CONGESTION, 16).startswith(b"bbr"):
         return
     for name in (b"cubic", b"reno"):
