@@ -326,7 +326,9 @@ class Link:
             device = ("dev", interface, "root")
             subprocess.run(("tc", "-n", space, "qdisc", "del", *device), check=False, capture_output=True)
             if mbit is not None:
-                burst = max(64 * 1024, mbit * 1_000_000 // 8 // 500)  # two milliseconds
+                # Two milliseconds; and more than the largest packet, 68 KiB with the headers of its parts, which tbf
+                # would cut up otherwise, on the core that computes.
+                burst = max(128 * 1024, mbit * 1_000_000 // 8 // 500)
                 limits = ("burst", str(burst), "limit", str(8 * 2**20))
                 _run("tc", "-n", space, "qdisc", "add", *device, "tbf", "rate", f"{mbit}mbit", *limits)
 
