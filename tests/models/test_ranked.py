@@ -44,21 +44,25 @@ pytestmark = pytest.mark.skipif(BEST not in LEVELS, reason="the C++ extension is
 
 
 BLOCK = 16
-EXPERTS: dict[str, Any] = {
-    "num_experts": 5,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 33,
-    "shared_expert_intermediate_size": 50,
-}
 Pause = Callable[[int, int, str], None]
 Format = Callable[[Any], Quantise | None]
 Step = tuple[Sequence[Slice], Sequence[int], Mode, Sequence[int]]  # the last: tokens of each strand
 
 
+ON_ALL_KERNELS = pytest.mark.parametrize(
+    ("kernels", "dtype", "backend"),
+    [
+        (BEST, torch.float32, "threads"),
+        ("reference", torch.float32, "threads"),
+        (BEST, torch.bfloat16, "shm"),
+        (BEST, torch.bfloat16, "sockets"),
+    ],
+)
 MIXTURES: dict[str, dict[str, Any]] = {
     "mixtral": {
         "architectures": ["MixtralForCausalLM"],
         "model_type": "mixtral",
+        "intermediate_size": 33,
         "num_local_experts": 5,
         "num_experts_per_tok": 2,
     },
@@ -335,24 +339,10 @@ def test_a_woven_prompt_goes_on_in_other_ways(small: Callable[..., Path], mode: 
             "sliding_window": 5,
             "layer_types": ["sliding_attention", "full_attention"],
         },
-        EXPERTS | {"architectures": ["MixtralForCausalLM"], "model_type": "mixtral", "intermediate_size": 33},
-        EXPERTS | {"architectures": ["Qwen2MoeForCausalLM"], "model_type": "qwen2_moe"},
-        EXPERTS | {"architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "norm_topk_prob": True},
     ],
-    ids=[
-        *("tied, grouped heads", "biases", "mistral", "qwen2", "windows, norms of q and k"),
-        *("mixtral", "qwen2_moe", "qwen3_moe"),
-    ],
+    ids=["tied, grouped heads", "biases", "mistral", "qwen2", "windows, norms of q and k"],
 )
-@pytest.mark.parametrize(
-    ("kernels", "dtype", "backend"),
-    [
-        (BEST, torch.float32, "threads"),
-        ("reference", torch.float32, "threads"),
-        (BEST, torch.bfloat16, "shm"),
-        (BEST, torch.bfloat16, "sockets"),
-    ],
-)
+@ON_ALL_KERNELS
 def test_models_of_every_kind(
     small: Callable[..., Path], changes: dict[str, Any], kernels: str, dtype: torch.dtype, backend: str
 ) -> None:
@@ -368,15 +358,7 @@ def test_models_of_every_kind(
 
 
 @pytest.mark.parametrize("changes", MIXTURES.values(), ids=MIXTURES)
-@pytest.mark.parametrize(
-    ("kernels", "dtype", "backend"),
-    [
-        (BEST, torch.float32, "threads"),
-        ("reference", torch.float32, "threads"),
-        (BEST, torch.bfloat16, "shm"),
-        (BEST, torch.bfloat16, "sockets"),
-    ],
-)
+@ON_ALL_KERNELS
 def test_strands_may_rejoin_at_experts(
     small: Callable[..., Path],
     changes: dict[str, Any],
