@@ -243,14 +243,15 @@ void Links::complete() {
   auto begun = Clock::now();
   for (;;) {
     if (move()) begun = Clock::now();
-    std::string late;
+    std::string late, gone;  // all of those: one may have left because of another
     for (int other = 0; other < ranks(); other++) {
       const Peer& peer = peers_[size_t(other)];
       if (!missing(peer)) continue;
       const std::string who = "rank " + std::to_string(other);
-      if (!peer.error.empty()) give_up(who + " has ended or left: " + peer.error);
       late += (late.empty() ? "" : " and ") + who;
+      if (!peer.error.empty()) gone += (gone.empty() ? "" : "; ") + who + " has ended or left: " + peer.error;
     }
+    if (!gone.empty()) give_up(gone);
     if (late.empty()) return;
     const double left = timeout_ - seconds_since(begun);
     if (left <= 0) give_up(late + " did not come within " + seconds_text(timeout_));

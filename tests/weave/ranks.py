@@ -106,7 +106,7 @@ class Rank:
             if backend == "all_reduce":
                 self.collective = AllReduceCollective(messages, join_rows)
             else:
-                self.collective = DistributedCollective(messages, join_rows, capacity=1 << 20, **options)
+                self.collective = DistributedCollective(messages, join_rows, capacity=1 << 24, **options)
         if background and isinstance(self.collective, NativeCollective):
             self.collective = NativeBackground(self.collective)
         elif background:

@@ -112,8 +112,7 @@ class DistributedCollective:
         rows, residual = self._join_rows(self._parts(pending), join.residual, join.weight, join.eps, join.quantise)
         sent = [] if self._one_round or not len(rows) else [messages.send(rows, to, Tag.ROWS) for to in messages.others]
         wire[slice(*self.owned(join.bounds))] = rows
-        for message in (*coming, *sent, *pending.sent):
-            messages.wait(message)
+        messages.wait([*coming, *sent, *pending.sent])
         return arrived(wire, join, residual)
 
     def gather(self, rows: torch.Tensor) -> list[torch.Tensor]:
@@ -146,10 +145,9 @@ class DistributedCollective:
         own = pending.join.partial[first:end]
         if not pending.parts:
             return [own]
+        self._messages.wait(pending.parts.values())
         return [
-            own
-            if rank == self.rank
-            else self._messages.wait(pending.parts[rank])[: own.nbytes].view(own.dtype).view(own.shape)
+            own if rank == self.rank else self._room[rank, : own.nbytes].view(own.dtype).view(own.shape)
             for rank in range(self.ranks)
         ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
@@ -67,18 +68,16 @@ class Messages:
         asked = [self.receive(torch.empty_like(own), other, Tag.PLAN) for other in self.others]
         return asked, [self.send(own, other, Tag.PLAN) for other in self.others]
 
-    def compare(self, asked: list[Message], sent: list[Message], seconds: float | None = None) -> None:
+    def compare(self, asked: list[Message], sent: list[Message], seconds: float | None = None, of: str = "") -> None:
         """Another plan is said rather than that a rank has left, for it may have left because of a plan. seconds: that
-        a plan may take, if not the time-out."""
-        failures = [self._failure(message, seconds) for message in asked]
+        a plan may take, if not the time-out. of: after what, in words."""
+        failures = [self._failure(message, seconds, of) for message in asked]
         own = sent[0].tensor.tolist() if sent else []
         for message, failure in zip(asked, failures, strict=True):
             theirs = message.tensor.tolist()
             if failure is None and theirs != own:
                 self.fail(f"rank {message.rank} came with another plan: its rows are {theirs[1]}, those here {own[1]}")
-        for failure in failures:
-            if failure is not None:
-                self.fail(*failure)
+        self._check(failures)
 
     def send(self, tensor: torch.Tensor, rank: int, tag: Tag) -> Message:
         return self._post("send", tensor, rank, tag)
@@ -86,11 +85,8 @@ class Messages:
     def receive(self, into: torch.Tensor, rank: int, tag: Tag) -> Message:
         return self._post("recv", into, rank, tag)
 
-    def wait(self, message: Message) -> torch.Tensor:
-        failure = self._failure(message)
-        if failure is not None:
-            self.fail(*failure)
-        return message.tensor
+    def wait(self, messages: Iterable[Message]) -> None:
+        self._check([self._failure(message) for message in messages])
 
     def begin_sum(self, tensor: torch.Tensor) -> Any:
         """All ranks must have compared what they sum: of another size, gloo might end the process."""
@@ -102,7 +98,7 @@ class Messages:
         error = _error(work, self.timeout)
         if error is None:
             return
-        self.compare(*self.exchange(plan, rows), GRACE)
+        self.compare(*self.exchange(plan, rows), GRACE, " of a sum that failed")
         self.fail(f"the sum failed, though all ranks are there: {error}", error)
 
     def gather(self, rows: torch.Tensor, seconds: float | None = None) -> list[torch.Tensor]:
@@ -113,8 +109,7 @@ class Messages:
         found = [rows if rank == self.rank else torch.empty_like(rows) for rank in range(self.ranks)]
         if rows.numel():
             asked = [self.receive(found[rank], rank, Tag.ROWS) for rank in self.others]
-            for message in (*asked, *[self.send(rows, rank, Tag.ROWS) for rank in self.others]):
-                self.wait(message)
+            self.wait([*asked, *[self.send(rows, rank, Tag.ROWS) for rank in self.others]])
         return found
 
     def fail(self, why: str, cause: Exception | None = None) -> NoReturn:
@@ -126,13 +121,19 @@ class Messages:
         self._group = None  # closes the connections, which the others notice
         self._failed = self._failed or f"rank {self.rank} has left its group"
 
-    def _failure(self, message: Message, seconds: float | None = None) -> tuple[str, Exception] | None:
+    def _check(self, failures: list[tuple[str, Exception] | None]) -> None:
+        """All ranks that are missing are named, since one may have left because of another."""
+        if missing := dict(failure for failure in failures if failure is not None):
+            self.fail("; ".join(missing), next(iter(missing.values())))
+
+    def _failure(self, message: Message, seconds: float | None = None, of: str = "") -> tuple[str, Exception] | None:
         """None once the message has come; otherwise what is wrong, and why."""
-        error = _error(message.work, self.timeout if seconds is None else seconds)
+        seconds = self.timeout if seconds is None else seconds
+        error = _error(message.work, seconds)
         if error is None:
             return None
         late = any(words in str(error).lower() for words in LATE)
-        what = f"did not come within {self.timeout:g} s" if late else "has ended or left"
+        what = f"did not come within {seconds:g} s{of}" if late else "has ended or left"
         return f"rank {message.rank} {what}", error
 
     def _post(self, kind: str, tensor: torch.Tensor, rank: int, tag: Tag) -> Message:
