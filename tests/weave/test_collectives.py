@@ -211,6 +211,7 @@ def test_a_rank_that_dies_or_hangs_is_named(three: Any, number: int) -> None:
     for process in (three[0], three[2]):
         message = failure(process)
         assert message.startswith("RankLost: seam 2: ") and "rank 1" in message, message
+        assert number == signal.SIGKILL or f"did not come within {TIMEOUT:g} s" in message, message
         assert process.seconds < TIMEOUT + 1 + 1  # the time-out, and what all_reduce takes to find who it is
         process.send("join", cases=[SMALL])
         assert "RankLost: seam 2" in failure(process) and process.seconds < 0.5

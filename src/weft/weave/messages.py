@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -68,10 +69,12 @@ class Messages:
         asked = [self.receive(torch.empty_like(own), other, Tag.PLAN) for other in self.others]
         return asked, [self.send(own, other, Tag.PLAN) for other in self.others]
 
-    def compare(self, asked: list[Message], sent: list[Message], seconds: float | None = None, of: str = "") -> None:
+    def compare(
+        self, asked: list[Message], sent: list[Message], seconds: float | None = None, words: str | None = None
+    ) -> None:
         """Another plan is said rather than that a rank has left, for it may have left because of a plan. seconds: that
-        a plan may take, if not the time-out. of: after what, in words."""
-        failures = [self._failure(message, seconds, of) for message in asked]
+        a plan may take, if not the time-out; words: how that is told of one that did not come."""
+        failures = [self._failure(message, seconds, words) for message in asked]
         own = sent[0].tensor.tolist() if sent else []
         for message, failure in zip(asked, failures, strict=True):
             theirs = message.tensor.tolist()
@@ -95,10 +98,13 @@ class Messages:
     def wait_sum(self, work: Any, plan: tuple[Any, ...], rows: int) -> None:
         """A sum does not say who is missing. So those who wait for it in vain send one another their plans: who sends
         none is missing, and who waits with another plan has sent that before."""
+        begun = time.monotonic()
         error = _error(work, self.timeout)
         if error is None:
             return
-        self.compare(*self.exchange(plan, rows), GRACE, " of a sum that failed")
+        waited = time.monotonic() - begun >= self.timeout
+        words = f"{self.timeout:g} s" if waited else f"{GRACE:g} s of a sum that failed"
+        self.compare(*self.exchange(plan, rows), GRACE, words)
         self.fail(f"the sum failed, though all ranks are there: {error}", error)
 
     def gather(self, rows: torch.Tensor, seconds: float | None = None) -> list[torch.Tensor]:
@@ -126,14 +132,15 @@ class Messages:
         if missing := dict(failure for failure in failures if failure is not None):
             self.fail("; ".join(missing), next(iter(missing.values())))
 
-    def _failure(self, message: Message, seconds: float | None = None, of: str = "") -> tuple[str, Exception] | None:
+    def _failure(
+        self, message: Message, seconds: float | None = None, words: str | None = None
+    ) -> tuple[str, Exception] | None:
         """None once the message has come; otherwise what is wrong, and why."""
-        seconds = self.timeout if seconds is None else seconds
-        error = _error(message.work, seconds)
+        error = _error(message.work, self.timeout if seconds is None else seconds)
         if error is None:
             return None
-        late = any(words in str(error).lower() for words in LATE)
-        what = f"did not come within {seconds:g} s{of}" if late else "has ended or left"
+        late = any(one in str(error).lower() for one in LATE)
+        what = f"did not come within {words or f'{self.timeout:g} s'}" if late else "has ended or left"
         return f"rank {message.rank} {what}", error
 
     def _post(self, kind: str, tensor: torch.Tensor, rank: int, tag: Tag) -> Message:
