@@ -7,22 +7,19 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 #include <cstring>
 #include <stdexcept>
 #include <utility>
+
+#include "patience.h"
 
 namespace weft {
 
 namespace {
 
-using Clock = std::chrono::steady_clock;
-
 constexpr int64_t ENOUGH = 1 << 20;  // bytes that must have come, at most, before a sleeper is woken
 constexpr double TICK = 0.05;        // seconds between two looks at what has come without waking anybody
 constexpr size_t PIECES = 8;         // of one system call
-
-double seconds_since(Clock::time_point then) { return std::chrono::duration<double>(Clock::now() - then).count(); }
 
 std::string seconds_text(double seconds) {
   std::string text = std::to_string(seconds);
@@ -240,9 +237,9 @@ void Links::compare(int rank) {
 
 // Until all that was asked for has come, and all is on its way that was to be sent.
 void Links::complete() {
-  auto begun = Clock::now();
+  Patience patience(timeout_);
   for (;;) {
-    if (move()) begun = Clock::now();
+    if (move()) patience.restart();
     std::string late, gone;  // all of those: one may have left because of another
     for (int other = 0; other < ranks(); other++) {
       const Peer& peer = peers_[size_t(other)];
@@ -253,7 +250,7 @@ void Links::complete() {
     }
     if (!gone.empty()) give_up(gone);
     if (late.empty()) return;
-    const double left = timeout_ - seconds_since(begun);
+    const double left = patience.left();
     if (left <= 0) give_up(late + " did not come within " + seconds_text(timeout_));
     sleep(std::min(left, TICK));
   }

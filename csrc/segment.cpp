@@ -15,6 +15,8 @@
 #include <stdexcept>
 #include <thread>
 
+#include "patience.h"
+
 #ifdef __linux__
 #include <linux/futex.h>
 #endif
@@ -274,7 +276,7 @@ void Segment::wait_for(int rank, Flag flag, uint32_t chunks) {
     explicit Sleeper(std::atomic<uint32_t>& count) : count(count) { count.fetch_add(1); }
     ~Sleeper() { count.fetch_sub(1); }
   } sleeper(other.sleepers);
-  const auto end = after(timeout_);
+  Patience patience(timeout_);
   for (;;) {
     const bool gone = other.state.load() == LEFT || ended(rank);  // before the flag: it may have come first
     const uint32_t seen = other.flags[flag].load();
@@ -283,7 +285,7 @@ void Segment::wait_for(int rank, Flag flag, uint32_t chunks) {
       give_up(other.culprit.load() - 1, "rank " + std::to_string(rank) + " gave up because of " +
                                             who(other.culprit.load() - 1));
     if (gone) give_up(rank, who(rank) + (other.state.load() == LEFT ? " has left" : " has ended"));
-    const double left = std::chrono::duration<double>(end - Clock::now()).count();
+    const double left = patience.left();
     if (left <= 0) {
       std::string late;
       for (int one = 0; one < ranks_; one++)

@@ -270,6 +270,16 @@ def test_a_rank_that_fails_alone_is_not_waited_for_so_long() -> None:
         votes.check(1.0 + FAIL_SECONDS)
 
 
+def test_no_rank_is_to_blame_while_nothing_runs() -> None:
+    votes = Votes(2, timeout=3.0)
+    votes.add(done(1, 1), 10.0)
+    votes.forgive(60.0)
+    votes.forgive(-1.0)
+    votes.check(10.0 + 60.0 + 3.0)
+    with pytest.raises(RankLost, match="rank 0 did not end step 1 within 3 s"):
+        votes.check(10.0 + 60.0 + 3.0 + GRACE_SECONDS)
+
+
 def test_the_digest_is_of_tokens_and_failures() -> None:
     ticket = Ticket(1, Lane.MIXED)
     one = Result(ticket, (Sampled(1, 7), Sampled(2, 8)))

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -97,6 +98,22 @@ def test_two_ranks_answer_like_one_until_one_is_lost(
     # Who is stopped is missed at a seam by the other rank, or at the end of a step by the engine.
     ended = rf"did not .* within {TIMEOUT:g} s" if stops else "was killed by SIGKILL"
     assert re.search(rf"rank {rank}( \(process \d+\))? {ended}", words.splitlines()[-1]), words
+
+
+def test_a_server_that_is_paused_as_a_whole_goes_on(started: Any, alone: Any, tmp_path: Path) -> None:
+    """As a container that is frozen, for longer than its ranks wait for one another."""
+    with started(tmp_path / "log", "-tp", "2", *alone.flags, *SHM, "--rank-timeout", str(TIMEOUT)) as server:
+        (engine,) = children(server.process.pid)
+
+        def pause() -> None:
+            for number in (signal.SIGSTOP, signal.SIGCONT):
+                for process in (server.process.pid, engine, *children(engine)):
+                    os.kill(process, number)
+                time.sleep(TIMEOUT + 2 if number == signal.SIGSTOP else 0)
+
+        _, answers = ask_until(pause, server.url, alone.body())
+        assert all('"error"' not in answer.text and '"length"' in answer.text for answer in answers), answers
+        assert server.process.poll() is None
 
 
 def test_a_rank_that_hangs_ends_with_the_server(started: Any, alone: Any, tmp_path: Path) -> None:

@@ -257,6 +257,23 @@ def test_a_dead_rank_is_noticed_before_the_time_out(rank_processes: Any) -> None
     assert processes[0].seconds < 5
 
 
+@pytest.mark.parametrize("backend", ["shm", "sockets"])
+def test_ranks_that_are_paused_together_go_on(backend: str, rank_processes: Any, kernels: Any) -> None:
+    """For longer than they wait for one another, in the middle of a seam."""
+    processes = patient(rank_processes, backend, TIMEOUT)
+    case = SMALL | {"delays": {"1": [0.5, 0]}}
+    for process in processes:
+        process.send("join", cases=[case])
+    time.sleep(0.3)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in processes:
+            process.signal(number)
+            time.sleep(0.1)
+        time.sleep(TIMEOUT if number == signal.SIGSTOP else 0)
+    check([case], [process.receive() for process in processes], rank_processes.script, kernels)
+    assert processes[0].seconds > TIMEOUT
+
+
 def test_a_rank_that_leaves_is_named(three: Any) -> None:
     three[2].send("close")
     three[2].receive()

@@ -49,6 +49,8 @@ CLOSED = "the device is closed"
 FAIL_SECONDS = 1.0
 # Seconds that the listener gives a rank beyond --rank-timeout, so that a rank that waits for it in a seam speaks first.
 GRACE_SECONDS = 1.0
+# Between two looks at whether this process was paused, while ranks are waited for.
+LOOK = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -238,7 +240,10 @@ class RankedDevice:
         """The listener's thread, until `close` or the first loss."""
         try:
             while True:
-                heard = self._ranks.listen(self._votes.patience(time.monotonic()), (self._stop,))
+                looked, patience = time.monotonic(), self._votes.patience(time.monotonic())
+                heard = self._ranks.listen(None if patience is None else min(patience, LOOK), (self._stop,))
+                if patience is not None:
+                    self._votes.forgive(time.monotonic() - looked - LOOK)
                 for message in heard:
                     if isinstance(message, Done) and (result := self._votes.add(message, time.monotonic())) is not None:
                         self._results.put(result)
@@ -305,6 +310,10 @@ class Votes:
             raise RankLost(
                 self._alone(said) or f"rank {late} did not end step {key[0]} within {self._timeout:g} s of the others"
             )
+
+    def forgive(self, seconds: float) -> None:
+        """Time in which this process did not run, and the ranks likely neither (a frozen container, a stopped job)."""
+        self._since = {key: since + max(0.0, seconds) for key, since in self._since.items()}
 
     def cause(self) -> str | None:
         """Why a rank does not come, where it has said so itself."""
