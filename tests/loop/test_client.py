@@ -69,7 +69,7 @@ async def test_start_up_tells_of_each_phase_and_of_what_serves() -> None:
     [
         ("broken", CheckpointError, "model.safetensors is missing\nfrom the folder"),
         ("odd", WeftError, "KeyError: 'hidden_size'"),
-        ("killed", WeftError, "the engine process was killed by SIGKILL, which the system does when memory runs out"),
+        ("killed", WeftError, "the engine process was killed by SIGKILL (which the system does when memory runs out)"),
         ("exits", WeftError, "the engine process ended with exit code 3"),
     ],
 )

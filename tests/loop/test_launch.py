@@ -81,5 +81,5 @@ def test_endings_in_words() -> None:
     assert ending(0) == "ended with exit code 0"
     assert ending(3) == "ended with exit code 3"
     assert ending(-11) == "was killed by SIGSEGV"
-    assert ending(-9) == "was killed by SIGKILL, which the system does when memory runs out"
+    assert ending(-9) == "was killed by SIGKILL (which the system does when memory runs out)"
     assert ending(-77) == "was killed by signal 77"

@@ -85,5 +85,5 @@ def ending(code: int) -> str:
         name = signal.Signals(-code).name
     except ValueError:
         name = f"signal {-code}"
-    hint = ", which the system does when memory runs out" if -code == signal.SIGKILL else ""
+    hint = " (which the system does when memory runs out)" if -code == signal.SIGKILL else ""
     return f"was killed by {name}{hint}"

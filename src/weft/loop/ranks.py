@@ -240,10 +240,11 @@ class RankedDevice:
         """The listener's thread, until `close` or the first loss."""
         try:
             while True:
-                looked, patience = time.monotonic(), self._votes.patience(time.monotonic())
+                looked = time.monotonic()
+                patience = self._votes.patience(looked)
                 heard = self._ranks.listen(None if patience is None else min(patience, LOOK), (self._stop,))
-                if patience is not None:
-                    self._votes.forgive(time.monotonic() - looked - LOOK)
+                if patience is not None and (paused := time.monotonic() - looked - LOOK) > 0:
+                    self._votes.forgive(paused)
                 for message in heard:
                     if isinstance(message, Done) and (result := self._votes.add(message, time.monotonic())) is not None:
                         self._results.put(result)
@@ -313,7 +314,7 @@ class Votes:
 
     def forgive(self, seconds: float) -> None:
         """Time in which this process did not run, and the ranks likely neither (a frozen container, a stopped job)."""
-        self._since = {key: since + max(0.0, seconds) for key, since in self._since.items()}
+        self._since = {key: since + seconds for key, since in self._since.items()}
 
     def cause(self) -> str | None:
         """Why a rank does not come, where it has said so itself."""
