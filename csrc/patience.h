@@ -6,7 +6,7 @@
 
 namespace weft {
 
-// Seconds of waiting, in which this process could see what it waits for. It looks every few milliseconds; where it did not
+// Seconds in which this process could see what it waits for. It looks every 50 ms or sooner; where it did not look
 // for longer, it was paused (a frozen container, a stopped job), and the others likely with it: none of them is late
 // because of that. So the time between two looks counts as `PAUSE` at most.
 class Patience {
